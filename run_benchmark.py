@@ -1,0 +1,158 @@
+"""How fast, and why: load, optimise, warm up, time, save the image, the result as JSON, and a trace on request.
+
+    python run_benchmark.py --random_weights --output-json result.json
+
+The last line on stdout is the result as one JSON object.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+
+import psutil
+import torch
+
+from utils import step_cache
+from utils.benchmark_utils import (
+    SCHEMA_VERSION,
+    RecipeError,
+    StageLog,
+    check_args,
+    create_parser,
+    environment,
+    exit_with_reason,
+    peak_memory,
+    replacing,
+    summarize,
+    write_json,
+)
+from utils.images import save_image
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
+from utils.quality import capture_step, float32_step, relative_error
+from utils.regions import StageTimes, in_regions
+
+
+def main():
+    args = create_parser().parse_args()
+    check_args(args)
+    if args.prompts_file:
+        raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
+    if args.step_error and (args.enable_cache_dit or args.cache_dit_config or args.offload != "none"):
+        raise RecipeError("--step_error calls the transformer by itself, which a step cache and --offload do not allow.")
+    log = StageLog(args.quiet)
+
+    with log.stage("load"):
+        pipeline = load_pipeline(args)
+    if args.step_error:
+        with log.stage("float32 step"):
+            show_progress(pipeline, False)
+            step_inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+            reference = float32_step(pipeline.transformer, step_inputs)
+    reset_peak_memory()
+    pipeline = optimize(pipeline, args, log)
+    show_progress(pipeline, False)
+    error = step_error(pipeline, step_inputs, reference) if args.step_error else None
+
+    # Whatever needs compiling has been compiled by now: from here on it is a fault of the recipe, not a cost.
+    with torch._dynamo.config.patch(error_on_recompile=True), log.stage("warm-up"):
+        for i in range(args.warmup):
+            pipeline(**call_kwargs(pipeline, args))
+            if i == 0:
+                synchronize(args.device)
+                log.seconds["process start to first image"] = time.time() - psutil.Process().create_time()
+    with torch._dynamo.config.patch(error_on_recompile=True), log.stage("timing"):
+        seconds, image = time_images(pipeline, args)
+        stages = time_stages(pipeline, args)
+
+    save_image(image, args.output_file, {"prompt": args.prompt, "seed": args.seed, "model": args.ckpt})
+    timing = summarize(seconds)
+    memory = peak_memory()
+    record = {
+        "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
+        "settings": {name: value for name, value in call_kwargs(pipeline, args).items()
+                     if isinstance(value, (int, float, str))},
+        "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
+        "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
+        "stages_ms": stages, "cold_start_s": log.seconds, "peak_memory": memory, "step_relative_error": error,
+        "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
+        "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(),
+    }
+    if args.output_json:
+        write_json(args.output_json, record)
+    if args.trace_file:
+        write_trace(pipeline, args)
+    report(record)
+    print(json.dumps(record))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def step_error(pipeline, inputs: dict, reference) -> float:
+    """Relative error of one optimised step against float32, on inputs captured from a real call."""
+    with torch.no_grad():
+        return relative_error(pipeline.transformer(**inputs)[0], reference)
+
+
+def time_images(pipeline, args):
+    """Seconds of each of --runs whole calls, from prompt to PIL image, and the last image. Inputs are made outside."""
+    seconds = []
+    for _ in range(args.runs):
+        kwargs = call_kwargs(pipeline, args)
+        synchronize(args.device)
+        start = time.perf_counter()
+        image = pipeline(**kwargs).images[0]
+        synchronize(args.device)
+        seconds.append(time.perf_counter() - start)
+    return seconds, image
+
+
+def time_stages(pipeline, args) -> dict[str, float]:
+    """Median milliseconds of each stage over three more images: the timed ones carry no events."""
+    times = StageTimes(args.device)
+    with in_regions(pipeline, times.timer):
+        for _ in range(3):
+            pipeline(**call_kwargs(pipeline, args))
+    return {name: statistics.median(spans) for name, spans in times.milliseconds().items()}
+
+
+def write_trace(pipeline, args) -> None:
+    """A profiler trace of one image, the very call that was timed, with its stages as named regions."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    kwargs = call_kwargs(pipeline, args)
+    with in_regions(pipeline, torch.profiler.record_function), torch.profiler.profile(activities=activities) as trace:
+        pipeline(**kwargs)
+        synchronize(args.device)
+    with replacing(args.trace_file) as temporary:
+        trace.export_chrome_trace(str(temporary))
+
+
+def report(record: dict) -> None:
+    seconds = record["seconds"]
+    print(f"time mean/var: {seconds['mean']:.4f} s / {seconds['variance']:.3e} s^2 over {len(seconds['raw'])} runs")
+    print(f"median {seconds['median']:.4f} s, min {seconds['min']:.4f}, max {seconds['max']:.4f}; "
+          f"{record['images_per_second']:.3f} images/s")
+    print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
+    if record["peak_memory"]:
+        print("peak GPU memory: {allocated_gib:.2f} GiB allocated, {reserved_gib:.2f} GiB reserved".format(
+            **record["peak_memory"]))
+    print("cold start: " + ", ".join(f"{name} {s:.2f} s" for name, s in record["cold_start_s"].items()))
+    if record["step_relative_error"] is not None:
+        print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")
+    if record["cached_steps"] is not None:
+        print(f"cached steps: {record['cached_steps']}")
+
+
+if __name__ == "__main__":
+    exit_with_reason(main)

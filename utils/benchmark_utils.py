@@ -1,0 +1,327 @@
+"""What both scripts share: the command line, its checks, and what a measurement records.
+
+Nothing here touches a model. `check_args` refuses what the arguments alone can show to be wrong; what depends on
+the checkpoint or the hardware is refused by `utils.techniques.plan`, still before any weights load.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+SCHEMA_VERSION = 1
+DEFAULT_CKPT = "black-forest-labs/FLUX.1-schnell"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class RecipeError(Exception):
+    """Something the user can put right. The scripts print its text as one paragraph and exit with code 2."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Takes every long flag with dashes or underscores: the predecessors mixed the two."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_registered(a) for a in args], namespace)
+
+    def _as_registered(self, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        for spelling in (name, "--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")):
+            if name.startswith("--") and spelling in self._option_string_actions:
+                return spelling + equals + value
+        return arg
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """The flags of gen_image.py and run_benchmark.py. `--a_b` and `--a-b` are the same flag."""
+    parser = FlagParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        epilog="Techniques are on by default where they run. Lossless but for rounding: bf16, fused projections, "
+        "channels_last, compile, CUDA graphs, GPU postprocess. Lossy: float8 and int8 quantisation, fp8 attention, "
+        "cache-dit, --text_encoder_quant.",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--ckpt", default=DEFAULT_CKPT, metavar="CKPT",
+                       help="Hub id, local diffusers folder, or tiny-flux | tiny-flux-dev | tiny-kontext")
+    model.add_argument("--revision", help="branch, tag or commit of a Hub checkpoint")
+    model.add_argument("--random_weights", nargs="?", const="full", metavar="DOUBLE+SINGLE",
+                       help="FLUX.1 of --ckpt's name at full size with random weights, nothing downloaded: real speed "
+                       "and memory, meaningless pixels. 2+4 builds only 2 double and 4 single blocks")
+    model.add_argument("--lora", metavar="PATH[:SCALE]",
+                       help="LoRA file, folder or Hub id, fused into the weights before everything else")
+    model.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cuda is also AMD's ROCm")
+    model.add_argument("--offload", choices=["none", "model", "group"], default="none",
+                       help="keep weights in CPU memory: whole models (slower) or groups of layers (slowest, smallest)")
+    model.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory, faint seams possible")
+    model.add_argument("--gpu_memory_limit", type=float, metavar="GIB",
+                       help="take at most this much GPU memory: to share a card, or to see whether a smaller one does")
+
+    image = parser.add_argument_group("image")
+    image.add_argument("--prompt", default="A cat playing with a ball of yarn", help="text prompt")
+    image.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; one image each, named by index and seed")
+    image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
+    image.add_argument("--true_cfg_scale", type=float, default=1.0,
+                       help="classifier-free guidance with the negative prompt: twice the work a step")
+    image.add_argument("--guidance_scale", type=float,
+                       help="distilled guidance; default by model: 3.5 dev, 2.5 Kontext, unused by schnell")
+    image.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
+    image.add_argument("--height", type=int, help="pixels, a multiple of 16; default: what the model was trained for")
+    image.add_argument("--width", type=int, help="pixels, a multiple of 16; default: what the model was trained for")
+    image.add_argument("--num_inference_steps", type=int,
+                       help="denoising steps; default by model: 4 schnell, 28 dev, 28 Kontext")
+    image.add_argument("--num_images_per_prompt", type=int, default=1, help="batch size; image i has seed + i")
+    image.add_argument("--seed", type=int, default=42, help="of the first image, drawn on the CPU: the same anywhere")
+    image.add_argument("--output-file", default="output.png", help=f"image path, {', '.join(IMAGE_SUFFIXES)}")
+
+    recipe = parser.add_argument_group("techniques, in the order of the recipe")
+    recipe.add_argument("--disable_bf16", action="store_true", help="compute in float32")
+    recipe.add_argument("--disable_fused_projections", action="store_true", help="three GEMMs for q, k, v, not one")
+    recipe.add_argument("--disable_channels_last", action="store_true", help="NCHW convolutions in the VAE")
+    recipe.add_argument("--attention_backend", metavar="NAME",
+                        help="fa3 (default on Hopper: fp8, scaled), fa3_bf16, fa3_unscaled (the predecessors' cast, to "
+                        "compare), aiter (default on ROCm: fp8), or a name of diffusers' dispatcher (native, "
+                        "_native_cudnn, sage, ...; the *_hub ones download a binary)")
+    recipe.add_argument("--disable_fa3", action="store_true", help="PyTorch's scaled_dot_product_attention")
+    recipe.add_argument("--disable_quant", action="store_true", help="no quantisation of the transformer (lossy)")
+    recipe.add_argument("--quant_dtype", choices=["auto", "float8", "int8"], default="auto",
+                        help="dynamic quantisation: float8 from compute capability 8.9 and on MI300, else int8")
+    recipe.add_argument("--quant_granularity", choices=["row", "tensor"],
+                        help="one float8 scale a row (better numerics; the default) or a tensor")
+    recipe.add_argument("--text_encoder_quant", action="store_true",
+                        help="T5 in int8, weights only: 9.5 -> 4.9 GB (lossy; off by default)")
+    recipe.add_argument("--enable_cache_dit", action="store_true",
+                        help="step cache: DBCache F12B12, 8 warm-up steps, 8 cached at most, threshold 0.12 (lossy)")
+    recipe.add_argument("--cache_dit_config", metavar="FILE", help="step cache from a yaml file (see cache_config.yaml)")
+    recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
+                        help="default inductor flags: minutes less compile time")
+    recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"], default="compile",
+                        help="torch.compile, torch.export + AOTInductor (not in this version yet), or neither")
+    recipe.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
+                        help="compile each kind of block once (seconds) or the whole transformer (many minutes)")
+    recipe.add_argument("--disable_cudagraphs", action="store_true", help="launch kernels one by one")
+    recipe.add_argument("--disable_gpu_postprocess", action="store_true",
+                        help="convert pixels to 8 bits on the CPU, as diffusers does")
+    recipe.add_argument("--cache-dir", default=str(Path.home() / ".cache" / "flux-fast"), help="compiled kernels")
+    recipe.add_argument("--use-cached-model", action="store_true", help="load an exported package (not in this version)")
+    recipe.add_argument("--strict", action="store_true",
+                        help="a technique that is on by default but cannot run here is an error, not a line")
+
+    report = parser.add_argument_group("benchmark and reports")
+    report.add_argument("--warmup", type=int, default=3, help="untimed images before the timed ones (run_benchmark.py)")
+    report.add_argument("--runs", type=int, default=10, help="timed images (run_benchmark.py)")
+    report.add_argument("--step_error", action="store_true",
+                        help="also measure one step's relative error against float32 (run_benchmark.py)")
+    report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
+    report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
+    report.add_argument("--quiet", action="store_true", help="no progress bar, no stage lines")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses what the arguments alone show to be wrong; makes the output folders.
+
+    Raises:
+        RecipeError: names the value, the choices and the way out.
+    """
+    def refuse(wrong, text):
+        if wrong:
+            raise RecipeError(text)
+
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        refuse(size is not None and (size <= 0 or size % 16),
+               f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
+               f"The nearest that works: {max(16, round((size or 0) / 16) * 16)}.")
+    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("runs", 1), ("warmup", 0)):
+        value = getattr(args, name)
+        refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
+    refuse(args.seed < 0, f"--seed {args.seed}: it must not be negative.")
+
+    refuse(args.device == "cuda" and not torch.cuda.is_available(),
+           "--device cuda, but PyTorch sees no GPU here. Use --device cpu, or install a CUDA or ROCm build of torch.")
+    refuse(args.device == "cpu" and args.offload != "none",
+           f"--offload {args.offload} moves weights between CPU and GPU; with --device cpu there is nothing to move.")
+    refuse(args.gpu_memory_limit is not None and (args.device == "cpu" or args.gpu_memory_limit <= 0),
+           "--gpu_memory_limit takes a positive number of GiB and needs --device cuda.")
+
+    refuse(args.negative_prompt is not None and args.true_cfg_scale <= 1,
+           "--negative_prompt has no effect without true classifier-free guidance: add --true_cfg_scale, e.g. 4.0.")
+    refuse(args.true_cfg_scale > 1 and args.negative_prompt is None,
+           f"--true_cfg_scale {args.true_cfg_scale} needs --negative_prompt (an empty one will do: --negative_prompt '').")
+    refuse(args.prompts_file and args.trace_file, "--trace-file records one image: it does not go with --prompts-file.")
+
+    refuse(args.disable_quant and (args.quant_dtype != "auto" or args.quant_granularity),
+           "--disable_quant contradicts --quant_dtype and --quant_granularity: drop one or the other.")
+    refuse(args.quant_dtype == "int8" and args.quant_granularity == "tensor",
+           "--quant_granularity tensor is for float8; int8 is quantised per row. Drop one of the two flags.")
+    refuse(args.quant_granularity == "row" and args.disable_bf16,
+           "--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
+           "drop --disable_bf16 or use --quant_granularity tensor.")
+    refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
+           f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
+    refuse(args.compile_export_mode == "export_aoti" or args.use_cached_model,
+           "--compile_export_mode export_aoti and --use-cached-model need the exported packages, which this version "
+           "does not make yet. Use --compile_export_mode compile: compiled kernels are kept under --cache-dir.")
+    refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
+           "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
+    refuse(args.compile_scope == "whole" and args.offload == "group",
+           "--offload group hooks into every layer, which cannot be compiled as one whole: use --compile_scope blocks.")
+    refuse(args.compile_scope == "whole" and (args.enable_cache_dit or args.cache_dit_config),
+           "a step cache decides in Python between blocks, so the transformer cannot be compiled as one whole: "
+           "use --compile_scope blocks with --enable_cache_dit.")
+    refuse(args.random_weights and args.lora,
+           "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
+
+    for name in ("prompts_file", "cache_dit_config"):
+        path = getattr(args, name)
+        refuse(path and not Path(path).expanduser().is_file(), f"--{name} {path}: there is no such file.")
+    is_path = args.image and not args.image.startswith(("http://", "https://"))
+    refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
+    output = Path(args.output_file).expanduser()
+    refuse(output.suffix.lower() not in IMAGE_SUFFIXES,
+           f"--output-file {args.output_file}: unknown image type '{output.suffix}'. Choose from {', '.join(IMAGE_SUFFIXES)}.")
+    refuse(is_path and output.resolve() == Path(args.image).expanduser().resolve(),
+           f"--output-file {args.output_file} would overwrite --image: choose another name.")
+    for name in ("output_file", "trace_file", "output_json"):
+        if getattr(args, name):
+            make_writable_parent(getattr(args, name), "--" + name.replace("_", "-"))
+
+
+def make_writable_parent(path: str, flag: str) -> None:
+    """Makes the folder of a file to be written; RecipeError if that file could not be written there."""
+    path = Path(path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{flag} {path}: cannot make its folder ({error.strerror}). Choose another path.") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"{path.parent} is not writable"
+        raise RecipeError(f"{flag} {path}: {why}. Choose another path.")
+
+
+@contextmanager
+def replacing(path: str | Path):
+    """Yields a temporary path beside `path` and renames it onto `path` on success: no half-written file stays."""
+    path = Path(path).expanduser()
+    # The suffix stays last: PIL and the profiler choose their format by it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{''.join(path.suffixes)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def exit_with_reason(main):
+    """Runs a script's main: what the user can put right becomes one paragraph and exit code 2, no traceback."""
+    try:
+        return main()
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}). What helps, in this order: "
+              "--text_encoder_quant, --vae_tiling, fewer --num_images_per_prompt, a smaller --height and --width, "
+              "--offload model, --offload group.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(2)
+
+
+class StageLog:
+    """One line per stage with its seconds, on stderr; the seconds go into the JSON as well."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.line(f"{name:<12} {self.seconds[name]:8.2f} s")
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def summarize(seconds: list[float]) -> dict:
+    """Mean, variance (of the sample), median, min, max and the raw list, in seconds."""
+    return {
+        "mean": statistics.fmean(seconds),
+        "variance": statistics.variance(seconds) if len(seconds) > 1 else 0.0,
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "raw": seconds,
+    }
+
+
+def environment() -> dict:
+    """Machine, driver, package versions, commit and command line: what a figure must be read with."""
+    packages = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "accelerate", "fa3-fwd",
+                "flash-attn-3", "amd-aiter")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
+              "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
+              "commit": _output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+              "argv": sys.argv[1:], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        smi = _output_of("nvidia-smi", f"--id={torch.cuda.current_device()}",
+                         "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
+        driver, _, power = (smi or "").partition(", ")
+        record |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30,
+                   "compute_capability": f"{properties.major}.{properties.minor}",
+                   "driver": driver or None, "power_limit": power or None}
+    return record
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory() -> dict | None:
+    """Peak GPU memory since the last reset, in GiB: what tensors took and what the allocator held for them."""
+    if not torch.cuda.is_available():
+        return None
+    return {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+
+
+def write_json(path: str, record: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def annotate(function, title: str):
+    """`function` as a named region of a profiler trace."""
+    @functools.wraps(function)
+    def annotated(*args, **kwargs):
+        with torch.profiler.record_function(title):
+            return function(*args, **kwargs)
+    return annotated

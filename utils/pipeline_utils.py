@@ -1,0 +1,291 @@
+"""The recipe: load a FLUX.1 pipeline, then `optimize` it, top to bottom, in the one order in which the steps work."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
+
+from utils import attention, random_weights, step_cache
+from utils.benchmark_utils import RecipeError, StageLog
+from utils.checkpoint import configs_of, hub_errors, image_settings, is_built_in, read_configs
+from utils.cuda_graph import CUDAGraphed
+from utils.images import GPUImageProcessor, load_reference, reference_size
+from utils.techniques import GIB, Decision, detect, plan, where_to_build
+
+
+def load_pipeline(args):
+    """The FluxPipeline or FluxKontextPipeline of `args`, LoRA fused, nothing else changed yet.
+
+    Everything that can be refused is refused here, from configs of a few kB, before any weights load. Weights land on
+    the GPU, or on the CPU if they fit on the GPU only once `optimize` has quantised them.
+
+    Raises:
+        RecipeError: with what to do about it.
+    """
+    configs = read_configs(args.ckpt, args.revision, args.random_weights)
+    hardware = detect(args.device, args.gpu_memory_limit)
+    chosen = plan(args, configs, hardware)
+    device = where_to_build(args, configs, hardware, chosen)
+    if args.gpu_memory_limit:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
+
+    if is_built_in(args.ckpt, args.random_weights):
+        pipeline = random_weights.build(configs, device, chosen.dtype)
+    else:
+        with hub_errors(args.ckpt, args.revision):
+            pipeline = DiffusionPipeline.from_pretrained(args.ckpt, revision=args.revision, dtype=chosen.dtype,
+                                                         use_safetensors=True)
+        pipeline.to(device)
+    if args.lora:
+        fuse_lora(pipeline, args.lora)
+    show_progress(pipeline, not args.quiet)
+    return pipeline
+
+
+def optimize(pipeline, args, log: StageLog | None = None):
+    """Applies every technique that is switched on, in order, and warms up with the very shapes of the real call.
+
+    Returns `pipeline`, with `pipeline.techniques`: what each technique did, or why it is off.
+    """
+    log = log or StageLog(args.quiet)
+    chosen = plan(args, configs_of(pipeline), detect(args.device))
+    techniques = pipeline.techniques = chosen.decisions
+    transformer, vae = pipeline.transformer, pipeline.vae
+    device = torch.device(args.device)
+
+    # Fusing concatenates weights, which quantised tensors cannot do: before quantisation, after LoRA.
+    if chosen.is_on("fused projections"):
+        fuse_projections(transformer)
+        fuse_projections(vae)
+    # cuDNN's convolutions on tensor cores want NHWC; converting in between costs more than the convolutions gain.
+    if chosen.is_on("channels_last"):
+        vae.to(memory_format=torch.channels_last)
+    if args.vae_tiling:
+        vae.enable_tiling()
+    # Scaled by the norms' weights: after LoRA.
+    if chosen.attention_backend in attention.BACKENDS:
+        attention.use_attention_library(transformer, chosen.attention_backend)
+    elif techniques["attention"].on:
+        transformer.set_attention_backend(chosen.attention_backend)
+
+    with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
+        if chosen.quant:
+            count = quantize_transformer(transformer, *chosen.quant, device)
+            techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
+        if args.text_encoder_quant:
+            quantize_text_encoder(pipeline.text_encoder_2, device)
+    if args.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif args.offload == "group":
+        pipeline.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
+                                      offload_type="leaf_level", use_stream=True)
+    else:
+        pipeline.to(device)
+
+    # The cache replaces the blocks' callers, compilation the blocks: in this order both hold.
+    if chosen.cache:
+        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
+    if chosen.is_on("inductor flags"):
+        set_inductor_tuning_flags()
+    if chosen.is_on("compile"):
+        compile_pipeline(pipeline, args.compile_scope, args.cache_dir)
+    if chosen.is_on("CUDA graphs"):
+        pool = torch.cuda.graph_pool_handle()
+        pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, pool)
+        pipeline.text_encoder_2 = CUDAGraphed(pipeline.text_encoder_2, pool)
+        vae.decoder = CUDAGraphed(vae.decoder, pool)
+        if not chosen.cache:
+            pipeline.transformer = CUDAGraphed(transformer, pool)
+    if chosen.is_on("GPU postprocess"):
+        pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
+
+    width = max(len(name) for name in techniques)
+    for name, decision in techniques.items():
+        log.line(f"  {name:<{width}}  {'on ' if decision.on else 'off'}  {decision.how}")
+    if chosen.is_on("compile") or chosen.is_on("CUDA graphs"):
+        # A cache takes its other branch only after its own warm-up steps; everything else shows in one step.
+        steps = chosen.settings.num_inference_steps if chosen.cache else 1
+        with log.stage("compile" if chosen.is_on("compile") else "record"):
+            show_progress(pipeline, False)
+            pipeline(**call_kwargs(pipeline, args, num_inference_steps=steps))
+            show_progress(pipeline, not args.quiet)
+    return pipeline
+
+
+def show_progress(pipeline, shown: bool) -> None:
+    pipeline.set_progress_bar_config(desc="denoising", disable=not shown)
+
+
+def call_kwargs(pipeline, args, prompt: str | None = None, seed: int | None = None,
+                num_inference_steps: int | None = None) -> dict:
+    """The arguments of one pipeline call: the only place where they are made, for warm-up, timing, trace and images.
+
+    Holds generators, which a call uses up: make new ones for each call, outside what is timed.
+    """
+    settings = image_settings(args, configs_of(pipeline))
+    seed = args.seed if seed is None else seed
+    kwargs = dict(
+        prompt=args.prompt if prompt is None else prompt,
+        height=settings.height, width=settings.width,
+        num_inference_steps=num_inference_steps or settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale, max_sequence_length=settings.max_sequence_length,
+        num_images_per_prompt=args.num_images_per_prompt,
+        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(args.num_images_per_prompt)])
+    if args.true_cfg_scale > 1:
+        kwargs |= dict(negative_prompt=args.negative_prompt, true_cfg_scale=args.true_cfg_scale)
+    if settings.model.needs_image:
+        kwargs |= _reference_kwargs(load_reference(args.image), settings.width, settings.height)
+    return kwargs
+
+
+def _reference_kwargs(image, width: int, height: int) -> dict:
+    """Kontext's image arguments. At a megapixel diffusers picks the nearest size that Kontext was trained on; at other
+    sizes it would still return a megapixel, so there the reference is brought to the output's area."""
+    area = width * height
+    if area == 1024 * 1024:
+        return dict(image=image, max_area=area)
+    return dict(image=image.resize(reference_size(image, area)), max_area=area, _auto_resize=False)
+
+
+@torch.no_grad()
+def with_embeddings(pipeline, kwargs: dict, cache: dict) -> dict:
+    """`kwargs` with the prompts replaced by their embeddings, each distinct prompt encoded once and kept in `cache`."""
+    kwargs = dict(kwargs)
+    images = kwargs.pop("num_images_per_prompt")
+    for prefix in ("", "negative_"):
+        if (prompt := kwargs.pop(f"{prefix}prompt", None)) is None:
+            continue
+        if prompt not in cache:
+            embeds, pooled, _ = pipeline.encode_prompt(
+                prompt=prompt, prompt_2=None, num_images_per_prompt=images,
+                max_sequence_length=kwargs["max_sequence_length"])
+            cache[prompt] = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        names = {"prompt_embeds": f"{prefix}prompt_embeds", "pooled_prompt_embeds": f"{prefix}pooled_prompt_embeds"}
+        kwargs |= {names[name]: tensor for name, tensor in cache[prompt].items()}
+    return kwargs
+
+
+def fuse_lora(pipeline, lora: str) -> None:
+    """Adds a LoRA, PATH[:SCALE], to the weights and drops the adapter: no cost per step, and the only way that
+    survives fused projections and quantisation."""
+    path, _, scale = lora.rpartition(":")
+    try:
+        scale = float(scale) if path else 1.0
+    except ValueError:
+        path, scale = "", 1.0
+    path = path or lora
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_file():
+            pipeline.load_lora_weights(str(folder.parent), weight_name=folder.name)
+        else:
+            with hub_errors(path, None):
+                pipeline.load_lora_weights(str(folder) if folder.is_dir() else path)
+    except ImportError as error:
+        raise RecipeError(f"--lora needs peft: pip install peft ({error})") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"--lora {path}: cannot be loaded into this model ({str(error).splitlines()[0]}).") from error
+    if not pipeline.get_active_adapters():
+        raise RecipeError(f"--lora {path}: none of its weights belong to this model.")
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+
+
+def fuse_projections(model: torch.nn.Module) -> None:
+    """One Linear for q, k, v instead of three, and the three freed: diffusers keeps them, 4.3 GB in FLUX.1's case."""
+    model.fuse_qkv_projections()
+    for module in model.modules():
+        if getattr(module, "fused_projections", False):
+            for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+                if hasattr(module, name):
+                    delattr(module, name)
+
+
+def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: str, device: torch.device) -> int:
+    """Quantises the Linears of the blocks, weights now and activations at run time, one after the other on `device`.
+
+    The embedders and the output projection stay as they are: 0.6 % of the weights, and every image passes through.
+
+    Args:
+        kind: "float8" (e4m3, fp32 accumulation) or "int8".
+        granularity: one scale a "row" (output channel, token) or a "tensor".
+
+    Returns:
+        The number of quantised Linears.
+    """
+    if kind == "float8":
+        # An all-zero activation row (padding, a dead branch) would divide by zero and spread NaN: hence the bound.
+        # set_inductor_config: torchao would switch on coordinate descent behind --disable_inductor_tuning_flags.
+        config = Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow() if granularity == "row" else PerTensor(), activation_value_lb=1e-12,
+            set_inductor_config=False)
+    else:
+        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+    wanted = []
+
+    def quantisable(module, name):
+        if not isinstance(module, torch.nn.Linear) or "transformer_blocks." not in name:
+            return False
+        if kind == "int8" and ".norm" in name:
+            # Modulation has one row; cuBLAS' int8 kernel starts at 17.
+            return False
+        if granularity == "tensor" and module.weight.shape == (128, 128):
+            # torchao takes one scale of a 128x128 weight for 128x128 block scaling.
+            return False
+        _replace_zero_rows(module.weight)
+        wanted.append(name)
+        return True
+
+    quantize_(transformer, config, filter_fn=quantisable, device=device)
+    return len(wanted)
+
+
+@torch.no_grad()
+def _replace_zero_rows(weight: torch.nn.Parameter) -> None:
+    """Gives rows of zeros (an untrained LoRA target, a pruned channel) the smallest normal value: their scale would be
+    0/448 and their result NaN."""
+    weight.masked_fill_((weight == 0).all(dim=1, keepdim=True), torch.finfo(weight.dtype).tiny)
+
+
+def quantize_text_encoder(t5: torch.nn.Module, device: torch.device) -> None:
+    """T5's Linears with int8 weights, one scale an output row: 9.5 -> 4.9 GB. Activations stay: T5's have outliers."""
+    quantize_(t5, Int8WeightOnlyConfig(set_inductor_config=False), device=device)
+
+
+def set_inductor_tuning_flags() -> None:
+    """The four flags of flux-fast, for all compilation that follows in this process."""
+    config = torch._inductor.config
+    config.conv_1x1_as_mm = True  # 1x1 convolutions are matrix products, and NHWC ones need no reshuffling
+    config.epilogue_fusion = False  # leave pointwise work out of the matrix products
+    config.coordinate_descent_tuning = True
+    config.coordinate_descent_check_all_directions = True
+
+
+def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
+    """Marks the transformer (its two kinds of block, or all of it) and the VAE for compilation at their first call."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).expanduser() / "inductor"))
+    # On ROCm static shapes gave black images in flux-fast's experience; not tried here.
+    dynamic = True if torch.version.hip else None
+    if scope == "blocks":
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic)
+    else:
+        pipeline.transformer.compile(fullgraph=True, dynamic=dynamic, mode="max-autotune-no-cudagraphs")
+    pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)
+    if image_encoder_is_used(pipeline):
+        pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
+
+
+def image_encoder_is_used(pipeline) -> bool:
+    return "Kontext" in type(pipeline).__name__

@@ -1,0 +1,247 @@
+"""Decides, before any weights load, what is switched on: from the flags, the checkpoint's configs and the hardware.
+
+Every technique ends up as one line: on and how, or off and why. What was asked for by name and cannot be had is an
+error with its cure; what is merely on by default is switched off where it cannot run, unless --strict.
+"""
+
+import argparse
+import os
+import shutil
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
+
+from utils import attention, step_cache
+from utils.benchmark_utils import RecipeError
+from utils.checkpoint import ImageSettings, image_settings, weight_counts
+
+GIB = 2**30
+
+
+class Decision(NamedTuple):
+    on: bool
+    how: str  # how it is on, or why it is off
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the decisions depend on; made by `detect`, or by hand in a test."""
+    device: str
+    capability: tuple[int, int] = (0, 0)
+    is_rocm: bool = False
+    name: str = "CPU"
+    free_bytes: int = 0
+
+    @property
+    def has_float8(self) -> bool:
+        if self.device != "cuda":
+            return False
+        return "MI3" in self.name if self.is_rocm else self.capability >= (8, 9)
+
+
+@dataclass
+class Plan:
+    """The recipe's choices in the form `optimize` uses them; `decisions` says the same to people."""
+    settings: ImageSettings
+    dtype: torch.dtype
+    attention_backend: str = "native"
+    quant: tuple[str, str] | None = None  # (float8 | int8, row | tensor)
+    cache: step_cache.CacheOptions | None = None
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+    def is_on(self, name: str) -> bool:
+        return self.decisions[name].on
+
+
+def detect(device: str, memory_limit_gib: float | None = None) -> Hardware:
+    """The machine's `Hardware`; `memory_limit_gib` caps what counts as free."""
+    if device == "cpu":
+        return Hardware("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    if memory_limit_gib:
+        free = min(free, int(memory_limit_gib * GIB))
+    return Hardware("cuda", torch.cuda.get_device_capability(), torch.version.hip is not None,
+                    torch.cuda.get_device_name(), free)
+
+
+def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
+    """Every choice of the recipe, made from arguments alone.
+
+    Raises:
+        RecipeError: a wish that this checkpoint or this machine cannot fulfil, or, with --strict, a default.
+    """
+    settings = image_settings(args, configs)
+    model = settings.model
+    if model.needs_image and not args.image:
+        raise RecipeError(f"{args.ckpt} edits an image: give one with --image PATH_OR_URL.")
+    if args.image and not model.needs_image:
+        raise RecipeError(f"--image is for Kontext; {args.ckpt} draws from text alone. Drop it, or use "
+                          "--ckpt black-forest-labs/FLUX.1-Kontext-dev (or tiny-kontext).")
+    chosen = Plan(settings, torch.float32 if args.disable_bf16 else torch.bfloat16)
+    on = chosen.decisions
+
+    def default_on(name: str, disabled: bool, flag: str, obstacle: str | None, how: str) -> bool:
+        if obstacle and not disabled and args.strict:
+            raise RecipeError(f"--strict: {name} is on by default but cannot run here: {obstacle}. "
+                              f"Switch it off with {flag}, or drop --strict.")
+        on[name] = Decision(not disabled and not obstacle, flag if disabled else obstacle or how)
+        return on[name].on
+
+    old_gpu = hardware.device == "cuda" and not hardware.is_rocm and hardware.capability < (8, 0)
+    if not default_on("bf16", args.disable_bf16, "--disable_bf16",
+                      f"{hardware.name} has no bf16 units" if old_gpu else None, "weights and activations"):
+        chosen.dtype = torch.float32
+    default_on("fused projections", args.disable_fused_projections, "--disable_fused_projections", None,
+               "one GEMM for q, k, v; the separate copies freed")
+    default_on("channels_last", args.disable_channels_last, "--disable_channels_last", None, "VAE")
+
+    compiles = default_on("compile", args.compile_export_mode == "disabled", "--compile_export_mode disabled",
+                          "--offload group hooks into every layer" if args.offload == "group" else
+                          _compiler_obstacle(hardware), f"{args.compile_scope}, VAE")
+    _choose_attention(args, hardware, chosen, default_on, configs)
+    _choose_quant(args, hardware, chosen, default_on, compiles)
+    on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
+                                        else "--text_encoder_quant not given")
+    if args.text_encoder_quant and args.offload == "group":
+        raise RecipeError("--text_encoder_quant does not go with --offload group: the hooks move plain tensors only. "
+                          "Use --offload model, or drop one of the two.")
+    _choose_cache(args, configs, chosen)
+    default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
+               None if compiles else "nothing is compiled", "conv_1x1_as_mm, coordinate descent, no epilogue fusion")
+    obstacle = ("no GPU" if hardware.device == "cpu" else
+                f"--offload {args.offload} moves weights" if args.offload != "none" else None)
+    default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,
+               "text encoders, VAE decoder" + (", step" if chosen.cache is None else
+                                               "; not the step: the cache decides between blocks"))
+    default_on("GPU postprocess", args.disable_gpu_postprocess, "--disable_gpu_postprocess",
+               "no GPU" if hardware.device == "cpu" else None, "8-bit pixels made on the GPU")
+    on["offload"] = Decision(args.offload != "none", args.offload)
+    return chosen
+
+
+def _compiler_obstacle(hardware: Hardware) -> str | None:
+    if hardware.device == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "Triton is not installed"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")):
+        return "no C++ compiler (Debian, Ubuntu: apt install g++)"
+    return None
+
+
+def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, configs: dict) -> None:
+    wanted = args.attention_backend
+    known = [*attention.BACKENDS, *(name.value for name in AttentionBackendName)]
+    if wanted and wanted not in known:
+        raise RecipeError(f"--attention_backend {wanted}: unknown. Choose from {', '.join(known)}.")
+    if wanted and wanted not in attention.BACKENDS:
+        try:
+            # diffusers checks for the package when a backend is set: try it on a model that costs nothing.
+            with torch.device("meta"):
+                FluxTransformer2DModel(num_layers=1, num_single_layers=1).set_attention_backend(wanted)
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise RecipeError(f"--attention_backend {wanted}: {error}") from error
+        chosen.attention_backend = wanted
+        chosen.decisions["attention"] = Decision(True, f"{wanted} (diffusers' dispatcher)")
+        return
+
+    backend = wanted or ("aiter" if hardware.is_rocm else "fa3")
+    library, precision = attention.BACKENDS[backend]
+    function, found = attention.find_library(library) if hardware.device == "cuda" else (None, "")
+    if hardware.device == "cpu":
+        obstacle = f"no GPU ({backend} is a GPU library)"
+    elif library == "fa3" and (hardware.is_rocm or hardware.capability[0] != 9):
+        obstacle = f"FlashAttention-3 is written for Hopper (sm_90), this is {hardware.name}"
+    elif library == "aiter" and not hardware.is_rocm:
+        obstacle = f"AITER is for AMD GPUs, this is {hardware.name}"
+    elif function is None:
+        obstacle = found
+    elif configs["transformer"]["attention_head_dim"] not in (64, 128, 256):
+        obstacle = f"head dimension {configs['transformer']['attention_head_dim']} is not 64, 128 or 256"
+    else:
+        obstacle = None
+    if wanted and obstacle:
+        raise RecipeError(f"--attention_backend {wanted}: {obstacle}. Use --attention_backend native or _native_cudnn.")
+    how = {"fp8": "fp8, scaled", "fp8_unscaled": "fp8, unscaled", "bf16": "bf16"}[precision]
+    if library == "aiter":
+        how = "fp8, quantised by AITER"
+    if default_on("attention", args.disable_fa3 and not wanted, "SDPA (--disable_fa3)",
+                  f"SDPA: {obstacle}" if obstacle else None, f"{backend} ({how}) from {found}"):
+        chosen.attention_backend = backend
+        attention.register_library(library, function)
+
+
+def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: bool) -> None:
+    kind = args.quant_dtype
+    if kind == "float8" and not hardware.has_float8:
+        raise RecipeError(f"--quant_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, or an MI300; this "
+                          f"is {hardware.name}. Use --quant_dtype int8 or --disable_quant.")
+    if kind == "auto":
+        kind = "float8" if hardware.has_float8 else "int8"
+    granularity = args.quant_granularity or ("row" if kind == "int8" or chosen.dtype == torch.bfloat16 else "tensor")
+    obstacle = None
+    if args.offload == "group":
+        obstacle = "--offload group moves plain tensors only"
+    elif kind == "int8" and not compiles:
+        obstacle = "int8 pays only when compiled"
+    if obstacle and args.quant_dtype != "auto":
+        raise RecipeError(f"--quant_dtype {args.quant_dtype}: {obstacle}. Drop one of the two.")
+    if default_on("quantisation", args.disable_quant, "--disable_quant", obstacle,
+                  f"{kind} dynamic, one scale a {granularity}"):
+        chosen.quant = (kind, granularity)
+
+
+def _choose_cache(args, configs: dict, chosen: Plan) -> None:
+    if not (args.enable_cache_dit or args.cache_dit_config):
+        chosen.decisions["step cache"] = Decision(False, "--enable_cache_dit not given")
+        return
+    options = step_cache.from_yaml(args.cache_dit_config) if args.cache_dit_config else step_cache.DEFAULT
+    blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
+    step_cache.check(options, chosen.settings.num_inference_steps, blocks)
+    chosen.cache = options
+    chosen.decisions["step cache"] = Decision(True, str(options))
+
+
+def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
+    """The device to put unquantised weights on: the CPU if they fit on the GPU only once they are quantised.
+
+    The working set was measured on an H100 (results/): its largest part is the VAE decoder's activations.
+
+    Raises:
+        RecipeError: even the finished recipe does not fit into the GPU's free memory; says by how much and what helps.
+    """
+    if hardware.device == "cpu":
+        return "cpu"
+    count = weight_counts(configs)
+    plain = chosen.dtype.itemsize
+    needs = {
+        "transformer": count["blocks"] * (1 if chosen.quant else plain) + (count["transformer"] - count["blocks"]) * plain,
+        "text encoders": count["text_encoder_2"] * (1 if args.text_encoder_quant else plain) + count["text_encoder"] * plain,
+        "VAE": count["vae"] * plain,
+    }
+    megapixels = chosen.settings.height * chosen.settings.width / 2**20 * args.num_images_per_prompt
+    working = (1.0 if args.vae_tiling else 3.5) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
+    if args.offload != "none":
+        build_on = "cpu"
+        resident = max(needs.values()) if args.offload == "model" else 0
+    else:
+        resident = sum(needs.values())
+        unquantised = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae")) * plain
+        build_on = "cpu" if unquantised + working > hardware.free_bytes else "cuda"
+    if resident + working > hardware.free_bytes:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
+        helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),
+                                          ("--vae_tiling", args.vae_tiling),
+                                          ("--offload model", args.offload != "none"),
+                                          ("--offload group", args.offload == "group")) if not given]
+        if args.disable_quant:
+            helps.insert(0, "quantisation (drop --disable_quant)")
+        raise RecipeError(
+            f"not enough GPU memory: about {(resident + working) / GIB:.1f} GiB are needed ({parts}, working set "
+            f"{working / GIB:.1f}), {hardware.free_bytes / GIB:.1f} GiB are free on {hardware.name}. What helps: "
+            f"{', '.join([*helps, 'a smaller --height and --width'])}.")
+    return build_on
