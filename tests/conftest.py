@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from utils import random_weights
+from utils.benchmark_utils import create_parser
+
+# Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_args():
+    """Arguments as the command line gives them: make_args("--ckpt", "tiny-flux", ...)."""
+    def make(*argv):
+        return create_parser().parse_args(["--device", "cpu", "--quiet", *argv])
+    return make
+
+
+@pytest.fixture
+def build():
+    """A small pipeline with random weights, the same ones for the same name and dtype."""
+    def make(name="tiny-flux", dtype=torch.float32, layers="full"):
+        pipeline = random_weights.build(random_weights.architecture(name, layers), "cpu", dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+    return make
+
+
+def relative(found, reference):
+    """||found - reference|| / ||reference||."""
+    return ((found.double() - reference.double()).norm() / reference.double().norm()).item()

@@ -1,0 +1,93 @@
+"""What is known of a checkpoint before its weights load, and the sentences for everything that the Hub can answer."""
+
+import json
+import types
+
+import pytest
+import torch
+from huggingface_hub import errors
+
+from utils import checkpoint, random_weights
+from utils.benchmark_utils import RecipeError
+from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
+from utils.pipeline_utils import load_pipeline
+
+
+@pytest.mark.parametrize("name, expected", [("tiny-flux", "schnell"), ("tiny-flux-dev", "dev"),
+                                            ("tiny-kontext", "kontext")])
+def test_a_local_folder_is_known_by_what_it_is(build, tmp_path, make_args, name, expected):
+    """flux-fast knew a model by its name in four different ways; a folder or fine-tune fell through all of them."""
+    folder = tmp_path / "my-fine-tune"
+    pipeline = build(name)
+    pipeline.save_pretrained(folder)
+    from_files = read_configs(str(folder))
+    assert identify(from_files).name == expected == identify(configs_of(pipeline)).name
+    settings = image_settings(make_args(), from_files)
+    assert settings == image_settings(make_args(), configs_of(pipeline))
+    assert (settings.height, settings.width, settings.max_sequence_length) == (128, 128, 64)
+    assert settings.num_inference_steps == (4 if expected == "schnell" else 28)
+
+
+def test_a_local_folder_loads_with_the_same_weights(build, tmp_path, make_args):
+    pipeline = build("tiny-flux-dev", torch.bfloat16)
+    pipeline.save_pretrained(tmp_path)
+    loaded = load_pipeline(make_args("--ckpt", str(tmp_path)))
+    assert type(loaded).__name__ == "FluxPipeline" and loaded.transformer.dtype == torch.bfloat16
+    for (name, a), (_, b) in zip(pipeline.transformer.state_dict().items(), loaded.transformer.state_dict().items(),
+                                 strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_flags_win_over_the_models_defaults(make_args):
+    args = make_args("--height", "64", "--num_inference_steps", "7", "--guidance_scale", "0")
+    settings = image_settings(args, random_weights.architecture("FLUX.1-dev"))
+    assert (settings.height, settings.width, settings.num_inference_steps, settings.guidance_scale) == (64, 1024, 7, 0)
+
+
+def test_another_pipeline_is_refused(tmp_path):
+    configs = dict(random_weights.architecture("tiny-flux"), pipeline_class="StableDiffusionPipeline")
+    with pytest.raises(RecipeError, match="StableDiffusionPipeline"):
+        identify(configs)
+
+
+def test_a_folder_without_a_model_index_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no model_index.json"):
+        read_configs(str(tmp_path))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(RecipeError, match="no transformer/config.json"):
+        read_configs(str(tmp_path))
+
+
+def _answer(kind):
+    if issubclass(kind, errors.HfHubHTTPError):
+        return kind("the Hub's own words", response=types.SimpleNamespace(headers={}, request=None))
+    return kind("the Hub's own words")
+
+
+@pytest.mark.parametrize("kind, text", [
+    (errors.GatedRepoError, "gated.*Accept its licence.*hf auth login"),
+    (errors.RepositoryNotFoundError, "neither a local folder nor a checkpoint"),
+    (errors.HFValidationError, "neither a local folder nor a checkpoint"),
+    (errors.RevisionNotFoundError, "no revision 'v9'"),
+    (errors.LocalEntryNotFoundError, "cannot be reached.*--random_weights"),
+    (errors.HfHubHTTPError, "answered with an error: the Hub's own words"),
+])
+def test_what_the_hub_answers_becomes_what_to_do(monkeypatch, kind, text):
+    def download(*args, **kwargs):
+        raise _answer(kind)
+    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    with pytest.raises(RecipeError, match=f"(?s)--ckpt black-forest-labs/FLUX.1-dev.*{text}"):
+        read_configs("black-forest-labs/FLUX.1-dev", revision="v9")
+
+
+def test_no_network_is_said(monkeypatch):
+    """With the real client, offline: nothing is in the cache, nothing can be fetched."""
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        read_configs("nobody/nothing-of-this-name")
+
+
+def test_other_errors_pass_unchanged():
+    with pytest.raises(ZeroDivisionError), hub_errors("a", None):
+        _ = 1 / 0

@@ -1,0 +1,156 @@
+"""The command line: names, spellings, and what is refused before anything loads."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import benchmark_utils, random_weights
+from utils.benchmark_utils import RecipeError, check_args, create_parser, replacing, summarize
+from utils.pipeline_utils import load_pipeline
+
+ROOT = Path(__file__).parent.parent
+
+# The usage text that the project started from.
+SEED_FLAGS = """--ckpt --prompt --cache-dir --device --num_inference_steps --output-file --trace-file --disable_bf16
+--compile_export_mode --disable_fused_projections --disable_channels_last --disable_fa3 --disable_quant
+--disable_inductor_tuning_flags --enable_cache_dit --use-cached-model --image --seed""".split()
+
+
+def test_every_flag_of_the_seed_is_there_under_its_name():
+    text = create_parser().format_help()
+    assert [flag for flag in SEED_FLAGS if not re.search(rf"{flag}\b", text)] == []
+
+
+@pytest.mark.parametrize("argv", [
+    ["--disable-fa3", "--output-file", "a.png", "--compile-export-mode=disabled"],
+    ["--disable_fa3", "--output_file", "a.png", "--compile_export_mode=disabled"],
+])
+def test_dashes_and_underscores_are_the_same_flag(argv):
+    args = create_parser().parse_args(argv)
+    assert (args.disable_fa3, args.output_file, args.compile_export_mode) == (True, "a.png", "disabled")
+
+
+def test_a_prompt_that_looks_like_a_flag_value_stays_as_it_is():
+    assert create_parser().parse_args(["--prompt=a-b_c --d-e"]).prompt == "a-b_c --d-e"
+
+
+def test_abbreviations_and_typos_are_errors(capsys):
+    with pytest.raises(SystemExit) as error:
+        create_parser().parse_args(["--disable_fa"])
+    assert error.value.code == 2 and "--disable_fa" in capsys.readouterr().err
+
+
+REFUSED_BY_ARGUMENTS = [
+    (["--height", "100"], "--height 100.*multiple of 16.*96"),
+    (["--width", "0"], "--width 0"),
+    (["--num_inference_steps", "0"], "at least 1"),
+    (["--num_images_per_prompt", "0"], "at least 1"),
+    (["--runs", "0"], "at least 1"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--offload", "model"], "nothing to move"),
+    (["--gpu_memory_limit", "8"], "needs --device cuda"),
+    (["--negative_prompt", "x"], "--true_cfg_scale"),
+    (["--true_cfg_scale", "3"], "--negative_prompt"),
+    (["--disable_quant", "--quant_dtype", "int8"], "contradicts"),
+    (["--disable_quant", "--quant_granularity", "row"], "contradicts"),
+    (["--quant_dtype", "int8", "--quant_granularity", "tensor"], "per row"),
+    (["--quant_granularity", "row", "--disable_bf16"], "bf16"),
+    (["--disable_fa3", "--attention_backend", "fa3"], "contradicts"),
+    (["--compile_export_mode", "export_aoti"], "--compile_export_mode compile"),
+    (["--use-cached-model"], "--compile_export_mode compile"),
+    (["--compile_scope", "whole", "--compile_export_mode", "disabled"], "contradicts"),
+    (["--compile_scope", "whole", "--enable_cache_dit"], "--compile_scope blocks"),
+    (["--random_weights", "--lora", "x"], "drop one"),
+    (["--prompts-file", "nowhere.txt"], "no such file"),
+    (["--cache_dit_config", "nowhere.yaml"], "no such file"),
+    (["--image", "nowhere.png"], "no such file"),
+    (["--output-file", "image.gif"], "unknown image type '.gif'"),
+    (["--output-file", "/proc/nowhere/a.png"], "cannot make its folder"),
+]
+
+
+@pytest.mark.parametrize("argv, text", REFUSED_BY_ARGUMENTS, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_refused_by_the_arguments_alone(make_args, argv, text):
+    with pytest.raises(RecipeError, match=f"(?s){text}"):
+        check_args(make_args(*argv))
+
+
+REFUSED_BY_THE_MODEL = [
+    (["--ckpt", "tiny-kontext"], "--image PATH_OR_URL"),
+    (["--ckpt", "tiny-flux", "--image", "IMAGE"], "--image is for Kontext"),
+    (["--ckpt", "tiny-flux", "--enable_cache_dit"], "nothing could be cached"),
+    (["--ckpt", "tiny-flux-dev", "--enable_cache_dit"], "has 8: nothing is left to cache"),
+    (["--ckpt", "tiny-flux", "--attention_backend", "fa3"], "fa3.*no GPU"),
+    (["--ckpt", "tiny-flux", "--attention_backend", "aiter"], "aiter.*no GPU"),
+    (["--ckpt", "tiny-flux", "--attention_backend", "flash3"], "unknown. Choose from"),
+    (["--ckpt", "tiny-flux", "--attention_backend", "sage"], "missing package"),
+    (["--ckpt", "tiny-flux", "--quant_dtype", "float8"], "8.9"),
+    (["--ckpt", "tiny-flux", "--quant_dtype", "int8", "--compile_export_mode", "disabled"], "only when compiled"),
+    (["--ckpt", "tiny-flux", "--strict"], "--strict: attention.*--disable_fa3"),
+    (["--ckpt", "someone/a-model", "--random_weights"], "knows no architecture called 'a-model'"),
+    (["--ckpt", "FLUX.1-dev", "--random_weights", "2x4"], "2\\+4"),
+]
+
+
+@pytest.mark.parametrize("argv, text", REFUSED_BY_THE_MODEL, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_refused_before_weights_load(make_args, monkeypatch, tmp_path, argv, text):
+    monkeypatch.setattr(random_weights, "build", lambda *_: pytest.fail("weights were loaded first"))
+    image = tmp_path / "image.png"
+    image.write_bytes(b"")
+    args = make_args(*[str(image) if a == "IMAGE" else a for a in argv])
+    check_args(args)
+    with pytest.raises(RecipeError, match=f"(?s){text}"):
+        load_pipeline(args)
+
+
+@pytest.mark.parametrize("script", ["gen_image.py", "run_benchmark.py"])
+def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
+    done = subprocess.run([sys.executable, script, "--ckpt", str(tmp_path), "--device", "cpu"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --ckpt") and "model_index.json" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_output_folders_are_made(make_args, tmp_path):
+    check_args(make_args("--output-file", str(tmp_path / "a" / "b" / "c.png")))
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_folder_is_no_output_file(make_args, tmp_path):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(RecipeError, match="it is a folder"):
+        check_args(make_args("--output-file", str(tmp_path / "x.png")))
+
+
+def test_the_reference_image_is_never_overwritten(make_args, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(RecipeError, match="overwrite --image"):
+        check_args(make_args("--image", str(tmp_path / "x.png"), "--output-file", str(tmp_path / "x.png")))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_summary_against_the_definitions():
+    found = summarize([1.0, 2.0, 4.0, 9.0])
+    assert found["mean"] == 4.0 and found["median"] == 3.0 and (found["min"], found["max"]) == (1.0, 9.0)
+    assert found["variance"] == pytest.approx((9 + 4 + 0 + 25) / 3)
+    assert summarize([1.0])["variance"] == 0.0
+
+
+def test_the_environment_names_versions_and_command():
+    record = benchmark_utils.environment()
+    assert record["packages"]["torch"] and record["packages"]["diffusers"] and record["argv"] is not None

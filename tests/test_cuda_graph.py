@@ -1,0 +1,49 @@
+"""When two calls may share a CUDA graph; on a GPU, that replays equal the module."""
+
+import pytest
+import torch
+
+from utils.cuda_graph import CUDAGraphed, signature
+
+X = torch.randn(2, 3)
+
+
+@pytest.mark.parametrize("other", [
+    ((torch.randn(3, 2),), {"a": X, "flag": None}),          # positional shape: flux-fast's key ignored it
+    ((X,), {"a": torch.randn(2, 4), "flag": None}),          # shape of a named input
+    ((X,), {"a": X.double(), "flag": None}),                 # dtype
+    ((X,), {"a": X.to("meta"), "flag": None}),               # device
+    ((X,), {"b": X, "flag": None}),                          # name
+    ((X,), {"a": X, "flag": X}),                             # None against a tensor
+    ((X,), {"a": X, "flag": False}),                         # None against another value
+    ((X,), {"a": X, "flag": 0}),                             # False and 0 are equal, and yet not the same
+    ((X,), {"a": [X], "flag": None}),                        # tree
+    ((X,), {"a": X}),                                        # missing
+    ((X, X), {"a": X, "flag": None}),                        # one more
+])
+def test_signatures_differ(other):
+    assert signature((X,), {"a": X, "flag": None}) != signature(*other)
+
+
+def test_zero_is_not_false():
+    assert signature((0,), {}) != signature((False,), {})
+
+
+def test_signatures_agree_on_values_and_strides():
+    same = torch.zeros(3, 2).t()
+    assert signature((X,), {"a": X, "k": {"b": 1}}) == signature((same,), {"a": same, "k": {"b": 1}})
+    assert hash(signature((X,), {})) == hash(signature((same,), {}))
+
+
+def test_an_argument_that_cannot_be_compared_is_refused():
+    with pytest.raises(TypeError):
+        signature((bytearray(b"x"),), {})
+
+
+def test_attributes_are_the_modules_own():
+    module = torch.nn.Linear(4, 3)
+    module.config = {"a": 1}
+    wrapped = CUDAGraphed(module)
+    assert wrapped.config == {"a": 1} and wrapped.weight is module.weight and wrapped.in_features == 4
+    with pytest.raises(AttributeError):
+        wrapped.nothing_of_this_name  # noqa: B018

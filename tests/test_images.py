@@ -1,0 +1,70 @@
+import PIL.Image
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+from utils.benchmark_utils import RecipeError
+from utils.images import (
+    GPUImageProcessor,
+    load_reference,
+    numbered_path,
+    read_parameters,
+    reference_size,
+    save_image,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_equal_diffusers(dtype):
+    image = (torch.randn(2, 3, 40, 24) * 0.8).to(dtype).to(memory_format=torch.channels_last)
+    theirs = VaeImageProcessor(vae_scale_factor=16).postprocess(image.clone())
+    ours = GPUImageProcessor(vae_scale_factor=16).postprocess(image.clone())
+    assert [a.tobytes() for a in ours] == [b.tobytes() for b in theirs] and ours[0].size == (24, 40)
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np", "latent"])
+def test_other_outputs_are_left_to_diffusers(output_type):
+    image = torch.randn(1, 3, 16, 16)
+    theirs = VaeImageProcessor().postprocess(image.clone(), output_type)
+    assert (torch.as_tensor(GPUImageProcessor().postprocess(image.clone(), output_type)) == torch.as_tensor(theirs)).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_image_carries_its_parameters(tmp_path, suffix):
+    parameters = {"prompt": 'a "café" & 猫', "seed": 3, "techniques": {"bf16": "on"}}
+    path = tmp_path / f"x.{suffix}"
+    save_image(PIL.Image.new("RGB", (16, 16), (200, 10, 10)), path, parameters)
+    assert read_parameters(path) == parameters
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_broken_save_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(PIL.Image.Image, "save", lambda self, path, **kw: (path.write_bytes(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        save_image(PIL.Image.new("RGB", (4, 4)), tmp_path / "x.png", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reference_becomes_rgb_and_is_read_once(tmp_path):
+    path = tmp_path / "a.png"
+    PIL.Image.new("RGBA", (30, 20), (1, 2, 3, 128)).save(path)
+    image = load_reference(str(path))
+    assert image.mode == "RGB" and load_reference(str(path)) is image
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("text")
+    with pytest.raises(RecipeError, match="cannot be read as an image"):
+        load_reference(str(path))
+
+
+@pytest.mark.parametrize("size", [(100, 100), (1000, 250), (33, 900)])
+def test_reference_size_keeps_area_and_aspect(size):
+    width, height = reference_size(PIL.Image.new("RGB", size), 512 * 512)
+    assert width % 16 == height % 16 == 0
+    assert 0.8 < width * height / 512**2 < 1.25 and 0.75 < width / height * size[1] / size[0] < 1.33
+
+
+def test_numbered_names_sort():
+    assert numbered_path("a/b.png", 3, 42).as_posix() == "a/b_003_42.png"

@@ -1,0 +1,72 @@
+"""The float32 reference of a step, relative error, and the stages' regions."""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from utils.pipeline_utils import call_kwargs
+from utils.quality import capture_step, float32_step, relative_error
+from utils.regions import StageTimes, in_regions
+
+
+def test_float32_step_is_the_model_in_float32(build, make_args):
+    pipeline = build("tiny-flux-dev", torch.bfloat16)
+    inputs = capture_step(pipeline, call_kwargs(pipeline, make_args("--ckpt", "tiny-flux-dev")))
+    assert inputs["guidance"].dtype == torch.float32 and inputs["hidden_states"].dtype == torch.bfloat16
+    before = copy.deepcopy(pipeline.transformer.state_dict())
+    found = float32_step(pipeline.transformer, inputs)
+
+    wide = copy.deepcopy(pipeline.transformer).float()
+    as_rounded = torch.tensor([3504.0]) / 1000  # 3.5 * 1000 in bf16
+    with torch.no_grad():
+        expected = wide(**{k: v.float() if isinstance(v, torch.Tensor) else v
+                           for k, v in inputs.items() if k != "guidance"}, guidance=as_rounded)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, value in pipeline.transformer.state_dict().items():
+        assert value.dtype == torch.bfloat16 and torch.equal(value, before[name]), name
+    with torch.no_grad():
+        assert 1e-4 < relative_error(pipeline.transformer(**inputs)[0], found) < 0.03
+
+
+def test_relative_error():
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+    assert math.isnan(relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])))
+
+
+SEED_REGIONS = ["prompt_encoding", "denoising_step", "decoding", "postprocessing", "pil_conversion"]
+
+
+def test_regions_are_the_seeds_and_leave_no_trace(build, make_args):
+    pipeline = build("tiny-flux")
+    kwargs = call_kwargs(pipeline, make_args("--num_inference_steps", "3"))
+    entered = []
+
+    @contextmanager
+    def region(name):
+        entered.append(name)
+        yield
+
+    parts = (pipeline, pipeline.vae, pipeline.image_processor)
+    transformer, before = pipeline.transformer, [dict(part.__dict__) for part in parts]
+    with in_regions(pipeline, region):
+        annotated = pipeline(**kwargs).images[0]
+    assert entered == ["prompt_encoding", *["denoising_step"] * 3, "decoding", "postprocessing", "pil_conversion"]
+    assert set(entered) == set(SEED_REGIONS)
+    assert pipeline.transformer is transformer
+    after = [set(part.__dict__) for part in parts]
+    assert after[1:] == [set(b) for b in before[1:]] and "encode_prompt" not in pipeline.__dict__
+    again = pipeline(**call_kwargs(pipeline, make_args("--num_inference_steps", "3"))).images[0]
+    assert annotated.tobytes() == again.tobytes()
+
+
+def test_stage_times_count_every_span(build, make_args):
+    pipeline = build("tiny-flux")
+    times = StageTimes("cpu")
+    with in_regions(pipeline, times.timer):
+        pipeline(**call_kwargs(pipeline, make_args()))
+    found = times.milliseconds()
+    assert len(found["denoising_step"]) == 4 and len(found["decoding"]) == 1
+    assert all(ms > 0 for spans in found.values() for ms in spans)

@@ -1,0 +1,129 @@
+"""Which techniques are on where: a table of machines against the decisions."""
+
+import argparse
+
+import pytest
+import torch
+
+from utils import attention, random_weights, techniques
+from utils.benchmark_utils import RecipeError, create_parser
+from utils.checkpoint import weight_counts
+from utils.techniques import GIB, Hardware, plan, where_to_build
+
+H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
+L20 = Hardware("cuda", (8, 9), False, "NVIDIA L20", 44 * GIB)
+RTX4090 = Hardware("cuda", (8, 9), False, "NVIDIA GeForce RTX 4090", int(23.5 * GIB))
+A100 = Hardware("cuda", (8, 0), False, "NVIDIA A100", 79 * GIB)
+T4 = Hardware("cuda", (7, 5), False, "Tesla T4", 15 * GIB)
+MI300 = Hardware("cuda", (9, 4), True, "AMD Instinct MI300X", 190 * GIB)
+CPU = Hardware("cpu")
+
+SCHNELL = random_weights.architecture("FLUX.1-schnell")
+DEV = random_weights.architecture("FLUX.1-dev")
+
+
+@pytest.fixture(autouse=True)
+def pretend(monkeypatch):
+    """Attention libraries and compilers as a full installation has them; nothing is registered for real."""
+    monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, f"a stand-in for {library}"))
+    monkeypatch.setattr(attention, "register_library", lambda *_: None)
+    monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
+
+
+def decide(hardware, *argv, configs=SCHNELL):
+    args = create_parser().parse_args(["--device", hardware.device, *argv])
+    return plan(args, configs, hardware)
+
+
+@pytest.mark.parametrize("hardware, backend, quant", [
+    (H100, "fa3", ("float8", "row")),
+    (L20, "native", ("float8", "row")),
+    (A100, "native", ("int8", "row")),
+    (MI300, "aiter", ("float8", "row")),
+    (CPU, "native", ("int8", "row")),
+])
+def test_defaults(hardware, backend, quant):
+    chosen = decide(hardware)
+    assert (chosen.attention_backend, chosen.quant) == (backend, quant)
+    assert chosen.is_on("CUDA graphs") == (hardware.device == "cuda")
+
+
+def test_what_is_off_says_why():
+    assert "sm_90" in decide(L20).decisions["attention"].how
+    assert decide(CPU).decisions["CUDA graphs"] == (False, "no GPU")
+    assert decide(H100, "--disable_quant").decisions["quantisation"] == (False, "--disable_quant")
+
+
+def test_no_bf16_units_means_float32():
+    chosen = decide(T4)
+    assert chosen.dtype == torch.float32 and not chosen.is_on("bf16")
+
+
+def test_float32_takes_one_scale_a_tensor():
+    assert decide(H100, "--disable_bf16").quant == ("float8", "tensor")
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["--attention_backend", "fa3"], "Hopper"),
+    (["--attention_backend", "aiter"], "AMD"),
+    (["--quant_dtype", "float8"], "8.9"),
+])
+def test_wishes_that_an_a100_cannot_fulfil(argv, text):
+    with pytest.raises(RecipeError, match=text):
+        decide(A100, *argv)
+
+
+def test_a_missing_library_is_an_error_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(attention, "find_library", lambda library: (None, "pip install it"))
+    assert decide(H100).decisions["attention"] == (False, "SDPA: pip install it")
+    with pytest.raises(RecipeError, match="pip install it"):
+        decide(H100, "--attention_backend", "fa3")
+    with pytest.raises(RecipeError, match="--strict: attention"):
+        decide(H100, "--strict")
+    assert not decide(H100, "--strict", "--disable_fa3").is_on("attention")
+
+
+def test_the_cache_takes_the_step_out_of_the_graph():
+    chosen = decide(H100, "--enable_cache_dit", configs=DEV)
+    assert str(chosen.cache).startswith("DBCache F12B12, warm-up 8, at most 8 cached, threshold 0.12")
+    assert "not the step" in chosen.decisions["CUDA graphs"].how
+
+
+def test_offload_switches_graphs_off():
+    assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
+    group = decide(H100, "--offload", "group")
+    assert not group.is_on("quantisation") and not group.is_on("compile")
+
+
+def test_parameter_counts_are_flux():
+    """Published sizes: 11.9 B transformer, 4.76 B T5 encoder, 84 M VAE, 123 M CLIP text model."""
+    counts = weight_counts(DEV)
+    assert [round(counts[name] / 1e6, -1) for name in ("transformer", "text_encoder_2", "vae", "text_encoder")] == [
+        11900, 4760, 80, 120]
+    modules_share = counts["blocks"] / counts["transformer"]
+    assert 0.99 < modules_share < 1
+
+
+def build_on(hardware, *argv):
+    args = create_parser().parse_args(["--device", "cuda", *argv])
+    return where_to_build(args, SCHNELL, hardware, plan(args, SCHNELL, hardware))
+
+
+def test_memory_decides_where_weights_are_built():
+    assert build_on(H100) == "cuda"
+    assert build_on(RTX4090, "--text_encoder_quant") == "cpu"
+    assert build_on(H100, "--offload", "model") == "cpu"
+
+
+def test_not_enough_memory_says_what_is_needed_what_is_free_and_what_helps():
+    with pytest.raises(RecipeError, match=r"(?s)needed.*transformer 11\.\d.*23\.5 GiB are free.*--text_encoder_quant"):
+        build_on(RTX4090)
+    with pytest.raises(RecipeError, match="drop --disable_quant"):
+        build_on(RTX4090, "--disable_quant", "--text_encoder_quant")
+
+
+def test_the_namespace_is_left_alone():
+    args = create_parser().parse_args(["--device", "cuda"])
+    before = argparse.Namespace(**vars(args))
+    plan(args, SCHNELL, H100)
+    assert args == before
