@@ -89,5 +89,5 @@ def test_no_network_is_said(monkeypatch):
 
 
 def test_other_errors_pass_unchanged():
-    with pytest.raises(ZeroDivisionError), hub_errors("a", None):
+    with pytest.raises(ZeroDivisionError), hub_errors("--ckpt", "a"):
         _ = 1 / 0

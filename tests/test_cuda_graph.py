@@ -45,5 +45,7 @@ def test_attributes_are_the_modules_own():
     module.config = {"a": 1}
     wrapped = CUDAGraphed(module)
     assert wrapped.config == {"a": 1} and wrapped.weight is module.weight and wrapped.in_features == 4
+    assert wrapped.device == module.weight.device and wrapped.dtype == torch.float32
+    assert list(wrapped.modules()) == [wrapped]
     with pytest.raises(AttributeError):
         wrapped.nothing_of_this_name  # noqa: B018

@@ -119,7 +119,7 @@ def _read_json(ckpt: str, filename: str, revision: str | None) -> dict:
             raise RecipeError(f"--ckpt {ckpt} is not a diffusers checkpoint: it has no {filename}. Give the folder "
                               "that holds model_index.json (a single .safetensors file has to be converted first).")
     else:
-        with hub_errors(ckpt, revision):
+        with hub_errors("--ckpt", ckpt, revision):
             path = hf_hub_download(ckpt, filename, revision=revision)
     return json.loads(Path(path).read_text())
 
@@ -127,8 +127,8 @@ def _read_json(ckpt: str, filename: str, revision: str | None) -> dict:
 class hub_errors:
     """Turns what the Hub client raises into a sentence that says what to do."""
 
-    def __init__(self, ckpt: str, revision: str | None):
-        self.ckpt, self.revision = ckpt, revision
+    def __init__(self, flag: str, repo: str, revision: str | None = None):
+        self.flag, self.repo, self.revision = flag, repo, revision
 
     def __enter__(self):
         return self
@@ -136,9 +136,9 @@ class hub_errors:
     def __exit__(self, kind, error, traceback):
         if error is None:
             return
-        here = f"--ckpt {self.ckpt}"
+        here = f"{self.flag} {self.repo}"
         if isinstance(error, GatedRepoError):
-            text = (f"{here} is gated. Accept its licence at https://huggingface.co/{self.ckpt} while logged in, then "
+            text = (f"{here} is gated. Accept its licence at https://huggingface.co/{self.repo} while logged in, then "
                     "run `hf auth login` here (or set HF_TOKEN). --random_weights measures speed without it.")
         elif isinstance(error, RevisionNotFoundError):
             text = f"{here} has no revision '{self.revision}'. Give a branch, a tag or a full commit hash."

@@ -61,8 +61,11 @@ class _Recording:
 class CUDAGraphed(torch.nn.Module):
     """`module` behind CUDA graphs, one for each `signature` that it is called with.
 
-    Attributes that are not its own (config, dtype, cache_context, ...) are the module's. Weights must stay where they
-    are: a graph holds their addresses. Not for modules that wait for the GPU or decide by its results.
+    Attributes that are not its own (config, cache_context, ...) are the module's. Weights must stay where they are: a
+    graph holds their addresses. Not for modules that wait for the GPU or decide by its results.
+
+    The module is no registered submodule: diffusers walks through all modules of all models about ten times an image
+    to ask for their device, which takes longer than some of the work does once that is a single replay.
 
     Args:
         module: what to record. Its outputs may be any tree of tensors; the caller gets copies.
@@ -73,7 +76,9 @@ class CUDAGraphed(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, pool=None, max_graphs: int = 8):
         super().__init__()
-        self.module = module
+        object.__setattr__(self, "module", module)
+        parameter = next(module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.pool = pool
         self.max_graphs = max_graphs
         self.recordings: OrderedDict[tuple, _Recording] = OrderedDict()
@@ -94,4 +99,4 @@ class CUDAGraphed(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+            return getattr(self.__dict__["module"], name)

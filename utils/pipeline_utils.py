@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -17,7 +18,7 @@ from torchao.quantization import (
 
 from utils import attention, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
-from utils.checkpoint import configs_of, hub_errors, image_settings, is_built_in, read_configs
+from utils.checkpoint import configs_of, hub_errors, identify, image_settings, is_built_in, read_configs
 from utils.cuda_graph import CUDAGraphed
 from utils.images import GPUImageProcessor, load_reference, reference_size
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
@@ -43,7 +44,7 @@ def load_pipeline(args):
     if is_built_in(args.ckpt, args.random_weights):
         pipeline = random_weights.build(configs, device, chosen.dtype)
     else:
-        with hub_errors(args.ckpt, args.revision):
+        with hub_errors("--ckpt", args.ckpt, args.revision):
             pipeline = DiffusionPipeline.from_pretrained(args.ckpt, revision=args.revision, dtype=chosen.dtype,
                                                          use_safetensors=True)
         pipeline.to(device)
@@ -106,7 +107,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
         pipeline.text_encoder_2 = CUDAGraphed(pipeline.text_encoder_2, pool)
         vae.decoder = CUDAGraphed(vae.decoder, pool)
         if not chosen.cache:
-            pipeline.transformer = CUDAGraphed(transformer, pool)
+            pipeline.transformer = CUDAGraphed(pipeline.transformer, pool)
     if chosen.is_on("GPU postprocess"):
         pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
 
@@ -190,11 +191,11 @@ def fuse_lora(pipeline, lora: str) -> None:
         if folder.is_file():
             pipeline.load_lora_weights(str(folder.parent), weight_name=folder.name)
         else:
-            with hub_errors(path, None):
+            with hub_errors("--lora", path):
                 pipeline.load_lora_weights(str(folder) if folder.is_dir() else path)
     except ImportError as error:
         raise RecipeError(f"--lora needs peft: pip install peft ({error})") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RecipeError(f"--lora {path}: cannot be loaded into this model ({str(error).splitlines()[0]}).") from error
     if not pipeline.get_active_adapters():
         raise RecipeError(f"--lora {path}: none of its weights belong to this model.")
@@ -281,11 +282,27 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
     if scope == "blocks":
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic)
     else:
-        pipeline.transformer.compile(fullgraph=True, dynamic=dynamic, mode="max-autotune-no-cudagraphs")
+        pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic,
+                                             mode="max-autotune-no-cudagraphs")
     pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)
-    if image_encoder_is_used(pipeline):
+    if identify(configs_of(pipeline)).needs_image:
         pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
+    if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
+        compile_text_encoder(pipeline.text_encoder_2, dynamic)
 
 
-def image_encoder_is_used(pipeline) -> bool:
-    return "Kontext" in type(pipeline).__name__
+def compile_text_encoder(t5: torch.nn.Module, dynamic: bool | None) -> None:
+    """Marks T5's blocks for compilation: two graphs, for the block that computes the position bias and for the others.
+
+    Without a mask transformers makes one of its own during a CUDA graph's recording and none otherwise, which would
+    compile the blocks again in the middle of the recording. A mask of zeros keeps every call the same; the pipelines
+    attend to padding, so zeros are what they mean.
+    """
+    def with_mask(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        mask = torch.zeros(ids.shape[0], 1, 1, ids.shape[1], device=ids.device, dtype=module.dtype)
+        return args, kwargs | {"attention_mask": mask}
+
+    t5.register_forward_pre_hook(with_mask, with_kwargs=True)
+    for block in t5.encoder.block:
+        block.compile(fullgraph=True, dynamic=dynamic)

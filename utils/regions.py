@@ -6,25 +6,6 @@ from contextlib import contextmanager
 import torch
 
 
-class InRegion(torch.nn.Module):
-    """`module`, called inside `region(name)`. A module of its own, because hooks or a patched forward on a compiled
-    one would make it compile again."""
-
-    def __init__(self, module: torch.nn.Module, region, name: str):
-        super().__init__()
-        self.module, self.region, self.name = module, region, name
-
-    def forward(self, *args, **kwargs):
-        with self.region(self.name):
-            return self.module(*args, **kwargs)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-
 @contextmanager
 def in_regions(pipeline, region):
     """Within it, `pipeline` runs its stages inside `region(name)`; afterwards it is as it was.
@@ -40,17 +21,28 @@ def in_regions(pipeline, region):
                 return function(*args, **kwargs)
         return wrapped
 
-    transformer = pipeline.transformer
     methods = [(pipeline, "encode_prompt", "prompt_encoding"), (pipeline.vae, "encode", "image_encoding"),
                (pipeline.vae, "decode", "decoding"), (pipeline.image_processor, "postprocess", "postprocessing"),
                (pipeline.image_processor, "numpy_to_pil", "pil_conversion")]
-    pipeline.transformer = InRegion(transformer, region, "denoising_step")
     for owner, method, name in methods:
         setattr(owner, method, inside(getattr(owner, method), name))
+
+    # Hooks, not a patched forward: what is compiled or recorded lies below them and stays as it is.
+    entered = []
+
+    def enter(module, args):
+        entered.append(region("denoising_step"))
+        entered[-1].__enter__()
+
+    def leave(module, args, output):
+        entered.pop().__exit__(None, None, None)
+
+    hooks = [pipeline.transformer.register_forward_pre_hook(enter), pipeline.transformer.register_forward_hook(leave)]
     try:
         yield
     finally:
-        pipeline.transformer = transformer
+        for hook in hooks:
+            hook.remove()
         for owner, method, _ in methods:
             delattr(owner, method)
 
