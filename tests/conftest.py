@@ -16,6 +16,20 @@ def make_args():
     return make
 
 
+@pytest.fixture(scope="session")
+def _kernels(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture
+def compiler(_kernels, monkeypatch):
+    """torch.compile with nothing traced yet, and compiled kernels shared by the tests of one run only."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", _kernels)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({}):
+        yield
+
+
 @pytest.fixture
 def build():
     """A small pipeline with random weights, the same ones for the same name and dtype."""

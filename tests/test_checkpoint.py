@@ -51,10 +51,10 @@ def test_another_pipeline_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_model_index_is_named(tmp_path):
-    with pytest.raises(RecipeError, match="no model_index.json"):
+    with pytest.raises(RecipeError, match=r"no model_index\.json"):
         read_configs(str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(RecipeError, match="no transformer/config.json"):
+    with pytest.raises(RecipeError, match=r"no transformer/config\.json"):
         read_configs(str(tmp_path))
 
 

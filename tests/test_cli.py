@@ -14,9 +14,11 @@ from utils.pipeline_utils import load_pipeline
 ROOT = Path(__file__).parent.parent
 
 # The usage text that the project started from.
-SEED_FLAGS = """--ckpt --prompt --cache-dir --device --num_inference_steps --output-file --trace-file --disable_bf16
---compile_export_mode --disable_fused_projections --disable_channels_last --disable_fa3 --disable_quant
---disable_inductor_tuning_flags --enable_cache_dit --use-cached-model --image --seed""".split()
+SEED_FLAGS = [
+    "--ckpt", "--prompt", "--cache-dir", "--device", "--num_inference_steps", "--output-file", "--trace-file",
+    "--disable_bf16", "--compile_export_mode", "--disable_fused_projections", "--disable_channels_last",
+    "--disable_fa3", "--disable_quant", "--disable_inductor_tuning_flags", "--enable_cache_dit", "--use-cached-model",
+    "--image", "--seed"]
 
 
 def test_every_flag_of_the_seed_is_there_under_its_name():
