@@ -1,0 +1,125 @@
+"""What only a GPU can show: FlashAttention's fp8 numbers, CUDA graphs, the whole recipe. Run with `pytest -m gpu`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative
+
+from utils import attention
+from utils.attention import measured_scale, quantize_per_head
+from utils.benchmark_utils import create_parser
+from utils.cuda_graph import CUDAGraphed
+from utils.images import GPUImageProcessor
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.quality import capture_step, float32_step, relative_error
+
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")]
+
+
+@pytest.fixture
+def fa3():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("FlashAttention-3 needs a Hopper GPU")
+    function, where = attention.find_library("fa3")
+    if function is None:
+        pytest.skip(where)
+    attention.register_library("fa3", function)
+
+
+@pytest.mark.parametrize("batch, tokens, heads, dim", [(1, 4352, 24, 128), (2, 333, 24, 128), (3, 96, 4, 64)])
+@pytest.mark.parametrize("size", [1.0, 0.001, 1000.0])
+def test_fp8_attention_against_float32(fa3, batch, tokens, heads, dim, size):
+    """Measured: 3.6e-2 to 5.4e-2. Values of any size: unscaled, those over 448 and under 2^-9 would be lost."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    v = v * size
+    scales = [measured_scale(x) for x in (q, k, v)]
+    found = attention.attention(*(quantize_per_head(x, s) for x, s in zip((q, k, v), scales, strict=True)), *scales,
+                                "fa3")
+    reference = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert found.dtype == torch.bfloat16 and relative(found, reference) < 0.08
+    high = attention.attention(q, k, v, None, None, None, "fa3")
+    assert relative(high, reference) < 0.006
+
+
+def test_the_op_keeps_its_contract_on_the_gpu(fa3):
+    q, k, v = (torch.randn(2, 64, 4, 64, device="cuda").to(torch.float8_e4m3fn) for _ in range(3))
+    scales = [torch.rand(2, 4, device="cuda") + 0.5 for _ in range(3)]
+    torch.library.opcheck(attention.attention, (q, k, v, *scales, "fa3"), test_utils=("test_faketensor",))
+
+
+class Sum(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, device="cuda"))
+        self.calls = 0
+
+    def forward(self, x, *, y=None, scale=1.0):
+        self.calls += 1
+        return {"sum": x * self.weight * scale + (0 if y is None else y), "shape": tuple(x.shape)}
+
+
+@torch.no_grad()
+def test_graphs_equal_the_module_for_every_kind_of_input():
+    module = Sum()
+    graphed = CUDAGraphed(module, pool=torch.cuda.graph_pool_handle())
+
+    def inputs():
+        for shape in ((2, 4), (3, 4), (1, 5, 4)):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(shape, device="cuda").to(dtype)
+                yield (x,), {}
+                yield (x.transpose(0, -1).contiguous().transpose(0, -1),), {"y": torch.randn_like(x), "scale": 2.0}
+
+    kept = []
+    graphed.max_graphs = 16
+    for _ in range(3):
+        for args, kwargs in inputs():
+            found, expected = graphed(*args, **kwargs), module(*args, **kwargs)
+            assert torch.equal(found["sum"], expected["sum"]) and found["shape"] == expected["shape"]
+            kept.append((found["sum"], expected["sum"]))
+    assert len(graphed.recordings) == 12
+    for found, expected in kept:
+        assert torch.equal(found, expected), "a later replay overwrote an output"
+
+
+@torch.no_grad()
+def test_recordings_are_capped_and_made_anew(capfd):
+    module = Sum()
+    graphed = CUDAGraphed(module, max_graphs=2)
+    for size in (1, 2, 3, 1):
+        x = torch.randn(size, 4, device="cuda")
+        assert torch.equal(graphed(x)["sum"], module(x)["sum"])
+    assert len(graphed.recordings) == 2 and "dropping the one unused for longest" in capfd.readouterr().err
+
+
+def test_gpu_pixels_equal_the_cpus():
+    image = torch.randn(2, 3, 64, 48, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    ours = GPUImageProcessor().postprocess(image)
+    theirs = super(GPUImageProcessor, GPUImageProcessor()).postprocess(image)
+    assert [a.tobytes() for a in ours] == [b.tobytes() for b in theirs]
+
+
+@pytest.mark.parametrize("argv", [
+    [],
+    ["--attention_backend", "native", "--quant_granularity", "tensor"],
+    ["--quant_dtype", "int8", "--attention_backend", "_native_cudnn", "--text_encoder_quant"],
+    ["--disable_bf16", "--num_images_per_prompt", "2"],
+], ids=" ".join)
+def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
+    """On 1 + 2 blocks of full width: the step against float32, the image against the eager pipeline's."""
+    torch._dynamo.reset()
+    argv = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
+            "--disable_inductor_tuning_flags", "--cache-dir", str(tmp_path), *argv]
+    args = create_parser().parse_args(argv)
+    pipeline = load_pipeline(args)
+    inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+    reference = float32_step(pipeline.transformer, inputs)
+    eager = pipeline(**call_kwargs(pipeline, args), output_type="latent").images
+    pipeline = optimize(pipeline, args)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        assert relative_error(pipeline.transformer(**inputs)[0], reference) < 0.03
+        found = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
+        assert relative(found[0], eager) < 0.03 and torch.equal(*found)
+        assert pipeline(**call_kwargs(pipeline, args)).images[0].size == (384, 256)
