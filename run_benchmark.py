@@ -16,19 +16,19 @@ import torch
 from utils import step_cache
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
+    PeakMemory,
     RecipeError,
     StageLog,
     check_args,
     create_parser,
     environment,
     exit_with_reason,
-    peak_memory,
     replacing,
     summarize,
     write_json,
 )
 from utils.images import save_image
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
+from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress
 from utils.quality import capture_step, float32_step, relative_error
 from utils.regions import StageTimes, in_regions
 
@@ -40,16 +40,19 @@ def main():
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
     if args.step_error and (args.enable_cache_dit or args.cache_dit_config or args.offload != "none"):
         raise RecipeError("--step_error calls the transformer by itself, which a step cache and --offload do not allow.")
-    log = StageLog(args.quiet)
+    log, memory = StageLog(args.quiet), PeakMemory()
+    cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
 
     with log.stage("load"):
         pipeline = load_pipeline(args)
+    if args.step_error and pipeline.device.type != args.device:
+        raise RecipeError("--step_error needs the unquantised model on the GPU, and it does not fit there.")
     if args.step_error:
         with log.stage("float32 step"):
             show_progress(pipeline, False)
             step_inputs = capture_step(pipeline, call_kwargs(pipeline, args))
             reference = float32_step(pipeline.transformer, step_inputs)
-    reset_peak_memory()
+    memory.end_of("load")
     pipeline = optimize(pipeline, args, log)
     show_progress(pipeline, False)
     error = step_error(pipeline, step_inputs, reference) if args.step_error else None
@@ -58,23 +61,24 @@ def main():
     with torch._dynamo.config.patch(error_on_recompile=True), log.stage("warm-up"):
         for i in range(args.warmup):
             pipeline(**call_kwargs(pipeline, args))
-            if i == 0:
+            if i == 0 and __name__ == "__main__":  # called from elsewhere, the imports are not in it
                 synchronize(args.device)
                 log.seconds["process start to first image"] = time.time() - psutil.Process().create_time()
+    memory.end_of("optimise and warm up")
     with torch._dynamo.config.patch(error_on_recompile=True), log.stage("timing"):
         seconds, image = time_images(pipeline, args)
+        memory.end_of("image")
         stages = time_stages(pipeline, args)
 
     save_image(image, args.output_file, {"prompt": args.prompt, "seed": args.seed, "model": args.ckpt})
     timing = summarize(seconds)
-    memory = peak_memory()
     record = {
         "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
         "settings": {name: value for name, value in call_kwargs(pipeline, args).items()
                      if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
-        "stages_ms": stages, "cold_start_s": log.seconds, "peak_memory": memory, "step_relative_error": error,
+        "stages_ms": stages, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(),
     }
@@ -89,12 +93,6 @@ def main():
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def step_error(pipeline, inputs: dict, reference) -> float:
@@ -117,10 +115,10 @@ def time_images(pipeline, args):
 
 
 def time_stages(pipeline, args) -> dict[str, float]:
-    """Median milliseconds of each stage over three more images: the timed ones carry no events."""
+    """Median milliseconds of each stage over up to three more images: the timed ones carry no events."""
     times = StageTimes(args.device)
     with in_regions(pipeline, times.timer):
-        for _ in range(3):
+        for _ in range(min(3, args.runs)):
             pipeline(**call_kwargs(pipeline, args))
     return {name: statistics.median(spans) for name, spans in times.milliseconds().items()}
 
@@ -144,9 +142,8 @@ def report(record: dict) -> None:
     print(f"median {seconds['median']:.4f} s, min {seconds['min']:.4f}, max {seconds['max']:.4f}; "
           f"{record['images_per_second']:.3f} images/s")
     print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
-    if record["peak_memory"]:
-        print("peak GPU memory: {allocated_gib:.2f} GiB allocated, {reserved_gib:.2f} GiB reserved".format(
-            **record["peak_memory"]))
+    for phase, peak in record["peak_memory"].items():
+        print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, {peak['reserved_gib']:.2f} reserved")
     print("cold start: " + ", ".join(f"{name} {s:.2f} s" for name, s in record["cold_start_s"].items()))
     if record["step_relative_error"] is not None:
         print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")

@@ -5,7 +5,6 @@ the checkpoint or the hardware is refused by `utils.techniques.plan`, still befo
 """
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -285,7 +284,8 @@ def environment() -> dict:
             continue
     record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
-              "commit": _output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+              "commit": (_output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+                         or os.environ.get("GIT_COMMIT")),
               "argv": sys.argv[1:], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -305,23 +305,27 @@ def _output_of(*command: str) -> str | None:
         return None
 
 
-def peak_memory() -> dict | None:
-    """Peak GPU memory since the last reset, in GiB: what tensors took and what the allocator held for them."""
-    if not torch.cuda.is_available():
-        return None
-    return {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+class PeakMemory:
+    """Peak GPU memory in GiB of each phase: what tensors took, and what the allocator held for them."""
+
+    def __init__(self):
+        self.phases: dict[str, dict[str, float]] = {}
+        self._reset()
+
+    @staticmethod
+    def _reset():
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def end_of(self, phase: str) -> None:
+        """Records the peak since the last phase ended."""
+        if torch.cuda.is_available():
+            self.phases[phase] = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+                                  "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+            self._reset()
 
 
 def write_json(path: str, record: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def annotate(function, title: str):
-    """`function` as a named region of a profiler trace."""
-    @functools.wraps(function)
-    def annotated(*args, **kwargs):
-        with torch.profiler.record_function(title):
-            return function(*args, **kwargs)
-    return annotated

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers import attention_backend as diffusers_backend
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -15,6 +17,7 @@ from torchao.quantization import (
     PerTensor,
     quantize_,
 )
+from transformers.utils import logging as transformers_logging
 
 from utils import attention, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
@@ -41,6 +44,9 @@ def load_pipeline(args):
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
 
+    if args.quiet:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     if is_built_in(args.ckpt, args.random_weights):
         pipeline = random_weights.build(configs, device, chosen.dtype)
     else:
@@ -78,7 +84,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
-        transformer.set_attention_backend(chosen.attention_backend)
+        with diffusers_backend("native"):  # on leaving, the process-wide default is what it was
+            transformer.set_attention_backend(chosen.attention_backend)
 
     with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
         if chosen.quant:
@@ -274,9 +281,14 @@ def set_inductor_tuning_flags() -> None:
     config.coordinate_descent_check_all_directions = True
 
 
+def kernel_cache(cache_dir: str) -> Path:
+    """Where inductor keeps compiled kernels: a second start finds most of them there. PyTorch's own variable wins."""
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache_dir).expanduser() / "inductor")
+
+
 def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
     """Marks the transformer (its two kinds of block, or all of it) and the VAE for compilation at their first call."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).expanduser() / "inductor"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(cache_dir))
     # On ROCm static shapes gave black images in flux-fast's experience; not tried here.
     dynamic = True if torch.version.hip else None
     if scope == "blocks":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from utils import attention, step_cache
@@ -140,8 +141,9 @@ def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, config
         raise RecipeError(f"--attention_backend {wanted}: unknown. Choose from {', '.join(known)}.")
     if wanted and wanted not in attention.BACKENDS:
         try:
-            # diffusers checks for the package when a backend is set: try it on a model that costs nothing.
-            with torch.device("meta"):
+            # diffusers checks for the package when a backend is set: try it on a model that costs nothing. Setting
+            # one also changes a default of the whole process; the context puts it back.
+            with torch.device("meta"), diffusers_backend("native"):
                 FluxTransformer2DModel(num_layers=1, num_single_layers=1).set_attention_backend(wanted)
         except (RuntimeError, ImportError, ValueError) as error:
             raise RecipeError(f"--attention_backend {wanted}: {error}") from error
