@@ -39,7 +39,7 @@ def main():
     if args.prompts_file:
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
     if args.step_error and (args.enable_cache_dit or args.cache_dit_config or args.offload != "none"):
-        raise RecipeError("--step_error calls the transformer by itself, which a step cache and --offload do not allow.")
+        raise RecipeError("--step_error calls the transformer by itself, which step caches and --offload do not allow.")
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
 
@@ -78,7 +78,8 @@ def main():
                      if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
-        "stages_ms": stages, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
+        "stages_ms": stages, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty,
+        "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(),
     }
@@ -143,7 +144,8 @@ def report(record: dict) -> None:
           f"{record['images_per_second']:.3f} images/s")
     print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
     for phase, peak in record["peak_memory"].items():
-        print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, {peak['reserved_gib']:.2f} reserved")
+        print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, "
+              f"{peak['reserved_gib']:.2f} GiB reserved")
     print("cold start: " + ", ".join(f"{name} {s:.2f} s" for name, s in record["cold_start_s"].items()))
     if record["step_relative_error"] is not None:
         print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")

@@ -53,7 +53,7 @@ def find_library(library: str) -> tuple[Callable | None, str]:
             continue
     if library == "fa3":
         return None, ("FlashAttention-3 is not installed: `pip install fa3-fwd==0.0.3` (CUDA 13), or build "
-                      "flash-attention's hopper/ folder, or `--attention_backend _flash_3_hub` (bf16, downloads a kernel)")
+                      "flash-attention's hopper/ folder, or `--attention_backend _flash_3_hub` (bf16; downloads it)")
     return None, "AITER is not installed: `pip install amd-aiter`"
 
 
@@ -105,7 +105,7 @@ def reference_attention(q, k, v, q_descale, k_descale, v_descale, library=""):
 
 
 def measured_scale(x: Tensor) -> Tensor:
-    """(B, H) float32: the largest |x| of each batch item and head over e4m3's largest value, never zero. x: (B, S, H, D)."""
+    """(B, H) float32: the largest |x| of each batch item and head of x (B, S, H, D) over e4m3's largest, never zero."""
     return x.abs().amax(dim=(1, 3)).float().clamp(min=1e-12) / E4M3_MAX
 
 

@@ -71,7 +71,8 @@ def create_parser() -> argparse.ArgumentParser:
 
     image = parser.add_argument_group("image")
     image.add_argument("--prompt", default="A cat playing with a ball of yarn", help="text prompt")
-    image.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; one image each, named by index and seed")
+    image.add_argument("--prompts-file", metavar="FILE",
+                       help="one prompt a line; one image each, named by index and seed")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
     image.add_argument("--true_cfg_scale", type=float, default=1.0,
                        help="classifier-free guidance with the negative prompt: twice the work a step")
@@ -104,7 +105,8 @@ def create_parser() -> argparse.ArgumentParser:
                         help="T5 in int8, weights only: 9.5 -> 4.9 GB (lossy; off by default)")
     recipe.add_argument("--enable_cache_dit", action="store_true",
                         help="step cache: DBCache F12B12, 8 warm-up steps, 8 cached at most, threshold 0.12 (lossy)")
-    recipe.add_argument("--cache_dit_config", metavar="FILE", help="step cache from a yaml file (see cache_config.yaml)")
+    recipe.add_argument("--cache_dit_config", metavar="FILE",
+                        help="step cache from a yaml file, such as cache_config.yaml (lossy)")
     recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
                         help="default inductor flags: minutes less compile time")
     recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"], default="compile",
@@ -115,7 +117,8 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--disable_gpu_postprocess", action="store_true",
                         help="convert pixels to 8 bits on the CPU, as diffusers does")
     recipe.add_argument("--cache-dir", default=str(Path.home() / ".cache" / "flux-fast"), help="compiled kernels")
-    recipe.add_argument("--use-cached-model", action="store_true", help="load an exported package (not in this version)")
+    recipe.add_argument("--use-cached-model", action="store_true",
+                        help="load an exported package (not in this version)")
     recipe.add_argument("--strict", action="store_true",
                         help="a technique that is on by default but cannot run here is an error, not a line")
 
@@ -160,7 +163,7 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.negative_prompt is not None and args.true_cfg_scale <= 1,
            "--negative_prompt has no effect without true classifier-free guidance: add --true_cfg_scale, e.g. 4.0.")
     refuse(args.true_cfg_scale > 1 and args.negative_prompt is None,
-           f"--true_cfg_scale {args.true_cfg_scale} needs --negative_prompt (an empty one will do: --negative_prompt '').")
+           f"--true_cfg_scale {args.true_cfg_scale} needs --negative_prompt ('' will do).")
     refuse(args.prompts_file and args.trace_file, "--trace-file records one image: it does not go with --prompts-file.")
 
     refuse(args.disable_quant and (args.quant_dtype != "auto" or args.quant_granularity),
@@ -192,7 +195,8 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
     output = Path(args.output_file).expanduser()
     refuse(output.suffix.lower() not in IMAGE_SUFFIXES,
-           f"--output-file {args.output_file}: unknown image type '{output.suffix}'. Choose from {', '.join(IMAGE_SUFFIXES)}.")
+           f"--output-file {args.output_file}: unknown image type '{output.suffix}'. "
+           f"Choose from {', '.join(IMAGE_SUFFIXES)}.")
     refuse(is_path and output.resolve() == Path(args.image).expanduser().resolve(),
            f"--output-file {args.output_file} would overwrite --image: choose another name.")
     for name in ("output_file", "trace_file", "output_json"):

@@ -143,12 +143,12 @@ class hub_errors:
         elif isinstance(error, RevisionNotFoundError):
             text = f"{here} has no revision '{self.revision}'. Give a branch, a tag or a full commit hash."
         elif isinstance(error, LocalEntryNotFoundError):
-            text = (f"{here}: the Hub cannot be reached and the checkpoint is not in the local cache. Check the network "
-                    "(or unset HF_HUB_OFFLINE), or give a local folder, --ckpt tiny-flux or --random_weights.")
+            text = (f"{here}: the Hub cannot be reached and the checkpoint is not in the local cache. Check the "
+                    "network (or unset HF_HUB_OFFLINE), or give a local folder, --ckpt tiny-flux or --random_weights.")
         elif isinstance(error, EntryNotFoundError):
             text = f"{here} is not a diffusers checkpoint: {error}"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            text = (f"{here}: neither a local folder nor a checkpoint on the Hub (a private one needs `hf auth login`). "
+            text = (f"{here}: neither a local folder nor a checkpoint on the Hub (private ones need `hf auth login`). "
                     "Known ones: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: tiny-flux.")
         elif isinstance(error, HfHubHTTPError):
             text = f"{here}: the Hub answered with an error: {str(error).splitlines()[0]}"

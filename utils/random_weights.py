@@ -78,7 +78,7 @@ def architecture(ckpt: str, layers: str = "full") -> dict:
     if layers != "full":
         double, plus, single = layers.partition("+")
         if not (plus and double.isdigit() and single.isdigit() and int(double) and int(single)):
-            raise RecipeError(f"--random_weights {layers}: give DOUBLE+SINGLE numbers of blocks, such as 2+4, or nothing.")
+            raise RecipeError(f"--random_weights {layers}: give DOUBLE+SINGLE numbers of blocks, such as 2+4.")
         configs["transformer"] = configs["transformer"] | dict(num_layers=int(double), num_single_layers=int(single))
     return configs
 
@@ -93,7 +93,8 @@ def build(configs: dict, device: str | torch.device, dtype: torch.dtype, seed: i
         vae = AutoencoderKL(**configs["vae"])
         t5 = T5EncoderModel(T5Config(**configs["text_encoder_2"]))
     # CLIP computes a buffer of position ids when it is made, which a meta tensor would lose.
-    clip = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"], eos_token_id=257, bos_token_id=256, pad_token_id=257))
+    clip = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"], bos_token_id=256, eos_token_id=257,
+                                        pad_token_id=257))
     # Random numbers come from the GPU where there is one, also for weights that stay on the CPU: 12 B of them
     # take a second there and minutes here.
     source = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)

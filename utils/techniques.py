@@ -180,8 +180,8 @@ def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, config
 def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: bool) -> None:
     kind = args.quant_dtype
     if kind == "float8" and not hardware.has_float8:
-        raise RecipeError(f"--quant_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, or an MI300; this "
-                          f"is {hardware.name}. Use --quant_dtype int8 or --disable_quant.")
+        raise RecipeError(f"--quant_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, or an MI300; "
+                          f"this is {hardware.name}. Use --quant_dtype int8 or --disable_quant.")
     if kind == "auto":
         kind = "float8" if hardware.has_float8 else "int8"
     granularity = args.quant_granularity or ("row" if kind == "int8" or chosen.dtype == torch.bfloat16 else "tensor")
@@ -220,9 +220,10 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
         return "cpu"
     count = weight_counts(configs)
     plain = chosen.dtype.itemsize
+    in_blocks, in_t5 = (1 if chosen.quant else plain), (1 if args.text_encoder_quant else plain)
     needs = {
-        "transformer": count["blocks"] * (1 if chosen.quant else plain) + (count["transformer"] - count["blocks"]) * plain,
-        "text encoders": count["text_encoder_2"] * (1 if args.text_encoder_quant else plain) + count["text_encoder"] * plain,
+        "transformer": count["blocks"] * in_blocks + (count["transformer"] - count["blocks"]) * plain,
+        "text encoders": count["text_encoder_2"] * in_t5 + count["text_encoder"] * plain,
         "VAE": count["vae"] * plain,
     }
     megapixels = chosen.settings.height * chosen.settings.width / 2**20 * args.num_images_per_prompt

@@ -1,0 +1,57 @@
+"""Writes the README's tables from the JSON files beside this one: no figure in them is typed by hand.
+
+    python results/tables.py           # rewrites what stands between the markers
+    python results/tables.py --check   # exit code 1 if that would change anything
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+NAMES = {
+    "1_eager": "bf16, eager (diffusers)",
+    "2_compile": "+ compile, CUDA graphs, GPU postprocess",
+    "3_projections": "+ fused projections",
+    "4_channels_last": "+ channels_last",
+    "5_fa3": "+ FA3, fp8 scaled",
+    "6_float8": "+ float8, one scale a row",
+    "7_flags": "+ inductor flags (all defaults)",
+}
+
+
+def table(suite: str) -> str:
+    """The markdown table of results/<suite>/*.json, in the order of their names; ratios are to its eager row."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / suite).glob("*.json"))}
+    eager = found["1_eager"]["seconds"]["median"]
+    lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
+    for stem, record in found.items():
+        if stem not in NAMES:
+            continue
+        seconds, stages = record["seconds"], record["stages_ms"]
+        lines.append("| " + " | ".join([
+            f"[{NAMES[stem]}](results/{suite}/{stem}.json)",
+            f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})",
+            f"{eager / seconds['median']:.2f}",
+            *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
+            f"{record['step_relative_error'] * 100:.2f} %",
+            f"{record['peak_memory']['image']['reserved_gib']:.1f}",
+        ]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(text: str) -> str:
+    """`text` with every marked part written anew."""
+    return MARKERS.sub(lambda part: part[1] + table(part[2]) + part[3], text)
+
+
+if __name__ == "__main__":
+    before = README.read_text()
+    after = with_tables(before)
+    if "--check" in sys.argv:
+        sys.exit(before != after)
+    README.write_text(after)

@@ -1,0 +1,121 @@
+"""Both scripts from the command line to the files that they leave."""
+
+import gzip
+import json
+import sys
+import types
+
+import PIL.Image
+import pytest
+
+import gen_image
+import run_benchmark
+from utils.benchmark_utils import RecipeError
+from utils.images import read_parameters
+
+EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def call(script, *argv):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script.__name__, *argv])
+        script.main()
+    return call
+
+
+def test_one_image_with_its_parameters(run, tmp_path, capsys):
+    run(gen_image, "--ckpt", "tiny-flux", "--prompt", "a cat", "--seed", "7", "--output-file", "out/cat.png", *EAGER)
+    path = tmp_path / "out" / "cat.png"
+    assert PIL.Image.open(path).size == (128, 128)
+    found = read_parameters(path)
+    names = ("prompt", "seed", "model", "num_inference_steps")
+    assert [found[name] for name in names] == ["a cat", 7, "tiny-flux", 2]
+    assert "bf16" in found["techniques"] and "compile" not in found["techniques"]
+    shown = capsys.readouterr().err
+    assert "load" in shown and "image" in shown and "compile" in shown and "--compile_export_mode disabled" in shown
+
+
+def test_quiet_is_quiet(run, capfd):
+    run(gen_image, "--ckpt", "tiny-flux", "--quiet", *EAGER)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_of_prompts_makes_one_image_each(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  a dog  \na cat\n")
+    run(gen_image, "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt", "--output-file", "all/x.png", "--seed", "5",
+        *EAGER)
+    found = {path.name: read_parameters(path) for path in (tmp_path / "all").iterdir()}
+    assert {name: (p["prompt"], p["seed"]) for name, p in found.items()} == {
+        "x_000_5.png": ("a cat", 5), "x_001_6.png": ("a dog", 6), "x_002_7.png": ("a cat", 7)}
+    run(gen_image, "--ckpt", "tiny-flux", "--prompt", "a dog", "--seed", "6", "--output-file", "alone.png", *EAGER)
+    assert PIL.Image.open(tmp_path / "alone.png").tobytes() == PIL.Image.open(tmp_path / "all/x_001_6.png").tobytes()
+
+
+def test_several_images_of_one_prompt_are_numbered(run, tmp_path):
+    run(gen_image, "--ckpt", "tiny-flux", "--num_images_per_prompt", "2", "--output-file", "x.jpg", *EAGER)
+    assert sorted(p.name for p in tmp_path.glob("x*")) == ["x_000_42.jpg", "x_001_43.jpg"]
+
+
+@pytest.mark.parametrize("text, said", [("\n  \n", "holds no prompt"), (b"\xff\xfe\xff", "not UTF-8")])
+def test_a_useless_prompts_file_is_named(run, tmp_path, text, said):
+    (tmp_path / "p.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError, match=said):
+        run(gen_image, "--ckpt", "tiny-flux", "--prompts-file", "p.txt", *EAGER)
+
+
+@pytest.mark.parametrize("argv", [["--trace-file", "t.json"], ["--output-json", "r.json"], ["--step_error"]])
+def test_benchmark_flags_are_refused_by_gen_image(run, argv):
+    with pytest.raises(RecipeError, match=r"is for run_benchmark\.py"):
+        run(gen_image, "--ckpt", "tiny-flux", *argv, *EAGER)
+
+
+def test_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
+    run(run_benchmark, "--ckpt", "tiny-flux-dev", "--runs", "3", "--warmup", "1", "--step_error", "--output-json",
+        "r.json", "--trace-file", "t.json.gz", *EAGER)
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads(lines[-1])
+    assert record == json.loads((tmp_path / "r.json").read_text())
+    assert lines[0].startswith("time mean/var:") and "median" in lines[1]
+
+    assert record["schema_version"] == 1 and len(record["seconds"]["raw"]) == 3
+    assert record["settings"]["num_inference_steps"] == 2 and record["settings"]["max_sequence_length"] == 64
+    assert record["images_per_second"] == pytest.approx(1 / record["seconds"]["median"])
+    assert set(record["stages_ms"]) == {"prompt_encoding", "denoising_step", "decoding", "postprocessing",
+                                        "pil_conversion"}
+    assert 1e-4 < record["step_relative_error"] < 0.03
+    assert record["techniques"]["compile"] == {"on": False, "how": "--compile_export_mode disabled"}
+    assert {"load", "warm-up", "timing"} <= set(record["cold_start_s"])
+    assert record["environment"]["argv"][:2] == ["--ckpt", "tiny-flux-dev"]
+    assert (tmp_path / "output.png").is_file()
+
+    trace = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert {name: names.count(name) for name in record["stages_ms"]} == {
+        "prompt_encoding": 1, "denoising_step": 2, "decoding": 1, "postprocessing": 1, "pil_conversion": 1}
+
+
+def test_arguments_are_made_outside_the_timed_region(run, monkeypatch):
+    """flux-fast timed loading Kontext's reference image in every run."""
+    order = []
+    counter = run_benchmark.time.perf_counter
+    monkeypatch.setattr(run_benchmark.time, "perf_counter", lambda: (order.append("clock"), counter())[1])
+
+    def pipeline(**kwargs):
+        order.append("call")
+        return types.SimpleNamespace(images=[0])
+
+    monkeypatch.setattr(run_benchmark, "call_kwargs", lambda *a: order.append("kwargs") or {})
+    seconds, image = run_benchmark.time_images(pipeline, types.SimpleNamespace(runs=2, device="cpu"))
+    assert order == ["kwargs", "clock", "call", "clock"] * 2 and len(seconds) == 2 and image == 0
+
+
+def test_a_step_cache_is_reported(run, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("Fn_compute_blocks: 1\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n")
+    run(run_benchmark, "--ckpt", "tiny-flux-dev", "--runs", "1", "--warmup", "0", "--cache_dit_config", "c.yaml",
+        *EAGER[:-1], "6")
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["cached_steps"] and record["techniques"]["step cache"]["on"]
+    with pytest.raises(RecipeError, match="--step_error"):
+        run(run_benchmark, "--ckpt", "tiny-flux-dev", "--cache_dit_config", "c.yaml", "--step_error", *EAGER[:-1], "6")
