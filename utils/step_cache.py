@@ -82,8 +82,8 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
     if steps <= options.max_warmup_steps:
         raise RecipeError(
             f"the step cache warms up for {options.max_warmup_steps} steps and the image takes {steps}: nothing could "
-            "be cached. Drop --enable_cache_dit (for schnell's 4 steps there is nothing to gain), or use a model of more "
-            "steps, or a --cache_dit_config with a smaller max_warmup_steps.")
+            "be cached. Drop --enable_cache_dit (for schnell's 4 steps there is nothing to gain), or use a model of "
+            "more steps, or a --cache_dit_config with a smaller max_warmup_steps.")
     computed = options.Fn_compute_blocks + options.Bn_compute_blocks
     if computed >= blocks:
         raise RecipeError(
