@@ -5,7 +5,14 @@
 
 from pathlib import Path
 
-from utils.benchmark_utils import RecipeError, StageLog, check_args, create_parser, exit_with_reason
+from utils.benchmark_utils import (
+    RecipeError,
+    StageLog,
+    check_args,
+    create_parser,
+    exit_with_reason,
+    spare_the_garbage_collector,
+)
 from utils.images import numbered_path, save_image
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, with_embeddings
 
@@ -22,6 +29,7 @@ def main():
     with log.stage("load"):
         pipeline = load_pipeline(args)
     pipeline = optimize(pipeline, args, log)
+    spare_the_garbage_collector()
 
     embeddings = {}
     for index, prompt in enumerate(prompts):

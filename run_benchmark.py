@@ -24,6 +24,7 @@ from utils.benchmark_utils import (
     environment,
     exit_with_reason,
     replacing,
+    spare_the_garbage_collector,
     summarize,
     write_json,
 )
@@ -54,6 +55,7 @@ def main():
             reference = float32_step(pipeline.transformer, step_inputs)
     memory.end_of("load")
     pipeline = optimize(pipeline, args, log)
+    spare_the_garbage_collector()
     show_progress(pipeline, False)
     error = step_error(pipeline, step_inputs, reference) if args.step_error else None
 

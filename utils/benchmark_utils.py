@@ -5,6 +5,7 @@ the checkpoint or the hardware is refused by `utils.techniques.plan`, still befo
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -243,6 +244,16 @@ def exit_with_reason(main):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(2)
+
+
+def spare_the_garbage_collector() -> None:
+    """Takes everything that exists by now out of Python's garbage collection, for processes that keep their pipeline.
+
+    Half a million objects of modules and compilers never become garbage, and one full look at them takes 0.25 s on a
+    CPU core: 5 ms an image, seen between an image's start and its first launch.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class StageLog:

@@ -95,6 +95,9 @@ class CUDAGraphed(torch.nn.Module):
         self.recordings.move_to_end(key)
         return recording.replay(args, kwargs)
 
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """diffusers asks for this after each image, to clear hooks that a recorded module cannot have."""
+
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)

@@ -1,0 +1,45 @@
+"""The README says what is there: flags, commands, and figures that stand in results/."""
+
+import re
+import sys
+from pathlib import Path
+
+from utils.benchmark_utils import create_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "results"))
+
+import tables  # noqa: E402
+
+
+def test_every_flag_exists():
+    known = set(create_parser()._option_string_actions) | {"--strict", "--check"}
+    assert sorted(set(re.findall(r"(?<!-)--[a-z][\w-]+", README)) - known) == []
+
+
+def test_no_code_block_is_longer_than_six_lines():
+    blocks = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
+    assert blocks and max(block.count("\n") for block in blocks) <= 6
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -q -r requirements-dev.txt" in script and "python -m pytest\n" in script
+    assert "pip install -r requirements-dev.txt && python -m pytest" in README
+
+
+def test_every_link_into_the_repository_leads_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_tables_are_what_the_results_say():
+    assert README.count("<!-- results:") == 2
+    assert tables.with_tables(README) == README
+
+
+def test_a_figure_typed_by_hand_would_be_replaced():
+    row = next(line for line in README.splitlines() if "results/" in line and "**" in line)
+    figure = re.search(r"\*\*(\d\.\d+)\*\*", row)[1]
+    assert tables.with_tables(README.replace(row, row.replace(figure, "0.001"))) == README
