@@ -13,15 +13,15 @@ from utils.benchmark_utils import (
     exit_with_reason,
     spare_the_garbage_collector,
 )
-from utils.images import numbered_path, save_image
+from utils.images import image_parameters, numbered_path, save_image
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, with_embeddings
 
 
 def main():
     args = create_parser().parse_args()
     check_args(args)
-    for flag in ("trace_file", "output_json", "step_error"):
-        if getattr(args, flag):
+    for flag in ("trace_file", "output_json", "step_error", "warmup", "runs"):
+        if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
     prompts = read_prompts(args.prompts_file) if args.prompts_file else [args.prompt]
     log = StageLog(args.quiet)
@@ -45,28 +45,20 @@ def main():
                 path = numbered_path(args.output_file, i, seed)
             else:
                 path = args.output_file
-            save_image(image, path, parameters(args, kwargs, pipeline, prompt, seed))
+            save_image(image, path, image_parameters(args, kwargs, pipeline.techniques, prompt, seed))
             log.line(f"wrote {path}")
 
 
 def read_prompts(path: str) -> list[str]:
     """The lines of a file that are not blank."""
     try:
-        prompts = [line.strip() for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"--prompts-file {path} is not UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise RecipeError(f"--prompts-file {path} holds no prompt: write one a line.")
     return prompts
-
-
-def parameters(args, kwargs: dict, pipeline, prompt: str, seed: int) -> dict:
-    """What the image file says of how it was made."""
-    names = ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale")
-    return {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
-            "image": args.image, "random_weights": args.random_weights is not None,
-            "techniques": {name: how for name, (on, how) in pipeline.techniques.items() if on},
-            **{name: kwargs[name] for name in names if name in kwargs}}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from utils.benchmark_utils import (
     summarize,
     write_json,
 )
-from utils.images import save_image
+from utils.images import image_parameters, save_image
 from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress
 from utils.quality import capture_step, float32_step, relative_error
 from utils.regions import StageTimes, in_regions
@@ -36,6 +36,8 @@ from utils.regions import StageTimes, in_regions
 
 def main():
     args = create_parser().parse_args()
+    args.warmup = 3 if args.warmup is None else args.warmup
+    args.runs = 10 if args.runs is None else args.runs
     check_args(args)
     if args.prompts_file:
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
@@ -46,8 +48,6 @@ def main():
 
     with log.stage("load"):
         pipeline = load_pipeline(args)
-    if args.step_error and pipeline.device.type != args.device:
-        raise RecipeError("--step_error needs the unquantised model on the GPU, and it does not fit there.")
     if args.step_error:
         with log.stage("float32 step"):
             show_progress(pipeline, False)
@@ -56,6 +56,7 @@ def main():
     memory.end_of("load")
     pipeline = optimize(pipeline, args, log)
     spare_the_garbage_collector()
+    memory.end_of("optimise")
     show_progress(pipeline, False)
     error = step_error(pipeline, step_inputs, reference) if args.step_error else None
 
@@ -63,27 +64,30 @@ def main():
     with torch._dynamo.config.patch(error_on_recompile=True), log.stage("warm-up"):
         for i in range(args.warmup):
             pipeline(**call_kwargs(pipeline, args))
-            if i == 0 and __name__ == "__main__":  # called from elsewhere, the imports are not in it
+            # Called from elsewhere the imports would not be in it, and with --step_error more than a start.
+            if i == 0 and __name__ == "__main__" and not args.step_error:
                 synchronize(args.device)
                 log.seconds["process start to first image"] = time.time() - psutil.Process().create_time()
-    memory.end_of("optimise and warm up")
-    with torch._dynamo.config.patch(error_on_recompile=True), log.stage("timing"):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         seconds, image = time_images(pipeline, args)
         memory.end_of("image")
         stages = time_stages(pipeline, args)
 
-    save_image(image, args.output_file, {"prompt": args.prompt, "seed": args.seed, "model": args.ckpt})
+    kwargs = call_kwargs(pipeline, args)
+    parameters = image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed)
+    save_image(image, args.output_file, parameters)
     timing = summarize(seconds)
     record = {
         "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
-        "settings": {name: value for name, value in call_kwargs(pipeline, args).items()
-                     if isinstance(value, (int, float, str))},
+        "device": args.device,
+        "settings": {"seed": args.seed} | {name: value for name, value in kwargs.items()
+                                           if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
         "stages_ms": stages, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty,
         "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
-        "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(),
+        "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
     }
     if args.output_json:
         write_json(args.output_json, record)

@@ -45,9 +45,39 @@ def test_flags_win_over_the_models_defaults(make_args):
 
 
 def test_another_pipeline_is_refused(tmp_path):
-    configs = dict(random_weights.architecture("tiny-flux"), pipeline_class="StableDiffusionPipeline")
-    with pytest.raises(RecipeError, match="StableDiffusionPipeline"):
-        identify(configs)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(RecipeError, match="is a StableDiffusionPipeline; this recipe runs FluxPipeline"):
+        read_configs(str(tmp_path))
+
+
+def break_file(path, content):
+    path.write_bytes(content) if content is not None else path.unlink()
+
+
+@pytest.mark.parametrize("file, content, text", [
+    ("vae/config.json", b"{", "vae/config.json is damaged"),
+    ("transformer/diffusion_pytorch_model.safetensors", None, "incomplete or damaged"),
+    ("transformer/diffusion_pytorch_model.safetensors", b"junk", "incomplete or damaged"),
+    ("text_encoder_2/model.safetensors", None, "incomplete or damaged"),
+])
+def test_a_damaged_checkpoint_is_named(build, tmp_path, make_args, file, content, text):
+    build("tiny-flux").save_pretrained(tmp_path)
+    break_file(tmp_path / file, content)
+    with pytest.raises(RecipeError, match=f"--ckpt.*{text}"):
+        load_pipeline(make_args("--ckpt", str(tmp_path)))
+
+
+def test_a_home_relative_folder_loads(build, tmp_path, make_args, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build("tiny-flux").save_pretrained(tmp_path / "model")
+    assert load_pipeline(make_args("--ckpt", "~/model")).transformer.config.num_layers == 2
+
+
+def test_a_tokenizer_without_a_limit_gets_the_models(build, tmp_path, make_args):
+    build("tiny-flux").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
+    assert image_settings(make_args(), read_configs(str(tmp_path))).max_sequence_length == 256
 
 
 def test_a_folder_without_a_model_index_is_named(tmp_path):

@@ -52,6 +52,10 @@ REFUSED_BY_ARGUMENTS = [
     (["--num_images_per_prompt", "0"], "at least 1"),
     (["--runs", "0"], "at least 1"),
     (["--seed", "-1"], "--seed -1"),
+    (["--seed", str(2**64)], "2\\^63"),
+    (["--true_cfg_scale", "0.5"], "1 \\(off\\) or more"),
+    (["--revision", "main", "--random_weights"], "--revision main"),
+    (["--revision", "main", "--ckpt", "."], "--revision main"),
     (["--offload", "model"], "nothing to move"),
     (["--gpu_memory_limit", "8"], "needs --device cuda"),
     (["--negative_prompt", "x"], "--true_cfg_scale"),
@@ -65,6 +69,7 @@ REFUSED_BY_ARGUMENTS = [
     (["--use-cached-model"], "--compile_export_mode compile"),
     (["--compile_scope", "whole", "--compile_export_mode", "disabled"], "contradicts"),
     (["--compile_scope", "whole", "--enable_cache_dit"], "--compile_scope blocks"),
+    (["--revision", "main", "--ckpt", "tiny-flux"], "--revision main"),
     (["--random_weights", "--lora", "x"], "drop one"),
     (["--prompts-file", "nowhere.txt"], "no such file"),
     (["--cache_dit_config", "nowhere.yaml"], "no such file"),
@@ -88,9 +93,14 @@ REFUSED_BY_THE_MODEL = [
     (["--ckpt", "tiny-flux", "--attention_backend", "fa3"], "fa3.*no GPU"),
     (["--ckpt", "tiny-flux", "--attention_backend", "aiter"], "aiter.*no GPU"),
     (["--ckpt", "tiny-flux", "--attention_backend", "flash3"], "unknown. Choose from"),
-    (["--ckpt", "tiny-flux", "--attention_backend", "sage"], "missing package"),
+    (["--ckpt", "tiny-flux", "--attention_backend", "_native_cudnn"], "needs a GPU. On a CPU: native"),
+    (["--ckpt", "tiny-flux", "--guidance_scale", "3"], "no guidance embedding"),
+    (["--ckpt", "tiny-flux", "--quant_granularity", "tensor"], "int8, which goes per row"),
+    (["--ckpt", "tiny-kontext", "--image", "IMAGE"], "cannot be read as an image"),
+    (["--ckpt", "tiny-flux", "--lora", "nowhere.safetensors:0.5"], "neither a local file or folder nor a Hub id"),
     (["--ckpt", "tiny-flux", "--quant_dtype", "float8"], "8.9"),
     (["--ckpt", "tiny-flux", "--quant_dtype", "int8", "--compile_export_mode", "disabled"], "only when compiled"),
+    (["--ckpt", "tiny-flux", "--quant_granularity", "row", "--compile_export_mode", "disabled"], "only when compiled"),
     (["--ckpt", "tiny-flux", "--strict"], "--strict: attention.*--disable_fa3"),
     (["--ckpt", "someone/a-model", "--random_weights"], "knows no architecture called 'a-model'"),
     (["--ckpt", "FLUX.1-dev", "--random_weights", "2x4"], "2\\+4"),
@@ -115,6 +125,17 @@ def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --ckpt") and "model_index.json" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["--compile_scope", "whole", "--offload", "model"], "--compile_scope blocks"),
+    (["--compile_scope", "whole", "--offload", "group"], "--compile_scope blocks"),
+    (["--enable_cache_dit", "--offload", "model"], "--offload group"),
+])
+def test_pairs_refused_on_a_gpu(make_args, monkeypatch, argv, text):
+    monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RecipeError, match=text):
+        check_args(make_args("--device", "cuda", *argv))
 
 
 def test_output_folders_are_made(make_args, tmp_path):
@@ -154,5 +175,5 @@ def test_summary_against_the_definitions():
 
 
 def test_the_environment_names_versions_and_command():
-    record = benchmark_utils.environment()
+    record = benchmark_utils.environment("cpu")
     assert record["packages"]["torch"] and record["packages"]["diffusers"] and record["argv"] is not None

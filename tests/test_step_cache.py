@@ -46,6 +46,10 @@ def test_old_names_and_both_layouts_mean_what_they_say(tmp_path, text):
     ("- 1", "expected keys and values"),
     ("a: [", "is not yaml"),
     ("cache_type: DBPrune", "must be DBCache"),
+    ("cache_config:\n  Fn_compute_blocks: 1\nmax_warmup_steps: 2", "not max_warmup_steps"),
+    ("cache_config:", "belong below cache_config"),
+    ("taylorseer_kwargs: {order: 3}", "n_derivatives alone"),
+    ("taylorseer_kwargs: [1]", "n_derivatives alone"),
 ])
 def test_files_that_cannot_be_meant(tmp_path, text, said):
     with pytest.raises(RecipeError, match=said):
@@ -57,6 +61,13 @@ def test_files_that_cannot_be_meant(tmp_path, text, said):
 def test_options_that_cannot_cache(steps, blocks, said):
     with pytest.raises(RecipeError, match=said):
         check(step_cache.DEFAULT, steps, blocks)
+
+
+@pytest.mark.parametrize("options", [{"Fn_compute_blocks": 0}, {"Bn_compute_blocks": -1}, {"max_warmup_steps": -1},
+                                     {"max_cached_steps": 0}, {"max_continuous_cached_steps": 0}])
+def test_values_that_mean_nothing(options):
+    with pytest.raises(RecipeError):
+        check(CacheOptions(**options), 28, 57)
 
 
 def test_options_that_can():

@@ -73,6 +73,22 @@ def test_wishes_that_an_a100_cannot_fulfil(argv, text):
         decide(A100, *argv)
 
 
+def test_a_backend_of_diffusers_is_checked_and_the_process_left_alone():
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+    before = registry.get_active_backend()
+    with pytest.raises(RecipeError, match="sageattention"):
+        decide(H100, "--attention_backend", "sage")
+    assert decide(H100, "--attention_backend", "_native_cudnn").attention_backend == "_native_cudnn"
+    assert registry.get_active_backend() == before
+
+
+@pytest.mark.parametrize("hardware, argv", [(A100, ["--quant_granularity", "tensor"]),
+                                            (H100, ["--quant_granularity", "row", "--offload", "group"])])
+def test_a_granularity_without_effect_is_refused(hardware, argv):
+    with pytest.raises(RecipeError, match="quant_granularity"):
+        decide(hardware, *argv)
+
+
 def test_a_missing_library_is_an_error_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(attention, "find_library", lambda library: (None, "pip install it"))
     assert decide(H100).decisions["attention"] == (False, "SDPA: pip install it")
@@ -113,6 +129,14 @@ def test_memory_decides_where_weights_are_built():
     assert build_on(H100) == "cuda"
     assert build_on(RTX4090, "--text_encoder_quant") == "cpu"
     assert build_on(H100, "--offload", "model") == "cpu"
+
+
+def test_int8_keeps_the_modulation_in_bf16():
+    """3.2 B weights: an A100's or 3090's transformer takes 14 GiB, not 11."""
+    card = Hardware("cuda", (8, 6), False, "NVIDIA GeForce RTX 3090", int(23.5 * GIB))
+    with pytest.raises(RecipeError, match=r"transformer 14\.\d"):
+        build_on(card, "--text_encoder_quant")
+    assert build_on(card, "--text_encoder_quant", "--vae_tiling") == "cpu"
 
 
 def test_not_enough_memory_says_what_is_needed_what_is_free_and_what_helps():

@@ -40,7 +40,7 @@ _functions: dict[str, Callable] = {}
 
 
 def find_library(library: str) -> tuple[Callable | None, str]:
-    """The attention function of "fa3" or "aiter", and where it came from; or None, and how to get it.
+    """The attention function of "fa3" or "aiter", and where it came from; or None, and how to get or mend it.
 
     FlashAttention-3's own build installs `flash_attn_interface`; the `fa3-fwd` wheel (CUDA 13) `fa3_fwd_interface`.
     """
@@ -49,8 +49,10 @@ def find_library(library: str) -> tuple[Callable | None, str]:
     for module in modules:
         try:
             return getattr(importlib.import_module(module), function), module
-        except (ImportError, OSError, AttributeError):
+        except ModuleNotFoundError:
             continue
+        except Exception as error:  # an undefined symbol, another CUDA, a missing driver: installed, but not usable
+            return None, f"{module} is installed but cannot be used ({type(error).__name__}: {error})"
     if library == "fa3":
         return None, ("FlashAttention-3 is not installed: `pip install fa3-fwd==0.0.3` (CUDA 13), or build "
                       "flash-attention's hopper/ folder, or `--attention_backend _flash_3_hub` (bf16; downloads it)")

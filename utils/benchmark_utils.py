@@ -124,8 +124,8 @@ def create_parser() -> argparse.ArgumentParser:
                         help="a technique that is on by default but cannot run here is an error, not a line")
 
     report = parser.add_argument_group("benchmark and reports")
-    report.add_argument("--warmup", type=int, default=3, help="untimed images before the timed ones (run_benchmark.py)")
-    report.add_argument("--runs", type=int, default=10, help="timed images (run_benchmark.py)")
+    report.add_argument("--warmup", type=int, help="untimed images before the timed ones: 3 (run_benchmark.py)")
+    report.add_argument("--runs", type=int, help="timed images: 10 (run_benchmark.py)")
     report.add_argument("--step_error", action="store_true",
                         help="also measure one step's relative error against float32 (run_benchmark.py)")
     report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
@@ -152,7 +152,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("runs", 1), ("warmup", 0)):
         value = getattr(args, name)
         refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
-    refuse(args.seed < 0, f"--seed {args.seed}: it must not be negative.")
+    refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed}: it must be from 0 to 2^63 - 1.")
+    refuse(args.true_cfg_scale < 1, f"--true_cfg_scale {args.true_cfg_scale}: it must be 1 (off) or more.")
 
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda, but PyTorch sees no GPU here. Use --device cpu, or install a CUDA or ROCm build of torch.")
@@ -181,11 +182,17 @@ def check_args(args: argparse.Namespace) -> None:
            "does not make yet. Use --compile_export_mode compile: compiled kernels are kept under --cache-dir.")
     refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
            "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
-    refuse(args.compile_scope == "whole" and args.offload == "group",
-           "--offload group hooks into every layer, which cannot be compiled as one whole: use --compile_scope blocks.")
+    refuse(args.compile_scope == "whole" and args.offload != "none",
+           f"--offload {args.offload} hooks into the transformer, which then cannot be compiled as one whole: use "
+           "--compile_scope blocks.")
+    refuse(args.offload == "model" and (args.enable_cache_dit or args.cache_dit_config),
+           "--offload model takes its hooks off after each image, and the step cache with them: use --offload group.")
     refuse(args.compile_scope == "whole" and (args.enable_cache_dit or args.cache_dit_config),
            "a step cache decides in Python between blocks, so the transformer cannot be compiled as one whole: "
            "use --compile_scope blocks with --enable_cache_dit.")
+    not_on_hub = args.random_weights or args.ckpt.startswith("tiny-") or Path(args.ckpt).expanduser().is_dir()
+    refuse(args.revision and not_on_hub,
+           f"--revision {args.revision} is of a checkpoint on the Hub: drop it, or give a Hub id as --ckpt.")
     refuse(args.random_weights and args.lora,
            "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
 
@@ -287,8 +294,8 @@ def summarize(seconds: list[float]) -> dict:
     }
 
 
-def environment() -> dict:
-    """Machine, driver, package versions, commit and command line: what a figure must be read with."""
+def environment(device: str) -> dict:
+    """Machine, driver, package versions, commit and command line: what a figure of `device` must be read with."""
     packages = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "accelerate", "fa3-fwd",
                 "flash-attn-3", "amd-aiter")
     found = {}
@@ -302,9 +309,9 @@ def environment() -> dict:
               "commit": (_output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
                          or os.environ.get("GIT_COMMIT")),
               "argv": sys.argv[1:], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    if torch.cuda.is_available():
+    if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        smi = _output_of("nvidia-smi", f"--id={torch.cuda.current_device()}",
+        smi = _output_of("nvidia-smi", f"--id=GPU-{properties.uuid}",
                          "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
         driver, _, power = (smi or "").partition(", ")
         record |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30,

@@ -48,17 +48,10 @@ MODELS = {
 
 
 def identify(configs: dict) -> Model:
-    """The `Model` of a checkpoint or pipeline: by its pipeline class and guidance embedding, never by its name.
-
-    Raises:
-        RecipeError: the pipeline class is none that the recipe was made for.
-    """
+    """The `Model` of a checkpoint or pipeline: by its pipeline class and guidance embedding, never by its name."""
     if configs["pipeline_class"] == "FluxKontextPipeline":
         return MODELS["kontext"]
-    if configs["pipeline_class"] == "FluxPipeline":
-        return MODELS["dev" if configs["transformer"]["guidance_embeds"] else "schnell"]
-    raise RecipeError(f"the checkpoint is a {configs['pipeline_class']}; this recipe runs FluxPipeline "
-                      "(schnell, dev and their fine-tunes) and FluxKontextPipeline.")
+    return MODELS["dev" if configs["transformer"]["guidance_embeds"] else "schnell"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,12 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
     if is_built_in(ckpt, random_layers):
         return random_weights.architecture(ckpt, random_layers or "full")
     index = _read_json(ckpt, "model_index.json", revision)
+    if index.get("_class_name") not in random_weights.PIPELINES:
+        raise RecipeError(f"--ckpt {ckpt} is a {index.get('_class_name')}; this recipe runs FluxPipeline (schnell, dev "
+                          "and their fine-tunes) and FluxKontextPipeline.")
     configs = {name: _read_json(ckpt, path, revision) for name, path in CONFIG_FILES.items()}
+    # Tokenizers without a limit of their own are cut at what the model was trained on.
+    configs["tokenizer_2"].setdefault("model_max_length", 512)
     return configs | {"pipeline_class": index["_class_name"]}
 
 
@@ -121,7 +119,10 @@ def _read_json(ckpt: str, filename: str, revision: str | None) -> dict:
     else:
         with hub_errors("--ckpt", ckpt, revision):
             path = hf_hub_download(ckpt, filename, revision=revision)
-    return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"--ckpt {ckpt}: {filename} is damaged ({error}). Download it again.") from error
 
 
 class hub_errors:
@@ -158,7 +159,8 @@ class hub_errors:
 
 
 def weight_counts(configs: dict) -> dict[str, int]:
-    """Parameters of each component, and of the transformer's quantisable part ("blocks": Linears in its blocks).
+    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantises; and
+    of those among them that int8 leaves alone ("modulation").
 
     Counted on the meta device, from the configs: no memory, half a second for 17 B parameters.
     """
@@ -170,6 +172,8 @@ def weight_counts(configs: dict) -> dict[str, int]:
                    "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
                    "text_encoder_2": T5EncoderModel(T5Config(**t5))}
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    counts["blocks"] = sum(p.weight.numel() for name, p in modules["transformer"].named_modules()
-                           if isinstance(p, torch.nn.Linear) and "transformer_blocks." in name)
+    in_blocks = {name: part.weight.numel() for name, part in modules["transformer"].named_modules()
+                 if isinstance(part, torch.nn.Linear) and "transformer_blocks." in name}
+    counts["blocks"] = sum(in_blocks.values())
+    counts["modulation"] = sum(size for name, size in in_blocks.items() if ".norm" in name)
     return counts

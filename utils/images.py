@@ -67,6 +67,20 @@ def numbered_path(path: str, *numbers: int) -> Path:
     return path.with_name(name + path.suffix)
 
 
+def image_parameters(args, kwargs: dict, techniques: dict, prompt: str, seed: int) -> dict:
+    """What an image file says of how it was made.
+
+    Args:
+        kwargs: of the pipeline call (`call_kwargs`).
+        techniques: name to (on, how), as `optimize` leaves them on the pipeline.
+    """
+    names = ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale")
+    return {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
+            "image": args.image, "random_weights": args.random_weights is not None,
+            "techniques": {name: how for name, (on, how) in techniques.items() if on},
+            **{name: kwargs[name] for name in names if name in kwargs}}
+
+
 def save_image(image: PIL.Image.Image, path: str | Path, parameters: dict) -> None:
     """Writes the image whole or not at all, with `parameters` as JSON in its metadata.
 

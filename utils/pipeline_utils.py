@@ -2,12 +2,14 @@
 
 import os
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers import attention_backend as diffusers_backend
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -26,6 +28,8 @@ from utils.cuda_graph import CUDAGraphed
 from utils.images import GPUImageProcessor, load_reference, reference_size
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
 
+MAX_EMBEDDINGS = 16
+
 
 def load_pipeline(args):
     """The FluxPipeline or FluxKontextPipeline of `args`, LoRA fused, nothing else changed yet.
@@ -36,23 +40,35 @@ def load_pipeline(args):
     Raises:
         RecipeError: with what to do about it.
     """
+    if args.quiet:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
     configs = read_configs(args.ckpt, args.revision, args.random_weights)
     hardware = detect(args.device, args.gpu_memory_limit)
     chosen = plan(args, configs, hardware)
     device = where_to_build(args, configs, hardware, chosen)
+    if args.step_error and device != args.device:
+        raise RecipeError("--step_error needs the unquantised model on the GPU, and it does not fit there.")
+    if args.image:
+        load_reference(args.image)
+    if args.lora:
+        check_lora(args.lora)
     if args.gpu_memory_limit:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
 
-    if args.quiet:
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
     if is_built_in(args.ckpt, args.random_weights):
         pipeline = random_weights.build(configs, device, chosen.dtype)
     else:
-        with hub_errors("--ckpt", args.ckpt, args.revision):
-            pipeline = DiffusionPipeline.from_pretrained(args.ckpt, revision=args.revision, dtype=chosen.dtype,
-                                                         use_safetensors=True)
+        folder = Path(args.ckpt).expanduser()
+        try:
+            with hub_errors("--ckpt", args.ckpt, args.revision):
+                pipeline = DiffusionPipeline.from_pretrained(
+                    str(folder) if folder.is_dir() else args.ckpt, revision=args.revision, dtype=chosen.dtype,
+                    use_safetensors=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RecipeError(f"--ckpt {args.ckpt} is incomplete or damaged: {str(error).splitlines()[0]}") from error
         pipeline.to(device)
     if args.lora:
         fuse_lora(pipeline, args.lora)
@@ -79,7 +95,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.is_on("channels_last"):
         vae.to(memory_format=torch.channels_last)
     if args.vae_tiling:
-        vae.enable_tiling()
+        enable_tiling(vae)
     # Scaled by the norms' weights: after LoRA.
     if chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
@@ -91,6 +107,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         if chosen.quant:
             count = quantize_transformer(transformer, *chosen.quant, device)
             techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
+            if args.offload == "model":  # one model at a time on the GPU, here as well
+                transformer.to("cpu")
         if args.text_encoder_quant:
             quantize_text_encoder(pipeline.text_encoder_2, device)
     if args.offload == "model":
@@ -168,13 +186,18 @@ def _reference_kwargs(image, width: int, height: int) -> dict:
 
 @torch.no_grad()
 def with_embeddings(pipeline, kwargs: dict, cache: dict) -> dict:
-    """`kwargs` with the prompts replaced by their embeddings, each distinct prompt encoded once and kept in `cache`."""
+    """`kwargs` with the prompts replaced by their embeddings; the last few of them stay in `cache` and are not encoded
+    again. (A dev prompt's take 4 MiB of GPU memory, and a file may hold thousands.)"""
     kwargs = dict(kwargs)
     images = kwargs.pop("num_images_per_prompt")
     for prefix in ("", "negative_"):
         if (prompt := kwargs.pop(f"{prefix}prompt", None)) is None:
             continue
-        if prompt not in cache:
+        if prompt in cache:
+            cache[prompt] = cache.pop(prompt)
+        else:
+            if len(cache) >= MAX_EMBEDDINGS:
+                cache.pop(next(iter(cache)))
             embeds, pooled, _ = pipeline.encode_prompt(
                 prompt=prompt, prompt_2=None, num_images_per_prompt=images,
                 max_sequence_length=kwargs["max_sequence_length"])
@@ -184,15 +207,28 @@ def with_embeddings(pipeline, kwargs: dict, cache: dict) -> dict:
     return kwargs
 
 
+def split_lora(lora: str) -> tuple[str, float]:
+    """PATH[:SCALE] -> (path, scale); the scale is 1 if what follows the last colon is no number."""
+    path, _, scale = lora.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (lora, 1.0)
+    except ValueError:
+        return lora, 1.0
+
+
+def check_lora(lora: str) -> None:
+    """Refuses, before weights load, a LoRA that is neither here nor possibly on the Hub, or that lacks peft."""
+    path, _ = split_lora(lora)
+    if find_spec("peft") is None:
+        raise RecipeError("--lora needs peft: pip install peft==0.21.2")
+    if not Path(path).expanduser().exists() and (path.count("/") != 1 or path.endswith(".safetensors")):
+        raise RecipeError(f"--lora {path}: neither a local file or folder nor a Hub id.")
+
+
 def fuse_lora(pipeline, lora: str) -> None:
     """Adds a LoRA, PATH[:SCALE], to the weights and drops the adapter: no cost per step, and the only way that
     survives fused projections and quantisation."""
-    path, _, scale = lora.rpartition(":")
-    try:
-        scale = float(scale) if path else 1.0
-    except ValueError:
-        path, scale = "", 1.0
-    path = path or lora
+    path, scale = split_lora(lora)
     folder = Path(path).expanduser()
     try:
         if folder.is_file():
@@ -200,14 +236,20 @@ def fuse_lora(pipeline, lora: str) -> None:
         else:
             with hub_errors("--lora", path):
                 pipeline.load_lora_weights(str(folder) if folder.is_dir() else path)
-    except ImportError as error:
-        raise RecipeError(f"--lora needs peft: pip install peft ({error})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RecipeError(f"--lora {path}: cannot be loaded into this model ({str(error).splitlines()[0]}).") from error
     if not pipeline.get_active_adapters():
         raise RecipeError(f"--lora {path}: none of its weights belong to this model.")
-    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.fuse_lora(components=["transformer", "text_encoder"], lora_scale=scale)
     pipeline.unload_lora_weights()
+
+
+def enable_tiling(vae: torch.nn.Module) -> None:
+    """Decodes in tiles of half the VAE's own size. diffusers' default tile is that whole size, which for FLUX means
+    that a 1024x1024 image is one tile and nothing is saved."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size = vae.config.sample_size // 2
+    vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def fuse_projections(model: torch.nn.Module) -> None:

@@ -52,11 +52,20 @@ def from_yaml(path: str) -> CacheOptions:
         raise RecipeError(f"--cache_dit_config {path} is not yaml: {error}") from error
     if not isinstance(found, dict):
         raise RecipeError(f"--cache_dit_config {path}: expected keys and values, such as Fn_compute_blocks: 8.")
-    found = dict(found.get("cache_config", found))
+    if "cache_config" in found:
+        beside = [key for key in found if key != "cache_config"]
+        if beside or not isinstance(found["cache_config"], dict):
+            raise RecipeError(f"--cache_dit_config {path}: all keys belong below cache_config, indented"
+                              f"{': not ' + ', '.join(map(str, beside)) if beside else ''}.")
+        found = found["cache_config"]
+    found = dict(found)
     if found.pop("cache_type", "DBCache") not in ("DBCache", "dbcache"):
         raise RecipeError(f"--cache_dit_config {path}: cache_type must be DBCache.")
-    taylor = found.pop("taylorseer_kwargs", None) or {}
-    if "n_derivatives" in taylor:
+    if "taylorseer_kwargs" in found:  # before 1.0 the order hid in here
+        taylor = found.pop("taylorseer_kwargs")
+        if not isinstance(taylor, dict) or set(taylor) != {"n_derivatives"}:
+            raise RecipeError(f"--cache_dit_config {path}: taylorseer_kwargs knows n_derivatives alone; "
+                              "today's name is taylorseer_order.")
         found["taylorseer_order"] = taylor["n_derivatives"]
     known = {field.name: field.type for field in fields(CacheOptions)}
     options = {}
@@ -79,6 +88,11 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
         steps: denoising steps of an image.
         blocks: double and single blocks of the transformer together.
     """
+    if options.Fn_compute_blocks < 1 or options.Bn_compute_blocks < 0 or options.max_warmup_steps < 0:
+        raise RecipeError("the step cache needs Fn_compute_blocks of 1 or more (it decides by them), and "
+                          "Bn_compute_blocks and max_warmup_steps of 0 or more.")
+    if options.max_cached_steps == 0 or options.max_continuous_cached_steps == 0:
+        raise RecipeError("max_cached_steps and max_continuous_cached_steps of 0 cache nothing: -1 is no limit.")
     if steps <= options.max_warmup_steps:
         raise RecipeError(
             f"the step cache warms up for {options.max_warmup_steps} steps and the image takes {steps}: nothing could "

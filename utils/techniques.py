@@ -8,6 +8,7 @@ import argparse
 import os
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from utils.benchmark_utils import RecipeError
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 
 GIB = 2**30
+CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")  # of diffusers' dispatcher, tried on torch 2.13
 
 
 class Decision(NamedTuple):
@@ -78,6 +80,9 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     model = settings.model
     if model.needs_image and not args.image:
         raise RecipeError(f"{args.ckpt} edits an image: give one with --image PATH_OR_URL.")
+    if args.guidance_scale is not None and not configs["transformer"]["guidance_embeds"]:
+        raise RecipeError(f"--guidance_scale {args.guidance_scale}: {args.ckpt} has no guidance embedding (schnell is "
+                          "distilled without one): drop it, or use --negative_prompt with --true_cfg_scale.")
     if args.image and not model.needs_image:
         raise RecipeError(f"--image is for Kontext; {args.ckpt} draws from text alone. Drop it, or use "
                           "--ckpt black-forest-labs/FLUX.1-Kontext-dev (or tiny-kontext).")
@@ -140,6 +145,8 @@ def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, config
     if wanted and wanted not in known:
         raise RecipeError(f"--attention_backend {wanted}: unknown. Choose from {', '.join(known)}.")
     if wanted and wanted not in attention.BACKENDS:
+        if hardware.device == "cpu" and wanted not in CPU_BACKENDS:
+            raise RecipeError(f"--attention_backend {wanted} needs a GPU. On a CPU: {', '.join(CPU_BACKENDS)}.")
         try:
             # diffusers checks for the package when a backend is set: try it on a model that costs nothing. Setting
             # one also changes a default of the whole process; the context puts it back.
@@ -167,7 +174,7 @@ def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, config
     else:
         obstacle = None
     if wanted and obstacle:
-        raise RecipeError(f"--attention_backend {wanted}: {obstacle}. Use --attention_backend native or _native_cudnn.")
+        raise RecipeError(f"--attention_backend {wanted}: {obstacle}. Use --attention_backend native.")
     how = {"fp8": "fp8, scaled", "fp8_unscaled": "fp8, unscaled", "bf16": "bf16"}[precision]
     if library == "aiter":
         how = "fp8, quantised by AITER"
@@ -184,14 +191,17 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
                           f"this is {hardware.name}. Use --quant_dtype int8 or --disable_quant.")
     if kind == "auto":
         kind = "float8" if hardware.has_float8 else "int8"
+    if kind == "int8" and args.quant_granularity == "tensor":
+        raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantises to int8, which "
+                          "goes per row: drop the flag.")
     granularity = args.quant_granularity or ("row" if kind == "int8" or chosen.dtype == torch.bfloat16 else "tensor")
     obstacle = None
     if args.offload == "group":
         obstacle = "--offload group moves plain tensors only"
     elif kind == "int8" and not compiles:
         obstacle = "int8 pays only when compiled"
-    if obstacle and args.quant_dtype != "auto":
-        raise RecipeError(f"--quant_dtype {args.quant_dtype}: {obstacle}. Drop one of the two.")
+    if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
+        raise RecipeError(f"--quant_dtype and --quant_granularity have no effect here: {obstacle}.")
     if default_on("quantisation", args.disable_quant, "--disable_quant", obstacle,
                   f"{kind} dynamic, one scale a {granularity}"):
         chosen.quant = (kind, granularity)
@@ -201,6 +211,8 @@ def _choose_cache(args, configs: dict, chosen: Plan) -> None:
     if not (args.enable_cache_dit or args.cache_dit_config):
         chosen.decisions["step cache"] = Decision(False, "--enable_cache_dit not given")
         return
+    if find_spec("cache_dit") is None:
+        raise RecipeError("the step cache needs cache-dit: pip install cache-dit==1.5.3")
     options = step_cache.from_yaml(args.cache_dit_config) if args.cache_dit_config else step_cache.DEFAULT
     blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
     step_cache.check(options, chosen.settings.num_inference_steps, blocks)
@@ -221,9 +233,12 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
         return "cpu"
     count = weight_counts(configs)
     plain = chosen.dtype.itemsize
-    in_blocks, in_t5 = (1 if chosen.quant else plain), (1 if args.text_encoder_quant else plain)
+    in_t5 = 1 if args.text_encoder_quant else plain
+    quantised = count["blocks"] if chosen.quant else 0
+    if chosen.quant and chosen.quant[0] == "int8":
+        quantised -= count["modulation"]
     needs = {
-        "transformer": count["blocks"] * in_blocks + (count["transformer"] - count["blocks"]) * plain,
+        "transformer": quantised + (count["transformer"] - quantised) * plain,
         "text encoders": count["text_encoder_2"] * in_t5 + count["text_encoder"] * plain,
         "VAE": count["vae"] * plain,
     }
