@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 
+import numpy as np
 import psutil
 import torch
 
@@ -87,6 +88,7 @@ def main():
         "stages_ms": stages, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty,
         "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
+        "image_std": float(np.asarray(image).std()),
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
     }
     if args.output_json:
@@ -155,6 +157,8 @@ def report(record: dict) -> None:
     print("cold start: " + ", ".join(f"{name} {s:.2f} s" for name, s in record["cold_start_s"].items()))
     if record["step_relative_error"] is not None:
         print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")
+    if record["image_std"] < 1:
+        print("warning: the image is of one colour; NaN in the pipeline turns it black")
     if record["cached_steps"] is not None:
         print(f"cached steps: {record['cached_steps']}")
 

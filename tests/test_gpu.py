@@ -30,7 +30,8 @@ def fa3():
 @pytest.mark.parametrize("batch, tokens, heads, dim", [(1, 4352, 24, 128), (2, 333, 24, 128), (3, 96, 4, 64)])
 @pytest.mark.parametrize("size", [1.0, 0.001, 1000.0])
 def test_fp8_attention_against_float32(fa3, batch, tokens, heads, dim, size):
-    """Measured: 3.6e-2 to 5.4e-2. Values of any size: unscaled, those over 448 and under 2^-9 would be lost."""
+    """Values of any size: unscaled, those over 448 and under 2^-9 would be lost. The bound is 1.5 times the 5.3e-2 that
+    FlashAttention-3's fp8 kernel shows on normal inputs; its bf16 kernel shows 2.3e-3."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(batch, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     v = v * size
