@@ -12,7 +12,7 @@ from conftest import relative
 from torch._dynamo.utils import counters
 from torchao.quantization import Float8Tensor
 
-from utils import attention, pipeline_utils, random_weights, techniques
+from utils import attention, pipeline_utils, random_weights, step_cache, techniques
 from utils.benchmark_utils import RecipeError, create_parser
 from utils.pipeline_utils import (
     call_kwargs,
@@ -63,10 +63,9 @@ def image(pipeline, args):
 
 SWITCHES = {
     "projections": [[], ["--disable_fused_projections"]],
-    "channels_last": [[], ["--disable_channels_last"]],
+    "others": [[], ["--disable_channels_last"], ["--text_encoder_quant"]],  # the decoder's and the encoder's
     "numbers": [["--disable_quant"], ["float8"], ["int8"], ["--disable_quant", "--disable_bf16"],
                 ["int8", "--disable_bf16"]],
-    "text": [[], ["--text_encoder_quant"]],
 }
 
 # Relative error of the pixels, in [-1, 1], against the plain pipeline in the same dtype; beside each bound the largest
@@ -120,6 +119,46 @@ def test_every_combination_is_close_to_the_plain_pipeline(build, args_for, refer
     found = pixels(optimize(build(name, dtype), args), args)
     assert found.shape == (batch, 3, height, width) and found.isfinite().all() and found.std() > 0.05
     assert relative(found, expected) < BOUNDS[kind, dtype]
+
+
+EXTRAS = {
+    "cfg": ["--negative_prompt", "blue", "--true_cfg_scale", "2"],
+    "backend": ["--attention_backend", "_native_math"],
+    "tiling": ["--vae_tiling"],
+    "cache": ["--cache_dit_config", "CACHE"],
+}
+
+
+_plain_latents = {}
+
+
+def plain_latents(name, guided, args):
+    """Final latents of the untouched pipeline, made once for all combinations that share them."""
+    if (name, guided) not in _plain_latents:
+        pipeline = random_weights.build(random_weights.architecture(name), "cpu", torch.bfloat16)
+        pipeline.set_progress_bar_config(disable=True)
+        _plain_latents[name, guided] = latents(pipeline, args)
+    return _plain_latents[name, guided]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("extras", [c for n in range(1, 5) for c in itertools.combinations(EXTRAS, n)], ids=" ".join)
+def test_the_other_switches_go_together(build, args_for, monkeypatch, tmp_path, name, extras):
+    """Guidance, attention backend, tiling and step cache in every combination, with int8 and batch 2."""
+    (tmp_path / "cache.yaml").write_text("Fn_compute_blocks: 1\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n")
+    monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
+    argv = [str(tmp_path / "cache.yaml") if flag == "CACHE" else flag for extra in extras for flag in EXTRAS[extra]]
+    args = args_for(name, *argv, "--num_images_per_prompt", "2", "--num_inference_steps", "4")
+    pipeline = optimize(build(name, torch.bfloat16), args)
+    found = latents(pipeline, args)
+    expected = plain_latents(name, "cfg" in extras, args)
+    if "cache" in extras:
+        assert step_cache.cached_steps(pipeline) and not torch.equal(found, expected)
+    else:
+        assert relative(found, expected) < 0.012  # as above: int8 without the decoder
+    if "tiling" in extras:
+        pictures = image(pipeline, args)
+        assert [p.size for p in pictures] == [(128, 128)] * 2 and np.asarray(pictures[1]).std() > 1
 
 
 @pytest.mark.parametrize("name, argv", [

@@ -19,8 +19,8 @@ EXIF_IMAGE_DESCRIPTION = 0x010E
 class GPUImageProcessor(VaeImageProcessor):
     """diffusers' image processor, with the conversion to 8 bits before the copy to the CPU instead of after it.
 
-    diffusers copies float32 pixels and rounds them with NumPy: 24.6 ms for 1024x1024. The result is the same, bit by
-    bit.
+    diffusers copies float32 pixels and rounds them with NumPy: 23.2 ms for 1024x1024, and 2.8 this way (H100,
+    results/h100/schnell). The result is the same, bit by bit.
     """
 
     def postprocess(self, image: torch.Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None):
