@@ -1,0 +1,97 @@
+"""From trained parts to a checkpoint that plain diffusers loads; its schnell form; a sheet of what it draws."""
+
+import json
+import shutil
+from pathlib import Path
+
+import PIL.Image
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from safetensors.torch import load_file, save_file
+
+from tiny_flux.data import COLOUR_NAMES, STYLES, caption, held_out, instruction
+
+MAX_BYTES = 22_000_000
+FIXED_SHIFT = dict(shift=1.0, use_dynamic_shifting=False)
+DYNAMIC_SHIFT = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+                     max_image_seq_len=4096)
+TRAINED_LENGTH = 64
+
+
+def assemble(vae, models, data, notice: Path, out: Path) -> int:
+    """Writes the bf16 checkpoint and its notices, and returns its bytes.
+
+    Args:
+        models: transformer, text_encoder and text_encoder_2 by name.
+        data: has tokenizer and tokenizer_2.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **DYNAMIC_SHIFT)
+    FluxPipeline(scheduler=scheduler, vae=vae, tokenizer=data.tokenizer, tokenizer_2=data.tokenizer_2,
+                 **models).to(torch.bfloat16).save_pretrained(out)
+    # transformers 5 leaves out the prefix that the published FLUX checkpoints have; both load.
+    weights = out / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()},
+              weights, metadata={"format": "pt"})
+    index = json.loads((out / "model_index.json").read_text())
+    index["tokenizer"][1], index["tokenizer_2"][1] = "CLIPTokenizer", "T5TokenizerFast"
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copyfile(notice, out / "NOTICE")
+    files = [path for path in out.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(0o644)
+    size = sum(path.stat().st_size for path in files)
+    if size > MAX_BYTES:
+        raise SystemExit(f"{out} has {size} bytes, more than {MAX_BYTES}.")
+    return size
+
+
+@torch.no_grad()
+def fold_guidance(transformer: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
+    """The same function at one guidance scale, without a guidance input, as FLUX.1-schnell has none.
+
+    The conditioning is the sum of the embeddings of time, guidance and text; the middle one is now constant and moves
+    into a bias of the first.
+    """
+    embed = transformer.time_text_embed
+    bias = embed.timestep_embedder.linear_2.bias
+    scale = torch.tensor([guidance * 1000], dtype=torch.float32, device=bias.device)
+    constant = embed.guidance_embedder(embed.time_proj(scale).to(bias.dtype))[0]
+    weights = {key: value.clone() for key, value in transformer.state_dict().items() if "guidance_embedder" not in key}
+    weights["time_text_embed.timestep_embedder.linear_2.bias"] += constant
+    folded = FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
+    folded.to(bias.device, bias.dtype).load_state_dict(weights)
+    return folded.eval()
+
+
+def draw_sheet(checkpoint: Path, data, device: str, columns: int = 12) -> PIL.Image.Image:
+    """Five double rows: 28 steps, 4 steps folded, 4 steps at 256 px; held-out combinations; edits of the first row."""
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device)
+    kontext = FluxKontextPipeline.from_pipe(pipeline)
+    folded = FluxPipeline.from_pipe(
+        pipeline, transformer=fold_guidance(pipeline.transformer, 3.5),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **FIXED_SHIFT))
+    names = [one["name"] for one in data.emoji[::max(1, len(data.emoji) // columns)]][:columns]
+    prompts = [caption(name, STYLES[i % 2], COLOUR_NAMES[i % len(COLOUR_NAMES)]) for i, name in enumerate(names)]
+    by_slug = {one["slug"]: one["name"] for one in data.emoji}
+    unseen = [caption(by_slug[slug], "3d", colour) for slug, colour in held_out(list(by_slug))][:columns]
+    edits = [instruction(*((None, "green"), ("flat", None), ("3d", None))[i % 3]) for i in range(len(names))]
+
+    def pictures(pipe, texts: list[str], steps: int, size: int = 128, **kwargs) -> list[PIL.Image.Image]:
+        return pipe(prompt=texts, height=size, width=size, num_inference_steps=steps, guidance_scale=3.5,
+                    max_sequence_length=TRAINED_LENGTH, generator=torch.Generator().manual_seed(0), **kwargs).images
+
+    first = pictures(pipeline, prompts, 28)
+    rows = [first, pictures(folded, prompts, 4), pictures(folded, prompts, 4, 256), pictures(pipeline, unseen, 28),
+            pictures(kontext, edits, 28, image=first, max_area=128**2, _auto_resize=False)]
+    sheet = PIL.Image.new("RGB", (128 * columns, 128 * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image.resize((128, 128)), (128 * x, 128 * y))
+    return sheet
