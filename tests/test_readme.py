@@ -1,5 +1,6 @@
 """The README says what is there: flags, commands, and figures that stand in results/."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -43,3 +44,9 @@ def test_a_figure_typed_by_hand_would_be_replaced():
     row = next(line for line in README.splitlines() if "results/" in line and "**" in line)
     figure = re.search(r"\*\*(\d\.\d+)\*\*", row)[1]
     assert tables.with_tables(README.replace(row, row.replace(figure, "0.001"))) == README
+
+
+def test_the_errors_in_the_text_are_those_of_the_files():
+    for name in ("attention_scaled", "attention_unscaled"):
+        record = json.loads((ROOT / "results" / "h100" / "schnell" / f"{name}.json").read_text())
+        assert f"{record['step_relative_error'] * 100:.3f} %\n([{name.removeprefix('attention_')}]" in README
