@@ -15,7 +15,7 @@ from pathlib import Path
 
 import PIL.Image
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 OFF = ["--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
 EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess"]
@@ -46,14 +46,15 @@ ROWS = {
 
 
 def command(suite: str, row: str, output: Path, scratch: Path) -> list[str]:
-    """The command line of one row. Later flags win: a row may override what comes before its own."""
+    """The command line of one row, from the repository's root: results record it. Later flags win, so that a row may
+    override what comes before its own."""
     flags = ["--ckpt", CKPTS[suite], "--random_weights", "--warmup", "1", "--runs", RUNS[suite],
              "--output-json", str(output), "--output-file", str(scratch / "image.png")]
     if row != "memory_24gib":  # the float32 reference needs the unquantised model on the GPU
         flags.append("--step_error")
     if suite == "kontext":
         flags += ["--image", str(scratch / "reference.png")]
-    return [sys.executable, str(HERE.parent / "run_benchmark.py"), *flags, *ROWS[suite][row]]
+    return [sys.executable, "run_benchmark.py", *flags, *ROWS[suite][row]]
 
 
 def main():
@@ -70,12 +71,13 @@ def main():
         PIL.Image.effect_noise((1024, 1024), 100).convert("RGB").save(Path(scratch) / "reference.png")
         for suite in args.suites or ROWS:
             for row in ROWS[suite]:
-                output = HERE / args.gpu / suite / f"{row}.json"
-                if output.exists():
+                output = Path("results") / args.gpu / suite / f"{row}.json"
+                if (ROOT / output).exists():
                     continue
                 line = command(suite, row, output, Path(scratch))
                 print(f"{suite}/{row}: {shlex.join(line[1:])}", flush=True)
-                if not args.print and (done := subprocess.run(line, capture_output=True, text=True)).returncode:
+                if not args.print and (done := subprocess.run(line, cwd=ROOT, capture_output=True,
+                                                              text=True)).returncode:
                     failed.append(f"{suite}/{row}")
                     print("\n".join((done.stdout + done.stderr).splitlines()[-15:]), file=sys.stderr)
     if failed:

@@ -304,9 +304,9 @@ def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: s
 
 @torch.no_grad()
 def _replace_zero_rows(weight: torch.nn.Parameter) -> None:
-    """Gives rows of zeros (an untrained LoRA target, a pruned channel) the smallest normal value: their scale would be
-    0/448 and their result NaN."""
-    weight.masked_fill_((weight == 0).all(dim=1, keepdim=True), torch.finfo(weight.dtype).tiny)
+    """Gives rows of zeros (an untrained LoRA target, a pruned channel) a value too small to matter: their scale would
+    be 0/448 and their result NaN. Not the smallest there is: over 448 that is subnormal, which a GPU may flush to 0."""
+    weight.masked_fill_((weight == 0).all(dim=1, keepdim=True), 1e-12)
 
 
 def quantize_text_encoder(t5: torch.nn.Module, device: torch.device) -> None:

@@ -106,7 +106,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
 
     compiles = default_on("compile", args.compile_export_mode == "disabled", "--compile_export_mode disabled",
                           "--offload group hooks into every layer" if args.offload == "group" else
-                          _compiler_obstacle(hardware), f"{args.compile_scope}, VAE")
+                          _compiler_obstacle(hardware), f"{args.compile_scope}, VAE"
+                          + (", T5" if hardware.device == "cuda" and args.offload == "none" else ""))
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
