@@ -13,7 +13,7 @@ was cut off and which skips it when it is done:
 
 A step does nothing on the CPU but launch: batches are indices into tables on the GPU (`batches.py`). Step n draws from
 a seed made of n, so that a run that goes on draws what it would have drawn. Where one call may not last long enough,
---stop_after ends it in time (exit status 75) and the same command goes on.
+--stop_after ends it in time (exit status 75) and the same command goes on. While a file `pause` is in --run it waits.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("tiny_flux/.data"), help="folder that data.py wrote")
     parser.add_argument("--run", type=Path, default=Path("tiny_flux/.run"), help="folder of checkpoints and log.jsonl")
     parser.add_argument("--out", type=Path, default=Path("tiny_flux/checkpoint"), help="what `assemble` writes")
-    parser.add_argument("--minutes", type=float, help="budget of each phase named (default: 5, 14 and 2.5)")
+    parser.add_argument("--minutes", type=float, help="budget of each phase named (default: 4, 8.5 and 1.7)")
     parser.add_argument("--steps", type=int, help="end each phase after so many steps at the latest")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="end this call after so long")
     parser.add_argument("--preview", action="store_true", help="`assemble` what `flow` has so far, without guidance")
