@@ -23,7 +23,7 @@ class Settings:
     steps: float = math.inf
     emoji: int | None = None
     poses: dict = field(default_factory=lambda: {128: 8, 256: 2})
-    pictures: int = 64
+    pictures: int = 128
     tokens: int = 98_304
     log_every: int = 50
     save_every_s: float = 60.0
