@@ -1,7 +1,8 @@
 import pytest
 import torch
+import torchao.quantization.quant_api
 
-from utils import random_weights
+from utils import random_weights, techniques
 from utils.benchmark_utils import create_parser
 
 # Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
@@ -38,6 +39,13 @@ def build():
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
     return make
+
+
+@pytest.fixture
+def float8_on_cpu(monkeypatch):
+    """torchao refuses float8 on a CPU although PyTorch computes it there, slowly."""
+    monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda *_: None)
+    monkeypatch.setattr(techniques.Hardware, "has_float8", True)
 
 
 def relative(found, reference):

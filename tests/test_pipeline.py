@@ -7,10 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import torchao.quantization.quant_api
 from conftest import relative
 from torch._dynamo.utils import counters
-from torchao.quantization import Float8Tensor
 
 from utils import attention, pipeline_utils, random_weights, step_cache, techniques
 from utils.benchmark_utils import RecipeError, create_parser
@@ -19,8 +17,6 @@ from utils.pipeline_utils import (
     compile_text_encoder,
     fuse_projections,
     optimize,
-    quantize_text_encoder,
-    quantize_transformer,
     set_inductor_tuning_flags,
     with_embeddings,
 )
@@ -44,13 +40,6 @@ def args_for(make_args, reference_image):
         image = ["--image", reference_image] if name == "tiny-kontext" else []
         return make_args("--ckpt", name, "--num_inference_steps", "2", *image, *argv)
     return make
-
-
-@pytest.fixture
-def float8_on_cpu(monkeypatch):
-    """torchao refuses float8 on a CPU although PyTorch computes it there, slowly."""
-    monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda *_: None)
-    monkeypatch.setattr(techniques.Hardware, "has_float8", True)
 
 
 def latents(pipeline, args):
@@ -284,53 +273,6 @@ def test_fusing_frees_the_separate_projections(build):
     assert not [name for name, _ in pipeline.transformer.named_modules() if name.endswith(("to_q", "add_k_proj"))]
 
 
-@pytest.mark.parametrize("kind, granularity", [("float8", "row"), ("int8", "row"), ("float8", "tensor")])
-def test_quantised_are_the_blocks_linears_and_no_others(build, float8_on_cpu, kind, granularity):
-    transformer = build("tiny-flux-dev", torch.bfloat16).transformer
-    fuse_projections(transformer)
-    linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-    expected = {n for n in linears if "blocks." in n and not (kind == "int8" and ".norm" in n)}
-    count = quantize_transformer(transformer, kind, granularity, torch.device("cpu"))
-    found = {n for n, m in transformer.named_modules()
-             if isinstance(m, torch.nn.Linear) and type(m.weight) is not torch.nn.Parameter}
-    assert found == expected and count == len(expected) == (44 if kind == "float8" else 34)
-
-
-def test_float8_survives_zero_rows(float8_on_cpu):
-    """A zero scale would divide 0 by 0: in a weight's row, in a token's row, in a whole input."""
-    torch.manual_seed(0)
-    for granularity in ("row", "tensor"):
-        model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([torch.nn.Linear(64, 48)])}).bfloat16()
-        linear = model["transformer_blocks"][0]
-        linear.weight.data[5] = 0
-        x = torch.randn(8, 64, dtype=torch.bfloat16)
-        x[3] = 0
-        expected = linear(x).detach()
-        quantize_transformer(model, "float8", granularity, torch.device("cpu"))
-        linear = model["transformer_blocks"][0]
-        assert isinstance(linear.weight, Float8Tensor)
-        with torch.no_grad():
-            assert linear(x).isfinite().all() and relative(linear(x), expected) < 0.06
-            assert linear(torch.zeros_like(x)).isfinite().all()
-
-
-def test_128x128_weights_are_not_taken_for_block_scaled(float8_on_cpu):
-    model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([torch.nn.Linear(128, 128)])}).bfloat16()
-    assert quantize_transformer(model, "float8", "tensor", torch.device("cpu")) == 0
-    assert quantize_transformer(model, "float8", "row", torch.device("cpu")) == 1
-
-
-def test_quantised_t5_is_close(build):
-    pipeline = build("tiny-flux", torch.bfloat16)
-    with torch.no_grad():
-        expected = pipeline.encode_prompt("a cat", max_sequence_length=64)[0]
-        quantize_text_encoder(pipeline.text_encoder_2, torch.device("cpu"))
-        found = pipeline.encode_prompt("a cat", max_sequence_length=64)[0]
-    assert relative(found, expected) < 0.03
-    linears = [m for m in pipeline.text_encoder_2.modules() if isinstance(m, torch.nn.Linear)]
-    assert linears and all(type(m.weight) is not torch.nn.Parameter for m in linears)
-
-
 def test_compiled_t5_is_the_same_function(build):
     """Its mask of zeros must change nothing, and no call may look different from another."""
     pipeline = build("tiny-flux")
@@ -352,14 +294,6 @@ def test_the_tuning_flags_are_the_seeds(compiler):
     config = torch._inductor.config
     assert config.conv_1x1_as_mm and config.coordinate_descent_tuning and not config.epilogue_fusion
     assert config.coordinate_descent_check_all_directions
-
-
-def test_quantisation_leaves_inductors_flags_alone(build, float8_on_cpu):
-    """torchao would switch coordinate descent on behind --disable_inductor_tuning_flags."""
-    before = torch._inductor.config.get_config_copy()
-    quantize_transformer(build("tiny-flux", torch.bfloat16).transformer, "float8", "row", torch.device("cpu"))
-    quantize_text_encoder(build("tiny-flux", torch.bfloat16).text_encoder_2, torch.device("cpu"))
-    assert torch._inductor.config.get_config_copy() == before
 
 
 def make_lora(pipeline, folder, rank=4):

@@ -11,14 +11,6 @@ from diffusers import attention_backend as diffusers_backend
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    PerRow,
-    PerTensor,
-    quantize_,
-)
 from transformers.utils import logging as transformers_logging
 
 from utils import attention, random_weights, step_cache
@@ -26,6 +18,7 @@ from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, is_built_in, read_configs
 from utils.cuda_graph import CUDAGraphed
 from utils.images import GPUImageProcessor, load_reference, reference_size
+from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
 
 MAX_EMBEDDINGS = 16
@@ -260,58 +253,6 @@ def fuse_projections(model: torch.nn.Module) -> None:
             for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
                 if hasattr(module, name):
                     delattr(module, name)
-
-
-def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: str, device: torch.device) -> int:
-    """Quantises the Linears of the blocks, weights now and activations at run time, one after the other on `device`.
-
-    The embedders and the output projection stay as they are: 0.6 % of the weights, and every image passes through.
-
-    Args:
-        kind: "float8" (e4m3, fp32 accumulation) or "int8".
-        granularity: one scale a "row" (output channel, token) or a "tensor".
-
-    Returns:
-        The number of quantised Linears.
-    """
-    if kind == "float8":
-        # An all-zero activation row (padding, a dead branch) would divide by zero and spread NaN: hence the bound.
-        # set_inductor_config: torchao would switch on coordinate descent behind --disable_inductor_tuning_flags.
-        config = Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow() if granularity == "row" else PerTensor(), activation_value_lb=1e-12,
-            set_inductor_config=False)
-    else:
-        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-
-    wanted = []
-
-    def quantisable(module, name):
-        if not isinstance(module, torch.nn.Linear) or "transformer_blocks." not in name:
-            return False
-        if kind == "int8" and ".norm" in name:
-            # Modulation has one row; cuBLAS' int8 kernel starts at 17.
-            return False
-        if granularity == "tensor" and module.weight.shape == (128, 128):
-            # torchao takes one scale of a 128x128 weight for 128x128 block scaling.
-            return False
-        _replace_zero_rows(module.weight)
-        wanted.append(name)
-        return True
-
-    quantize_(transformer, config, filter_fn=quantisable, device=device)
-    return len(wanted)
-
-
-@torch.no_grad()
-def _replace_zero_rows(weight: torch.nn.Parameter) -> None:
-    """Gives rows of zeros (an untrained LoRA target, a pruned channel) a value too small to matter: their scale would
-    be 0/448 and their result NaN. Not the smallest there is: over 448 that is subnormal, which a GPU may flush to 0."""
-    weight.masked_fill_((weight == 0).all(dim=1, keepdim=True), 1e-12)
-
-
-def quantize_text_encoder(t5: torch.nn.Module, device: torch.device) -> None:
-    """T5's Linears with int8 weights, one scale an output row: 9.5 -> 4.9 GB. Activations stay: T5's have outliers."""
-    quantize_(t5, Int8WeightOnlyConfig(set_inductor_config=False), device=device)
 
 
 def set_inductor_tuning_flags() -> None:

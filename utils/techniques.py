@@ -113,7 +113,7 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
-        raise RecipeError("--text_encoder_quant does not go with --offload group: the hooks move plain tensors only. "
+        raise RecipeError("--text_encoder_quant does not go with --offload group: its hooks know PyTorch's layers. "
                           "Use --offload model, or drop one of the two.")
     _choose_cache(args, configs, chosen)
     default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
