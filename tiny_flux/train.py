@@ -1,6 +1,6 @@
 """Trains tiny-flux: a FLUX of 22 MB that draws about 1,000 emoji, and edits them as Kontext does.
 
-    python -m tiny_flux.train vae flow guidance assemble            # one H100, 25 minutes
+    python -m tiny_flux.train vae flow guidance assemble            # one H100, 17 minutes
     python -m tiny_flux.train vae flow guidance assemble --smoke    # a CPU, 2 minutes: does every line run?
 
 Needs the folder that `data.py` wrote. The phases, each with its own checkpoint in --run, from which it goes on when it
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("tiny_flux/.data"), help="folder that data.py wrote")
     parser.add_argument("--run", type=Path, default=Path("tiny_flux/.run"), help="folder of checkpoints and log.jsonl")
     parser.add_argument("--out", type=Path, default=Path("tiny_flux/checkpoint"), help="what `assemble` writes")
-    parser.add_argument("--minutes", type=float, help="budget of each phase named (default: 4, 8.5 and 1.7)")
+    parser.add_argument("--minutes", type=float, help="budget of each phase named (default: 3.8, 7.3 and 1.3)")
     parser.add_argument("--steps", type=int, help="end each phase after so many steps at the latest")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="end this call after so long")
     parser.add_argument("--preview", action="store_true", help="`assemble` what `flow` has so far, without guidance")
