@@ -225,7 +225,7 @@ def train_guidance(source: Latents, settings: Settings, args) -> None:
 
 def compile_blocks(transformer: FluxTransformer2DModel, args) -> None:
     """Dynamic shapes: with five text lengths, two sizes and edits, static ones would compile twenty times."""
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.disable_compile:
         torch._dynamo.config.recompile_limit = 32  # text and pictures of one length are a case of their own
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="end this call after so long")
     parser.add_argument("--preview", action="store_true", help="`assemble` what `flow` has so far, without guidance")
     parser.add_argument("--smoke", action="store_true", help="12 emoji, small batches, 20 steps a phase")
+    parser.add_argument("--disable_compile", action="store_true", help="eager blocks: slower steps, no compilation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
