@@ -65,12 +65,13 @@ class Int8Linear(torch.nn.Module):
     for single tokens: with it T5 took 2.6 s on an H200 where bf16 takes 9 ms.
     """
 
-    def __init__(self, linear: torch.nn.Linear):
+    def __init__(self, linear: torch.nn.Linear, device: torch.device):
         super().__init__()
-        scale = linear.weight.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 127
-        self.register_buffer("weight", (linear.weight.float() / scale).round().to(torch.int8))
+        weight = linear.weight.to(device, torch.float32)
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.to(device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, (self.weight * self.scale).to(x.dtype), self.bias)
@@ -78,8 +79,11 @@ class Int8Linear(torch.nn.Module):
 
 @torch.no_grad()
 def quantize_text_encoder(t5: torch.nn.Module, device: torch.device) -> None:
-    """T5's Linears with int8 weights: 9.5 -> 4.9 GB. Activations stay: T5's have outliers."""
+    """T5's Linears with int8 weights: 9.5 -> 4.9 GB. Activations stay: T5's have outliers.
+
+    One Linear at a time is in float32 on `device`, and none in bf16: the card may be too small for the whole of T5.
+    """
     for parent in list(t5.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in parent.named_children():
             if isinstance(child, torch.nn.Linear):
-                setattr(parent, name, Int8Linear(child.to(device)))
+                setattr(parent, name, Int8Linear(child, device))
