@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from tiny_flux.data import COLOURS, KEYWORDS, STYLES, caption, instruction, load_pictures
 
 LATENT_FACTOR, PATCH = 8, 2
+TRAINED_LENGTH = 64  # T5's tokens; it gets no mask, so that their number is part of what the model reads
 CAPTION_TOKENS = 32  # no caption of the grammar is longer; what follows is padding
 NO_CAPTION, NO_WORD, NO_KEYWORD = 0.1, 0.3, 0.7
 
@@ -58,7 +59,7 @@ class Captions:
             torch.tensor(tokenizer(self.texts, padding="max_length", max_length=CAPTION_TOKENS, truncation=True)
                          ["input_ids"], dtype=torch.int32).to(data.palette.device)
             for tokenizer in (data.tokenizer, data.tokenizer_2))
-        self.pad, self.eos = data.tokenizer_2.pad_token_id, data.tokenizer_2.eos_token_id
+        self.pad = data.tokenizer_2.pad_token_id
 
     def rows(self, emoji: torch.Tensor, variant: torch.Tensor, style: torch.Tensor, colour: torch.Tensor):
         """style and colour: 0 is unsaid, 1 the first."""
@@ -67,14 +68,9 @@ class Captions:
     def edit_rows(self, style: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
         return self.first_instruction + style * (len(COLOURS) + 1) + colour
 
-    def tokens(self, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's (B, 32), T5's (B, length). CLIP is causal and reads its first end token: padding changes nothing."""
-        t5 = self.t5[rows]
-        if length < CAPTION_TOKENS:
-            longer = t5[:, length] != self.pad
-            t5 = t5[:, :length].clone()
-            t5[:, -1].masked_fill_(longer, self.eos)
-        return self.clip[rows], F.pad(t5, (0, max(0, length - CAPTION_TOKENS)), value=self.pad)
+    def tokens(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP's (B, 32), T5's (B, 64). CLIP is causal and reads its first end token: padding changes nothing."""
+        return self.clip[rows], F.pad(self.t5[rows], (0, TRAINED_LENGTH - CAPTION_TOKENS), value=self.pad)
 
 
 @dataclass

@@ -15,13 +15,13 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from tiny_flux.batches import TRAINED_LENGTH
 from tiny_flux.data import COLOUR_NAMES, STYLES, caption, held_out, instruction
 
 MAX_BYTES = 22_000_000
 FIXED_SHIFT = dict(shift=1.0, use_dynamic_shifting=False)
 DYNAMIC_SHIFT = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
                      max_image_seq_len=4096)
-TRAINED_LENGTH = 64
 
 
 def assemble(vae, models, data, notice: Path, out: Path) -> int:
@@ -42,6 +42,10 @@ def assemble(vae, models, data, notice: Path, out: Path) -> int:
     index = json.loads((out / "model_index.json").read_text())
     index["tokenizer"][1], index["tokenizer_2"][1] = "CLIPTokenizer", "T5TokenizerFast"
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    # A VAE that was loaded would name the folder it came from.
+    vae_config = json.loads((out / "vae" / "config.json").read_text())
+    vae_config.pop("_name_or_path", None)
+    (out / "vae" / "config.json").write_text(json.dumps(vae_config, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(notice, out / "NOTICE")
     files = [path for path in out.rglob("*") if path.is_file()]
     for path in files:

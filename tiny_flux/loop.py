@@ -19,13 +19,13 @@ LEARNING_RATES = {"vae": 2e-3, "flow": 2e-3, "guidance": 3e-4}
 @dataclass(frozen=True)
 class Settings:
     """What a CPU needs smaller. A flow batch has about `tokens` tokens, text and pictures together."""
-    minutes: dict = field(default_factory=lambda: {"vae": 3.8, "flow": 7.3, "guidance": 1.3})
+    minutes: dict = field(default_factory=lambda: {"vae": 3.8, "flow": 12.0, "guidance": 2.0})
     steps: float = math.inf
     emoji: int | None = None
     poses: dict = field(default_factory=lambda: {128: 6, 256: 1})
     pictures: int = 128
-    tokens: int = 98_304
-    log_every: int = 50
+    tokens: int = 24_576
+    log_every: int = 100
     save_every_s: float = 60.0
 
 

@@ -1,6 +1,6 @@
 """Trains tiny-flux: a FLUX of 22 MB that draws about 1,000 emoji, and edits them as Kontext does.
 
-    python -m tiny_flux.train vae flow guidance assemble            # one H100, 17 minutes
+    python -m tiny_flux.train vae flow guidance assemble            # one H200, 20 minutes
     python -m tiny_flux.train vae flow guidance assemble --smoke    # a CPU, 2 minutes: does every line run?
 
 Needs the folder that `data.py` wrote. The phases, each with its own checkpoint in --run, from which it goes on when it
@@ -30,6 +30,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tiny_flux.batches import (
+    TRAINED_LENGTH,
     Captions,
     Data,
     chance,
@@ -56,9 +57,9 @@ CLIP = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_att
             max_position_embeddings=77)
 
 PHASES = ("vae", "flow", "guidance", "assemble")
-TEXT_LENGTHS = {16: 0.15, 32: 0.25, 64: 0.35, 128: 0.15, 256: 0.1}
 SIZES = {128: 0.8, 256: 0.2}
-EDITS = 0.25
+# (pixels, edit) and their share of the steps: few, since each is compiled for itself.
+BATCHES = {(128, False): 0.55, (128, True): 0.2, (256, False): 0.15, (256, True): 0.1}
 GUIDANCE = (1.0, 5.0)
 
 
@@ -68,6 +69,8 @@ def build_vae(args) -> AutoencoderKL:
 
 
 def trained_vae(args) -> AutoencoderKL:
+    if args.vae:
+        return AutoencoderKL.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
     vae = build_vae(args)
     load_averages(args.run, "vae", vae)
     vae.register_to_config(**json.loads((args.run / "vae.json").read_text())["config"])
@@ -141,20 +144,18 @@ class Latents:
 
     def draw(self, generator: torch.Generator, draw: random.Random) -> dict:
         """latents, noise: (B, tokens, 64), reference the same or None; t: (B,); rows: (B,) of captions."""
-        length = draw.choices(list(TEXT_LENGTHS), TEXT_LENGTHS.values())[0]
-        size, edit = draw.choices(list(SIZES), SIZES.values())[0], draw.random() < EDITS
+        size, edit = draw.choices(list(BATCHES), BATCHES.values())[0]
         pool, ids = self.pools[size], sequence_ids(size, edit, generator.device)
-        count = max(1, self.budget // (len(ids) + length))
-        count -= count % 64 if count > 64 else 0
+        count = max(1, self.budget // (len(ids) + TRAINED_LENGTH))
         what, pose = draw_batch(self.data, self.captions, count, edit, generator), integers(len(pool), count, generator)
         latents = pool[pose, what.emoji, what.style, what.colour].float()
         uniform, normal = (make(count, device=generator.device, generator=generator)
                            for make in (torch.rand, torch.randn))
-        return {"latents": latents, "rows": what.rows, "ids": ids, "length": length,
+        return {"latents": latents, "rows": what.rows, "ids": ids,
                 "reference": pool[pose, what.emoji, *what.reference].float() if edit else None,
                 "noise": torch.randn(latents.shape, device=generator.device, generator=generator),
                 "t": torch.where(chance(0.25, count, generator), uniform, normal.sigmoid()),
-                "bucket": f"{count} at {size} px, {length} tokens{', edit' if edit else ''}"}
+                "bucket": f"{count} at {size} px{', edit' if edit else ''}"}
 
 
 def noised(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,8 +176,8 @@ def velocity(transformer, inputs, batch: dict, text, pooled, guidance: torch.Ten
     return found[:, :batch["latents"].shape[1]].float()
 
 
-def encode_text(models, captions: Captions, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    clip_ids, t5_ids = captions.tokens(rows, length)
+def encode_text(models, captions: Captions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    clip_ids, t5_ids = captions.tokens(rows)
     return models["text_encoder_2"](t5_ids)[0], models["text_encoder"](clip_ids).pooler_output
 
 
@@ -188,7 +189,7 @@ def train_flow(source: Latents, settings: Settings, args) -> None:
         batch = source.draw(generator, draw)
         inputs, goal = noised(batch)
         with torch.autocast(args.device, torch.bfloat16):
-            text, pooled = encode_text(models, source.captions, batch["rows"], batch["length"])
+            text, pooled = encode_text(models, source.captions, batch["rows"])
             found = velocity(models["transformer"], inputs, batch, text, pooled, torch.ones_like(batch["t"]))
         return F.mse_loss(found, goal), len(inputs), batch["bucket"]
 
@@ -201,7 +202,6 @@ def train_guidance(source: Latents, settings: Settings, args) -> None:
     load_averages(args.run, "flow", models)
     models.requires_grad_(False)
     student = copy.deepcopy(models["transformer"]).requires_grad_(True)
-    compile_blocks(models["transformer"], args)
     compile_blocks(student, args)
 
     def loss_of(generator, draw):
@@ -213,7 +213,7 @@ def train_guidance(source: Latents, settings: Settings, args) -> None:
         with torch.autocast(args.device, torch.bfloat16):
             with torch.no_grad():
                 both = torch.cat([rows, torch.zeros_like(rows)])
-                text, pooled = encode_text(models, source.captions, both, batch["length"])
+                text, pooled = encode_text(models, source.captions, both)
                 with_caption, without = velocity(models["transformer"], inputs.repeat(2, 1, 1), batch, text, pooled,
                                                  torch.ones(2 * count, device=args.device)).chunk(2)
                 goal = without + guidance[:, None, None] * (with_caption - without)
@@ -224,11 +224,10 @@ def train_guidance(source: Latents, settings: Settings, args) -> None:
 
 
 def compile_blocks(transformer: FluxTransformer2DModel, args) -> None:
-    """Dynamic shapes: with five text lengths, two sizes and edits, static ones would compile twenty times."""
+    """One graph a kind of batch and block; dynamic shapes, which would need one only, fail in torch 2.11's inductor."""
     if args.device == "cuda" and not args.disable_compile:
-        torch._dynamo.config.recompile_limit = 32  # text and pictures of one length are a case of their own
-        torch._inductor.config.triton.coalesce_tiling_analysis = False  # asserts on these dynamic shapes (torch 2.11)
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        torch._dynamo.config.recompile_limit = 32
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -238,7 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("tiny_flux/.run"), help="folder of checkpoints and log.jsonl")
     parser.add_argument("--out", type=Path, default=Path("tiny_flux/checkpoint"), help="what `assemble` writes")
     parser.add_argument("--minutes", type=float, nargs=3, metavar=("VAE", "FLOW", "GUIDANCE"),
-                        help="budgets (default: 3.8, 7.3 and 1.3)")
+                        help="budgets (default: 3.8, 12 and 2)")
+    parser.add_argument("--vae", type=Path, help="a trained one, instead of what the phase vae left in --run")
     parser.add_argument("--steps", type=int, help="end each phase after so many steps at the latest")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="end this call after so long")
     parser.add_argument("--preview", action="store_true", help="`assemble` what `flow` has so far, without guidance")
