@@ -1,6 +1,6 @@
 """One image, or one for each line of a file: parse, load, optimise, generate, save. The path to copy.
 
-    python gen_image.py --ckpt tiny-flux --prompt "A cat playing with a ball of yarn"
+    python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import benchmark_utils, random_weights
+from utils import benchmark_utils, pipeline_utils, random_weights
 from utils.benchmark_utils import RecipeError, check_args, create_parser, replacing, summarize
 from utils.pipeline_utils import load_pipeline
 
@@ -89,7 +89,7 @@ REFUSED_BY_THE_MODEL = [
     (["--ckpt", "tiny-kontext"], "--image PATH_OR_URL"),
     (["--ckpt", "tiny-flux", "--image", "IMAGE"], "--image is for Kontext"),
     (["--ckpt", "tiny-flux", "--enable_cache_dit"], "nothing could be cached"),
-    (["--ckpt", "tiny-flux-dev", "--enable_cache_dit"], "has 8: nothing is left to cache"),
+    (["--ckpt", "tiny-flux-dev", "--cache_dit_config", "TOO_MANY"], "has 8: nothing is left to cache"),
     (["--ckpt", "tiny-flux", "--attention_backend", "fa3"], "fa3.*no GPU"),
     (["--ckpt", "tiny-flux", "--attention_backend", "aiter"], "aiter.*no GPU"),
     (["--ckpt", "tiny-flux", "--attention_backend", "flash3"], "unknown. Choose from"),
@@ -109,10 +109,12 @@ REFUSED_BY_THE_MODEL = [
 
 @pytest.mark.parametrize("argv, text", REFUSED_BY_THE_MODEL, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_refused_before_weights_load(make_args, monkeypatch, tmp_path, argv, text):
-    monkeypatch.setattr(random_weights, "build", lambda *_: pytest.fail("weights were loaded first"))
-    image = tmp_path / "image.png"
-    image.write_bytes(b"")
-    args = make_args(*[str(image) if a == "IMAGE" else a for a in argv])
+    for module, name in ((random_weights, "build"), (pipeline_utils.DiffusionPipeline, "from_pretrained")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were loaded first"))
+    files = {"IMAGE": tmp_path / "image.png", "TOO_MANY": tmp_path / "cache.yaml"}
+    files["IMAGE"].write_bytes(b"")
+    files["TOO_MANY"].write_text("Fn_compute_blocks: 6\nBn_compute_blocks: 2\n")
+    args = make_args(*[str(files.get(a, a)) for a in argv])
     check_args(args)
     with pytest.raises(RecipeError, match=f"(?s){text}"):
         load_pipeline(args)

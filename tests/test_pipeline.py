@@ -311,11 +311,17 @@ def make_lora(pipeline, folder, rank=4):
             for name in layers if "lora_A" in name}
 
 
-def test_lora_is_in_the_weights_before_everything_else(build, make_args, tmp_path, monkeypatch):
+@pytest.fixture
+def plain(make_args):
+    """tiny-flux without a LoRA, loaded anew."""
+    return lambda: pipeline_utils.load_pipeline(make_args("--ckpt", "tiny-flux", "--disable_bf16"))
+
+
+def test_lora_is_in_the_weights_before_everything_else(plain, make_args, tmp_path):
     """On a fused or quantised model a LoRA silently does nothing."""
     torch.manual_seed(3)
-    updates = make_lora(build("tiny-flux"), tmp_path)
-    base = build("tiny-flux").transformer.state_dict()
+    updates = make_lora(plain(), tmp_path)
+    base = plain().transformer.state_dict()
     args = make_args("--ckpt", "tiny-flux", "--disable_bf16", "--compile_export_mode", "disabled",
                      "--lora", f"{tmp_path / 'pytorch_lora_weights.safetensors'}:0.5")
     pipeline = pipeline_utils.load_pipeline(args)
@@ -326,19 +332,19 @@ def test_lora_is_in_the_weights_before_everything_else(build, make_args, tmp_pat
         torch.testing.assert_close(merged[name], weight + update, rtol=1e-4, atol=1e-5)
     expected = latents(pipeline, args)
     assert relative(latents(optimize(pipeline, args), args), expected) < 1e-5
-    assert relative(latents(build("tiny-flux"), args), expected) > 0.05
+    assert relative(latents(plain(), args), expected) > 0.05
 
 
-def test_a_lora_of_the_text_encoder_counts_too(build, make_args, tmp_path):
+def test_a_lora_of_the_text_encoder_counts_too(plain, make_args, tmp_path):
     from peft import LoraConfig, get_peft_model_state_dict
-    pipeline = build("tiny-flux")
+    pipeline = plain()
     pipeline.text_encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "fc1"], init_lora_weights=False))
     layers = get_peft_model_state_dict(pipeline.text_encoder)
     type(pipeline).save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
     loaded = pipeline_utils.load_pipeline(make_args("--ckpt", "tiny-flux", "--disable_bf16", "--lora", str(tmp_path)))
-    plain = build("tiny-flux").text_encoder.state_dict()
+    base = plain().text_encoder.state_dict()
     found = loaded.text_encoder.state_dict()
-    changed = {name for name, weight in found.items() if not torch.equal(weight, plain[name])}
+    changed = {name for name, weight in found.items() if not torch.equal(weight, base[name])}
     assert len(changed) == 4 and all("q_proj" in name or "fc1" in name for name in changed)
 
 

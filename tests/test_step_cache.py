@@ -9,7 +9,7 @@ from conftest import relative
 from utils import step_cache
 from utils.benchmark_utils import RecipeError
 from utils.pipeline_utils import call_kwargs, optimize
-from utils.step_cache import CacheOptions, check, from_yaml
+from utils.step_cache import CacheOptions, check, from_yaml, scaled
 
 ALWAYS = "Fn_compute_blocks: 1\nBn_compute_blocks: 1\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
 
@@ -61,6 +61,15 @@ def test_files_that_cannot_be_meant(tmp_path, text, said):
 def test_options_that_cannot_cache(steps, blocks, said):
     with pytest.raises(RecipeError, match=said):
         check(step_cache.DEFAULT, steps, blocks)
+
+
+def test_the_default_fits_small_models():
+    assert scaled(step_cache.DEFAULT, 57) == step_cache.DEFAULT == scaled(step_cache.DEFAULT, 25)
+    for blocks in (24, 12, 8, 5, 3):
+        found = scaled(step_cache.DEFAULT, blocks)
+        assert found.Fn_compute_blocks == found.Bn_compute_blocks == max(1, round(12 * blocks / 57))
+        assert found.residual_diff_threshold == 0.12
+        check(found, 28, blocks)
 
 
 @pytest.mark.parametrize("options", [{"Fn_compute_blocks": 0}, {"Bn_compute_blocks": -1}, {"max_warmup_steps": -1},

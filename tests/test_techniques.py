@@ -105,6 +105,12 @@ def test_the_cache_takes_the_step_out_of_the_graph():
     assert "not the step" in chosen.decisions["CUDA graphs"].how
 
 
+def test_the_cache_says_that_it_was_scaled():
+    small = DEV | {"transformer": DEV["transformer"] | {"num_layers": 3, "num_single_layers": 5}}
+    said = decide(H100, "--enable_cache_dit", configs=small).decisions["step cache"].how
+    assert said.startswith("DBCache F2B2, warm-up 8") and said.endswith("(F12B12 in proportion to 8 blocks)")
+
+
 def test_offload_switches_graphs_off():
     assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
     group = decide(H100, "--offload", "group")

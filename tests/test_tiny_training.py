@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxTransformer2DM
 from safetensors.torch import load_file
 from transformers import T5TokenizerFast
 
-from tiny_flux import batches, data, export, loop, train
+from tiny_flux import batches, data, loop, presets, train
 
 NAMES = ["red heart", "avocado", "cat face", "dog", "egg", "fish", "goat", "house"]
 
@@ -184,7 +184,7 @@ def test_average_and_schedule():
 def test_the_guidance_fold_is_exact(seeded):
     torch.manual_seed(0)
     whole = FluxTransformer2DModel(**train.TRANSFORMER | dict(num_layers=1, num_single_layers=1)).eval()
-    folded = export.fold_guidance(whole, 3.5)
+    folded = presets.fold_guidance(whole, 3.5)
     inputs = dict(hidden_states=torch.randn(2, 64, 64), encoder_hidden_states=torch.randn(2, 16, 128),
                   pooled_projections=torch.randn(2, 128), timestep=torch.tensor([0.7, 0.1]), return_dict=False,
                   img_ids=train.sequence_ids(128, False, "cpu"), txt_ids=torch.zeros(16, 3))

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from tiny_flux.data import COLOURS, KEYWORDS, STYLES, caption, instruction, load_pictures
+from tiny_flux.presets import TRAINED_LENGTH
 
 LATENT_FACTOR, PATCH = 8, 2
-TRAINED_LENGTH = 64  # T5's tokens; it gets no mask, so that their number is part of what the model reads
 CAPTION_TOKENS = 32  # no caption of the grammar is longer; what follows is padding
 NO_CAPTION, NO_WORD, NO_KEYWORD = 0.1, 0.3, 0.7
 

@@ -1,4 +1,4 @@
-"""From trained parts to a checkpoint that plain diffusers loads; its schnell form; a sheet of what it draws."""
+"""From trained parts to a checkpoint that plain diffusers loads, and a sheet of what it draws."""
 
 import json
 import shutil
@@ -6,22 +6,14 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from tiny_flux.batches import TRAINED_LENGTH
 from tiny_flux.data import COLOUR_NAMES, STYLES, caption, held_out, instruction
+from tiny_flux.presets import TRAINED_LENGTH, as_preset
+from utils.random_weights import DYNAMIC_SHIFT
 
 MAX_BYTES = 22_000_000
-FIXED_SHIFT = dict(shift=1.0, use_dynamic_shifting=False)
-DYNAMIC_SHIFT = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-                     max_image_seq_len=4096)
 
 
 def assemble(vae, models, data, notice: Path, out: Path) -> int:
@@ -56,31 +48,10 @@ def assemble(vae, models, data, notice: Path, out: Path) -> int:
     return size
 
 
-@torch.no_grad()
-def fold_guidance(transformer: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
-    """The same function at one guidance scale, without a guidance input, as FLUX.1-schnell has none.
-
-    The conditioning is the sum of the embeddings of time, guidance and text; the middle one is now constant and moves
-    into a bias of the first.
-    """
-    embed = transformer.time_text_embed
-    bias = embed.timestep_embedder.linear_2.bias
-    scale = torch.tensor([guidance * 1000], dtype=torch.float32, device=bias.device)
-    constant = embed.guidance_embedder(embed.time_proj(scale).to(bias.dtype))[0]
-    weights = {key: value.clone() for key, value in transformer.state_dict().items() if "guidance_embedder" not in key}
-    weights["time_text_embed.timestep_embedder.linear_2.bias"] += constant
-    folded = FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
-    folded.to(bias.device, bias.dtype).load_state_dict(weights)
-    return folded.eval()
-
-
 def draw_sheet(checkpoint: Path, data, device: str, columns: int = 12) -> PIL.Image.Image:
     """Five double rows: 28 steps, 4 steps folded, 4 steps at 256 px; held-out combinations; edits of the first row."""
     pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device)
-    kontext = FluxKontextPipeline.from_pipe(pipeline)
-    folded = FluxPipeline.from_pipe(
-        pipeline, transformer=fold_guidance(pipeline.transformer, 3.5),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **FIXED_SHIFT))
+    folded, kontext = as_preset(pipeline, "tiny-flux"), as_preset(pipeline, "tiny-kontext")
     names = [one["name"] for one in data.emoji[::max(1, len(data.emoji) // columns)]][:columns]
     prompts = [caption(name, STYLES[i % 2], COLOUR_NAMES[i % len(COLOUR_NAMES)]) for i, name in enumerate(names)]
     by_slug = {one["slug"]: one["name"] for one in data.emoji}

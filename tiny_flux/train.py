@@ -30,7 +30,6 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tiny_flux.batches import (
-    TRAINED_LENGTH,
     Captions,
     Data,
     chance,
@@ -43,6 +42,7 @@ from tiny_flux.batches import (
 )
 from tiny_flux.export import assemble, draw_sheet
 from tiny_flux.loop import SMOKE, OutOfTime, Settings, load_averages, load_state, run_phase
+from tiny_flux.presets import TRAINED_LENGTH
 
 TRANSFORMER = dict(
     patch_size=1, in_channels=64, num_layers=3, num_single_layers=5, attention_head_dim=64, num_attention_heads=3,

@@ -29,11 +29,14 @@ class RecipeError(Exception):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Takes every long flag with dashes or underscores: the predecessors mixed the two."""
+    """Takes every long flag with dashes or underscores, since the predecessors mixed the two, and finds a prompt."""
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._as_registered(a) for a in args], namespace)
+        namespace, rest = super().parse_known_args([self._as_registered(a) for a in args], namespace)
+        if namespace.prompt is None:
+            namespace.prompt = default_prompt(namespace.ckpt)
+        return namespace, rest
 
     def _as_registered(self, arg: str) -> str:
         name, equals, value = arg.partition("=")
@@ -41,6 +44,12 @@ class FlagParser(argparse.ArgumentParser):
             if name.startswith("--") and spelling in self._option_string_actions:
                 return spelling + equals + value
         return arg
+
+
+def default_prompt(ckpt: str) -> str:
+    """What is drawn without --prompt."""
+    return {"tiny-flux": "3d avocado on a teal background", "tiny-flux-dev": "3d avocado on a teal background",
+            "tiny-kontext": "make the background green"}.get(ckpt, "A cat playing with a ball of yarn")
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -71,7 +80,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help="take at most this much GPU memory: to share a card, or to see whether a smaller one does")
 
     image = parser.add_argument_group("image")
-    image.add_argument("--prompt", default="A cat playing with a ball of yarn", help="text prompt")
+    image.add_argument("--prompt", help="text prompt; without, one that the model can draw")
     image.add_argument("--prompts-file", metavar="FILE",
                        help="one prompt a line; one image each, named by index and seed")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from tiny_flux import presets
 from utils import random_weights
 from utils.benchmark_utils import RecipeError
 
@@ -86,6 +87,8 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
     """
     if is_built_in(ckpt, random_layers):
         return random_weights.architecture(ckpt, random_layers or "full")
+    if ckpt in presets.NAMES:
+        return presets.configs_for(ckpt, read_configs(str(presets.CHECKPOINT)))
     index = _read_json(ckpt, "model_index.json", revision)
     if index.get("_class_name") not in random_weights.PIPELINES:
         raise RecipeError(f"--ckpt {ckpt} is a {index.get('_class_name')}; this recipe runs FluxPipeline (schnell, dev "
@@ -98,7 +101,7 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
 
 def is_built_in(ckpt: str, random_layers: str | None) -> bool:
     """Whether the weights are drawn at random here rather than read from a checkpoint."""
-    return random_layers is not None or ckpt in ("tiny-flux", "tiny-flux-dev", "tiny-kontext")
+    return random_layers is not None or (ckpt in presets.NAMES and not presets.is_trained())
 
 
 def configs_of(pipeline) -> dict:

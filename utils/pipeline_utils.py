@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from tiny_flux import presets
 from utils import attention, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, is_built_in, read_configs
@@ -54,7 +55,7 @@ def load_pipeline(args):
     if is_built_in(args.ckpt, args.random_weights):
         pipeline = random_weights.build(configs, device, chosen.dtype)
     else:
-        folder = Path(args.ckpt).expanduser()
+        folder = presets.CHECKPOINT if args.ckpt in presets.NAMES else Path(args.ckpt).expanduser()
         try:
             with hub_errors("--ckpt", args.ckpt, args.revision):
                 pipeline = DiffusionPipeline.from_pretrained(
@@ -63,6 +64,8 @@ def load_pipeline(args):
         except (OSError, ValueError, SafetensorError) as error:
             raise RecipeError(f"--ckpt {args.ckpt} is incomplete or damaged: {str(error).splitlines()[0]}") from error
         pipeline.to(device)
+    if args.ckpt in presets.NAMES and not is_built_in(args.ckpt, args.random_weights):
+        pipeline = presets.as_preset(pipeline, args.ckpt)
     if args.lora:
         fuse_lora(pipeline, args.lora)
     show_progress(pipeline, not args.quiet)

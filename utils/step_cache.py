@@ -5,7 +5,7 @@ residual with the last computed step's and, where it moved less than a threshold
 computes the last B blocks on top (https://github.com/vipshop/cache-dit). Lossy: it changes the image.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import yaml
@@ -35,6 +35,7 @@ class CacheOptions:
 
 
 DEFAULT = CacheOptions()
+FLUX_BLOCKS = 19 + 38
 
 # Names of cache-dit before 1.0, which 1.x ignores in silence.
 RENAMED = {"warmup_steps": "max_warmup_steps"}
@@ -79,6 +80,14 @@ def from_yaml(path: str) -> CacheOptions:
     # cache-dit's own defaults, not those of the flag without a file.
     defaults = dict(Fn_compute_blocks=8, Bn_compute_blocks=0, max_cached_steps=-1, residual_diff_threshold=0.08)
     return CacheOptions(**defaults | options)
+
+
+def scaled(options: CacheOptions, blocks: int) -> CacheOptions:
+    """`options` with F and B in proportion to a model of fewer than FLUX.1's blocks, where as given they leave none."""
+    if options.Fn_compute_blocks + options.Bn_compute_blocks < blocks:
+        return options
+    return replace(options, **{name: max(1, round(getattr(options, name) * blocks / FLUX_BLOCKS))
+                               for name in ("Fn_compute_blocks", "Bn_compute_blocks")})
 
 
 def check(options: CacheOptions, steps: int, blocks: int) -> None:

@@ -214,11 +214,14 @@ def _choose_cache(args, configs: dict, chosen: Plan) -> None:
         return
     if find_spec("cache_dit") is None:
         raise RecipeError("the step cache needs cache-dit: pip install cache-dit==1.5.3")
-    options = step_cache.from_yaml(args.cache_dit_config) if args.cache_dit_config else step_cache.DEFAULT
     blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
+    options = (step_cache.from_yaml(args.cache_dit_config) if args.cache_dit_config
+               else step_cache.scaled(step_cache.DEFAULT, blocks))
     step_cache.check(options, chosen.settings.num_inference_steps, blocks)
     chosen.cache = options
-    chosen.decisions["step cache"] = Decision(True, str(options))
+    small = not args.cache_dit_config and options != step_cache.DEFAULT
+    chosen.decisions["step cache"] = Decision(
+        True, f"{options}" + (f" (F12B12 in proportion to {blocks} blocks)" if small else ""))
 
 
 def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:

@@ -1,0 +1,99 @@
+"""tiny-flux: one set of weights in three forms, and a judge that looks at what it draws."""
+
+import PIL.Image
+import pytest
+import torch
+from conftest import relative
+from diffusers import FluxKontextPipeline
+
+from tiny_flux import judge, presets
+from tiny_flux.data import COLOUR_NAMES, STYLES
+from tiny_flux.judge import Judge, Wanted, background, draw_pictures, edits_of, held_out_captions, training_captions
+from utils.checkpoint import configs_of, identify, read_configs
+from utils.pipeline_utils import call_kwargs, load_pipeline
+
+
+@pytest.fixture(scope="module")
+def the_judge():
+    return Judge()
+
+
+def picture(the_judge, wanted, size=128, pose=0):
+    """An emoji of the references, made large, on a background."""
+    where = (STYLES.index(wanted.style) * the_judge.count + wanted.emoji) * len(judge.POSES) + pose
+    tile, colour = the_judge.references[where], judge.PALETTE[COLOUR_NAMES.index(wanted.colour)]
+    shown = tile[:3] + (1 - tile[3:]) * colour[:, None, None]
+    pixels = (shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return PIL.Image.fromarray(pixels).resize((size, size), PIL.Image.Resampling.BICUBIC)
+
+
+def test_the_judge_knows_the_datas_pictures_and_no_others(the_judge):
+    wanted = training_captions(40)
+    pictures = [picture(the_judge, one, size=128 + 128 * (i % 2), pose=i % 19) for i, one in enumerate(wanted)]
+    found = the_judge.verdicts(pictures, wanted)
+    assert found["top1"] > 0.95 and found["top5"] == 1 and found["style"] > 0.9 and found["background"] > 0.9
+    others = [Wanted((one.emoji + 547) % the_judge.count, STYLES[1 - STYLES.index(one.style)],
+                     COLOUR_NAMES[COLOUR_NAMES.index(one.colour) - 8]) for one in wanted]
+    found = the_judge.verdicts(pictures, others)
+    assert found["top5"] < 0.1 and found["background"] < 0.1
+
+
+def test_backgrounds_are_named():
+    for name, colour in zip(COLOUR_NAMES, judge.PALETTE, strict=True):
+        image = PIL.Image.new("RGB", (128, 128), tuple(int(255 * c) for c in colour))
+        image.paste((1, 2, 3), (30, 30, 98, 98))
+        assert background(image) == name
+
+
+def test_what_is_asked():
+    wanted, unseen = training_captions(200), {(one.emoji, one.colour) for one in held_out_captions()}
+    assert len({one.emoji for one in wanted}) == 200 and {one.style for one in wanted} == set(STYLES)
+    assert not unseen & {(one.emoji, one.colour) for one in wanted} and len(unseen) == 162
+    texts, edited = edits_of(wanted[:30])
+    for before, after, text in zip(wanted, edited, texts, strict=False):
+        assert after.emoji == before.emoji and (after.style, after.colour) != (before.style, before.colour)
+        assert (after.colour in text) == (after.colour != before.colour)
+
+
+def test_the_forms_of_one_checkpoint(build, make_args):
+    """The folded form is what the other gives at that guidance; Kontext's has the same weights."""
+    dev = build("tiny-flux-dev")
+    folded, kontext = presets.as_preset(dev, "tiny-flux"), presets.as_preset(dev, "tiny-kontext")
+    inputs = dict(prompt="a cat", height=128, width=128, num_inference_steps=2, max_sequence_length=32,
+                  output_type="latent", sigmas=[1.0, 0.4])
+    dev.scheduler = folded.scheduler
+    found, expected = (pipe(**inputs, guidance_scale=scale, generator=torch.Generator().manual_seed(0)).images
+                       for pipe, scale in ((folded, 0.0), (dev, presets.FOLDED_GUIDANCE)))
+    assert relative(found, expected) < 1e-5
+    assert type(kontext) is FluxKontextPipeline and kontext.transformer is dev.transformer
+    for name, form in (("schnell", folded), ("dev", presets.as_preset(dev, "tiny-flux-dev")), ("kontext", kontext)):
+        assert identify(configs_of(form)).name == name
+
+
+trained = pytest.mark.skipif(not presets.is_trained(), reason="tiny_flux/checkpoint is not trained yet")
+
+
+@trained
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_configs_foresee_the_pipeline(make_args, name, tmp_path):
+    PIL.Image.new("RGB", (128, 128)).save(tmp_path / "x.png")
+    edit = ["--image", str(tmp_path / "x.png")] if name == "tiny-kontext" else []
+    pipeline = load_pipeline(make_args("--ckpt", name, *edit))
+    before, after = read_configs(name), configs_of(pipeline)
+    assert before["pipeline_class"] == after["pipeline_class"] == type(pipeline).__name__
+    for key in ("guidance_embeds", "num_layers", "num_single_layers", "attention_head_dim"):
+        assert before["transformer"][key] == after["transformer"][key]
+    kwargs = call_kwargs(pipeline, make_args("--ckpt", name, *edit))
+    assert kwargs["height"] == kwargs["width"] == 128 and kwargs["max_sequence_length"] == presets.TRAINED_LENGTH
+    assert kwargs["num_inference_steps"] == (4 if name == "tiny-flux" else 28)
+
+
+@trained
+def test_it_draws_what_it_is_asked_for(make_args, the_judge):
+    """40 captions in 28 and in 4 steps; the bounds are the goals, results/tiny/judge.json has the rates of 200."""
+    names, wanted = [one["name"] for one in judge.read_captions()], training_captions(40)
+    texts = [judge.caption(names[one.emoji], one.style, one.colour) for one in wanted]
+    for name, steps, least in (("tiny-flux-dev", 28, 0.9), ("tiny-flux", 4, 0.75)):
+        pipeline = load_pipeline(make_args("--ckpt", name))
+        found = the_judge.verdicts(draw_pictures(pipeline, texts, steps), wanted)
+        assert found["top5"] >= least and found["background"] >= 0.9, (name, found)
