@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (results|quality):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
     "1_eager": "bf16, eager (diffusers)",
@@ -44,9 +44,48 @@ def table(suite: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+QUALITY = {
+    "float32": "float32",
+    "compile": "compile",
+    "projections": "fused projections",
+    "channels_last": "channels_last",
+    "int8": "int8, compiled",
+    "float8_row": "float8, one scale a row, compiled",
+    "float8_tensor": "float8, one scale a tensor, compiled",
+    "fa3_bf16": "FA3, bf16",
+    "fa3_fp8": "FA3, fp8 scaled",
+    "fa3_fp8_unscaled": "FA3, fp8 unscaled",
+    "text_encoder_quant": "T5 in int8",
+    "cache": "step cache, F2B2",
+    "steps_20": "20 steps",
+    "steps_14": "14 steps",
+    "all_defaults": "all defaults",
+    "other_seed": "another seed: the floor",
+}
+
+
+def quality_table(machine: str) -> str:
+    """The markdown table of results/<machine>/tiny/*.json, in the order of `QUALITY`."""
+    lines = ["| against eager bf16 | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | judge, top 5 |",
+             "|---" * 5 + "|"]
+    for stem, name in QUALITY.items():
+        path = HERE / machine / "tiny" / f"{stem}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        given, left_open = record["given"], record["open"]
+        lines.append("| " + " | ".join([
+            f"[{name}](results/{machine}/tiny/{stem}.json)",
+            *("the same" if part["identical"] == 1 else f"{part['psnr_mean']:.1f} ({part['psnr_min']:.1f})"
+              for part in (given, left_open)),
+            f"{(given['ssim'] + left_open['ssim']) / 2:.3f}", f"{record['judge']['top5'] * 100:.0f} %"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
-    return MARKERS.sub(lambda part: part[1] + table(part[2]) + part[3], text)
+    makers = {"results": table, "quality": quality_table}
+    return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 
 if __name__ == "__main__":

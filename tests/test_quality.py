@@ -1,14 +1,19 @@
-"""The float32 reference of a step, relative error, and the stages' regions."""
+"""The float32 reference of a step, relative error, the drift of pictures, and the stages' regions."""
 
 import copy
 import math
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
+from utils.benchmark_utils import check_args, create_parser
 from utils.pipeline_utils import call_kwargs
-from utils.quality import capture_step, float32_step, relative_error
+from utils.quality import capture_step, float32_step, picture_drift, relative_error
 from utils.regions import StageTimes, in_regions
 
 
@@ -70,3 +75,29 @@ def test_stage_times_count_every_span(build, make_args):
     found = times.milliseconds()
     assert len(found["denoising_step"]) == 4 and len(found["decoding"]) == 1
     assert all(ms > 0 for spans in found.values() for ms in spans)
+
+
+def test_drift_of_pictures():
+    torch.manual_seed(0)
+    reference = [PIL.Image.effect_noise((64, 64), 80).convert("RGB") for _ in range(2)]
+    same = picture_drift(reference, reference)
+    assert same["psnr_min"] == 100 and same["identical"] == 1 and same["ssim"] > 0.999
+    pixels = np.array(reference[0]).astype(int)
+    shifted = PIL.Image.fromarray(np.where(pixels < 128, pixels + 10, pixels - 10).astype(np.uint8))
+    found = picture_drift([shifted, reference[1]], reference)
+    assert found["psnr_min"] == pytest.approx(20 * np.log10(255 / 10)) and found["identical"] == 0.5
+    assert found["psnr_mean"] == pytest.approx((found["psnr_min"] + 100) / 2)
+    assert picture_drift(reference[::-1], reference)["ssim"] < 0.2 < found["ssim"] < 1
+
+
+def test_every_quality_row_is_a_command_line_and_has_a_name():
+    sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+    import quality as rows
+    import tables
+    assert set(rows.ROWS) == {*tables.QUALITY, "eager"}
+    for row in rows.ROWS.values():
+        check_args(create_parser().parse_args(["--ckpt", "tiny-flux-dev", *row]))
+    texts, wanted = rows.prompts(100)
+    assert len(set(texts)) == 100 and all(one.colour in text and one.style in text
+                                          for text, one in zip(texts[:50], wanted, strict=False))
+    assert not any("background" in text for text in texts[50:])
