@@ -65,8 +65,10 @@ REFUSED_BY_ARGUMENTS = [
     (["--quant_dtype", "int8", "--quant_granularity", "tensor"], "per row"),
     (["--quant_granularity", "row", "--disable_bf16"], "bf16"),
     (["--disable_fa3", "--attention_backend", "fa3"], "contradicts"),
-    (["--compile_export_mode", "export_aoti"], "--compile_export_mode compile"),
-    (["--use-cached-model"], "--compile_export_mode compile"),
+    (["--use-cached-model"], "add --compile_export_mode export_aoti"),
+    (["--re-export"], "add --compile_export_mode export_aoti"),
+    (["--compile_export_mode", "export_aoti", "--use-cached-model", "--re-export"], "never exports"),
+    (["--compile_export_mode", "export_aoti", "--compile_scope", "whole"], "drop --compile_scope whole"),
     (["--compile_scope", "whole", "--compile_export_mode", "disabled"], "contradicts"),
     (["--compile_scope", "whole", "--enable_cache_dit"], "--compile_scope blocks"),
     (["--revision", "main", "--ckpt", "tiny-flux"], "--revision main"),
@@ -131,6 +133,7 @@ def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
 
 @pytest.mark.parametrize("argv, text", [
     (["--compile_scope", "whole", "--offload", "model"], "--compile_scope blocks"),
+    (["--compile_export_mode", "export_aoti", "--offload", "model"], "--compile_export_mode compile"),
     (["--compile_scope", "whole", "--offload", "group"], "--compile_scope blocks"),
     (["--enable_cache_dit", "--offload", "model"], "--offload group"),
 ])

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 SCHEMA_VERSION = 1
+DEFAULT_CACHE_DIR = str(Path.home() / ".cache" / "flux-fast")
 DEFAULT_CKPT = "black-forest-labs/FLUX.1-schnell"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -120,15 +121,16 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
                         help="default inductor flags: minutes less compile time")
     recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"], default="compile",
-                        help="torch.compile, torch.export + AOTInductor (not in this version yet), or neither")
+                        help="torch.compile; torch.export + AOTInductor, whose packages later starts load; or neither")
     recipe.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
                         help="compile each kind of block once (seconds) or the whole transformer (many minutes)")
     recipe.add_argument("--disable_cudagraphs", action="store_true", help="launch kernels one by one")
     recipe.add_argument("--disable_gpu_postprocess", action="store_true",
                         help="convert pixels to 8 bits on the CPU, as diffusers does")
-    recipe.add_argument("--cache-dir", default=str(Path.home() / ".cache" / "flux-fast"), help="compiled kernels")
+    recipe.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR, help="compiled kernels and exported packages")
     recipe.add_argument("--use-cached-model", action="store_true",
-                        help="load an exported package (not in this version)")
+                        help="load exported packages, never make them: what is missing is an error")
+    recipe.add_argument("--re-export", action="store_true", help="make the packages anew, whatever is there")
     recipe.add_argument("--strict", action="store_true",
                         help="a technique that is on by default but cannot run here is an error, not a line")
 
@@ -186,9 +188,15 @@ def check_args(args: argparse.Namespace) -> None:
            "drop --disable_bf16 or use --quant_granularity tensor.")
     refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
            f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
-    refuse(args.compile_export_mode == "export_aoti" or args.use_cached_model,
-           "--compile_export_mode export_aoti and --use-cached-model need the exported packages, which this version "
-           "does not make yet. Use --compile_export_mode compile: compiled kernels are kept under --cache-dir.")
+    exports = args.compile_export_mode == "export_aoti"
+    refuse((args.use_cached_model or args.re_export) and not exports,
+           "--use-cached-model and --re-export are about exported packages: add --compile_export_mode export_aoti.")
+    refuse(args.use_cached_model and args.re_export, "--use-cached-model never exports, --re-export always does.")
+    refuse(exports and args.compile_scope == "whole",
+           "--compile_export_mode export_aoti exports each kind of block once: drop --compile_scope whole.")
+    refuse(exports and args.offload != "none",
+           f"--offload {args.offload} moves weights, whose addresses exported code holds: use --compile_export_mode "
+           "compile.")
     refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
            "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
     refuse(args.compile_scope == "whole" and args.offload != "none",

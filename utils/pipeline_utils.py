@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from tiny_flux import presets
-from utils import attention, random_weights, step_cache
+from utils import aoti, attention, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, is_built_in, read_configs
 from utils.cuda_graph import CUDAGraphed
@@ -115,12 +115,17 @@ def optimize(pipeline, args, log: StageLog | None = None):
     else:
         pipeline.to(device)
 
-    # The cache replaces the blocks' callers, compilation the blocks: in this order both hold.
-    if chosen.cache:
-        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
     if chosen.is_on("inductor flags"):
         set_inductor_tuning_flags()
-    if chosen.is_on("compile"):
+    exports = chosen.is_on("compile") and args.compile_export_mode == "export_aoti"
+    if exports:
+        with log.stage("packages"):
+            techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
+    # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
+    # works from inside them.
+    if chosen.cache:
+        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
+    if chosen.is_on("compile") and not exports:
         compile_pipeline(pipeline, args.compile_scope, args.cache_dir)
     if chosen.is_on("CUDA graphs"):
         pool = torch.cuda.graph_pool_handle()
@@ -138,7 +143,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.is_on("compile") or chosen.is_on("CUDA graphs"):
         # A cache takes its other branch only after its own warm-up steps; everything else shows in one step.
         steps = chosen.settings.num_inference_steps if chosen.cache else 1
-        with log.stage("compile" if chosen.is_on("compile") else "record"):
+        with log.stage("compile" if chosen.is_on("compile") and not exports else "record"):
             show_progress(pipeline, False)
             pipeline(**call_kwargs(pipeline, args, num_inference_steps=steps))
             show_progress(pipeline, not args.quiet)
@@ -270,6 +275,18 @@ def set_inductor_tuning_flags() -> None:
 def kernel_cache(cache_dir: str) -> Path:
     """Where inductor keeps compiled kernels: a second start finds most of them there. PyTorch's own variable wins."""
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache_dir).expanduser() / "inductor")
+
+
+def use_packages(pipeline, args, chosen, log: StageLog) -> str:
+    """Exported code under the blocks and the VAE; see `utils.aoti`. Returns what was done."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
+    units = aoti.units_of(pipeline, args.vae_tiling)
+    show_progress(pipeline, False)
+    aoti.capture(units, lambda: pipeline(**call_kwargs(pipeline, args, num_inference_steps=1)))
+    show_progress(pipeline, not args.quiet)
+    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
+        name: chosen.is_on(name) for name in ("fused projections", "channels_last", "inductor flags")}
+    return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export, log.line)
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:

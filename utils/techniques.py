@@ -106,7 +106,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
 
     compiles = default_on("compile", args.compile_export_mode == "disabled", "--compile_export_mode disabled",
                           "--offload group hooks into every layer" if args.offload == "group" else
-                          _compiler_obstacle(hardware), f"{args.compile_scope}, VAE"
+                          None if args.use_cached_model else _compiler_obstacle(hardware),
+                          f"{args.compile_scope}, VAE"
                           + (", T5" if hardware.device == "cuda" and args.offload == "none" else ""))
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)

@@ -1,0 +1,259 @@
+"""Exported packages against eager, and every way to misuse one."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import relative
+
+from utils import aoti, package_store
+from utils.benchmark_utils import RecipeError, StageLog
+from utils.package_store import Rejected, key_of, open_store, publish
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.quantization import quantize_transformer
+
+CACHE = "Fn_compute_blocks: 1\nBn_compute_blocks: 0\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aoti")
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(folder / "reference.png")
+    (folder / "cache.yaml").write_text(CACHE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler(compiler):
+    """The code around the kernels unoptimised: half the time to compile it."""
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
+
+
+def arguments(make_args, folder, *argv):
+    argv = [str(folder / a) if a.endswith((".png", ".yaml")) else a for a in argv]
+    return make_args(*argv, "--random_weights", "1+2", "--compile_export_mode", "export_aoti",
+                     "--disable_inductor_tuning_flags", "--cache-dir", str(folder))
+
+
+def latents(pipeline, args):
+    return pipeline(**call_kwargs(pipeline, args), output_type="latent").images
+
+
+def fail(*_):
+    pytest.fail("exported again")
+
+
+CASES = {
+    "schnell, float32": ["--ckpt", "tiny-flux", "--disable_bf16", "--disable_quant", "--vae_tiling"],
+    "dev, int8, batch 2, cache": [
+        "--ckpt", "tiny-flux-dev", "--num_images_per_prompt", "2", "--height", "96", "--width", "160",
+        "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
+    "kontext, bf16, VAE": ["--ckpt", "tiny-kontext", "--image", "reference.png", "--disable_quant", "--height", "64",
+                           "--width", "96", "--num_inference_steps", "2"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch, case):
+    args = arguments(make_args, folder, *CASES[case])
+    eager = copy.copy(args)
+    eager.compile_export_mode = "compile"
+    monkeypatch.setattr("utils.pipeline_utils.compile_pipeline", lambda *_: None)  # quantised, cached, not compiled
+    expected = optimize(load_pipeline(eager), eager)
+    bound = 1e-4 if args.disable_bf16 else 0.02
+    wanted = latents(expected, eager), np.asarray(expected(**call_kwargs(expected, eager)).images[0]).astype(int)
+
+    made = optimize(load_pipeline(args), args)
+    assert "exported" in made.techniques["compile"].how
+    calls = []
+    monkeypatch.setattr(aoti, "export", fail)
+    args.use_cached_model = True
+    for pipeline in (made, optimize(load_pipeline(args), args)):
+        block = pipeline.transformer.single_transformer_blocks[-1]
+        block.forward = (lambda inner: lambda *a, **k: calls.append(1) or inner(*a, **k))(block.forward)
+        found = latents(pipeline, args)
+        assert relative(found, wanted[0]) < bound
+        pixels = np.asarray(pipeline(**call_kwargs(pipeline, args)).images[0]).astype(int)
+        assert np.abs(pixels - wanted[1]).mean() < 2
+    assert "loaded" in pipeline.techniques["compile"].how and calls
+
+
+class Layer(torch.nn.Module):
+    """Named as a block's, so that it is quantised."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList([torch.nn.Linear(64, 32)])
+        with torch.no_grad():
+            self.transformer_blocks[0].weight *= size
+
+    def forward(self, x):
+        return self.transformer_blocks[0](x)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_one_package_serves_float8_weights_of_other_scales(float8_on_cpu, tmp_path, granularity, monkeypatch):
+    """A folded scale would be the first layer's in every other; export compares the first and the last with eager."""
+    layers = [Layer(size).bfloat16() for size in (1.0, 50.0)]
+    for layer in layers:
+        quantize_transformer(layer, "float8", granularity, torch.device("cpu"))
+    unit = aoti.Unit("layer", layers, {"x": torch.randn(8, 64).bfloat16()})
+    with monkeypatch.context() as patch:  # the comparison notices what it is for
+        patch.setattr(aoti, "_load", lambda *_: lambda **kwargs: Layer.forward(layers[0], **kwargs))
+        with pytest.raises(RuntimeError, match="differs from eager"):
+            aoti.export([unit], tmp_path, "k")
+    aoti.export([unit], tmp_path, "k")
+    aoti.bind([unit], tmp_path, "k")
+    with torch.no_grad():
+        for layer in layers:
+            assert relative(layer(**unit.arguments), Layer.forward(layer, **unit.arguments)) < 0.02
+
+
+@pytest.fixture
+def bound(make_args, folder, monkeypatch):
+    """The first case's pipeline on its package, which the test above has made."""
+    def make(use_cached=True, **changes):
+        args = arguments(make_args, folder, *CASES["schnell, float32"])
+        args.use_cached_model = use_cached
+        vars(args).update(changes)
+        return optimize(load_pipeline(args), args, StageLog()), args
+    return make
+
+
+@pytest.fixture
+def step(bound):
+    """A single block on its package, and the arguments of one call."""
+    pipeline, args = bound()
+    units = [aoti.Unit("single", [pipeline.transformer.single_transformer_blocks[0]])]
+    aoti.capture(units, lambda: latents(pipeline, args))
+    return units[0].modules[0], units[0].arguments
+
+
+def test_wrong_inputs_are_named_and_never_computed(step):
+    block, good = step
+    with torch.no_grad():
+        expected = block(**good)[1]
+        for name, change, said in (
+                ("hidden_states", lambda x: x[:, :-1], r"'hidden_states'.*\(1, 63, 256\).*\(1, 64, 256\)"),
+                ("hidden_states", lambda x: x.repeat(2, 1, 1), r"\(2, 64, 256\)"),
+                ("hidden_states", torch.Tensor.bfloat16, "bfloat16.*float32"),
+                ("temb", torch.Tensor.double, "'temb'.*float64"),
+                ("encoder_hidden_states", lambda x: None, "'encoder_hidden_states'.*None"),
+                ("joint_attention_kwargs", lambda x: {"scale": 0.5}, "scale.*0.5")):
+            with pytest.raises(RecipeError, match=said):
+                block(**good | {name: change(good.get(name))})
+        with pytest.raises(TypeError):
+            block(good["hidden_states"], surprise=1)
+        odd = good | {"hidden_states": good["hidden_states"].transpose(1, 2).contiguous().transpose(1, 2)}
+        assert not odd["hidden_states"].is_contiguous() and torch.equal(block(**odd)[1], expected)
+        positional = [good.pop(name) for name in ("hidden_states", "encoder_hidden_states", "temb")]
+        assert torch.equal(block(*positional, **good)[1], expected)
+
+
+def test_the_weights_are_the_modules_own(step):
+    block, good = step
+    with torch.no_grad():
+        before = block(**good)[1]
+        block.proj_out.bias += 1.0
+        after = block(**good)[1]
+        reference = type(block).forward(block, **good)[1]
+    assert relative(after, reference) < 1e-4 < relative(before, reference)
+
+
+def spoil(folder, name, change):
+    change(folder / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for path in folder.glob("*.pt2"):
+        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": package_store._sha256(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def copied(bound, folder, tmp_path, monkeypatch):
+    """A cache of its own with the first case's package in it; exporting copies that again."""
+    pipeline, _ = bound()
+    key = pipeline.techniques["compile"].how.split("loaded ")[1].split()[0]
+    root = open_store(tmp_path)
+    shutil.copytree(folder / "packages" / key, root / key)
+    exports = []
+
+    def export(units, temporary, key_):
+        exports.append(key_)
+        for path in (folder / "packages" / key).glob("*.pt2"):
+            shutil.copy(path, temporary)
+
+    monkeypatch.setattr(aoti, "export", export)
+    return root / key, exports
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "swapped", "junk"])
+def test_a_damaged_package_is_replaced_or_stops(bound, copied, capfd, fault):
+    package, exports = copied
+    if fault == "flipped":
+        data = bytearray((package / "double.pt2").read_bytes())
+        data[1000] ^= 255
+        (package / "double.pt2").write_bytes(data)
+    elif fault == "truncated":
+        (package / "double.pt2").write_bytes((package / "double.pt2").read_bytes()[:5000])
+    elif fault == "swapped":  # whole, hashed, and another block's code
+        spoil(package, "double.pt2", lambda path: shutil.copy(package / "single.pt2", path))
+    else:
+        spoil(package, "double.pt2", lambda path: path.write_bytes(b"no archive"))
+    kept = package.with_name("kept")
+    shutil.copytree(package, kept)
+    with pytest.raises(RecipeError, match=r"--use-cached-model.*double\.pt2.*Run once without"):
+        bound(cache_dir=str(package.parent.parent))
+    assert not exports and not package.exists()
+    shutil.copytree(kept, package)
+    pipeline, args = bound(use_cached=False, cache_dir=str(package.parent.parent), quiet=False)
+    assert exports == [package.name] and "double.pt2" in capfd.readouterr().err
+    assert torch.isfinite(latents(pipeline, args)).all() and package_store.verify(package)
+    assert len(list(package.parent.glob("rejected-*"))) == 2
+
+
+def test_a_package_of_another_machine_is_not_found(bound, copied):
+    package, exports = copied
+    fields = package_store.verify(package)["fields"]
+    shutil.rmtree(package)
+    with pytest.raises(RecipeError, match=r"there is no package.*which is empty"):
+        bound(cache_dir=str(package.parent.parent))
+    other = fields | {"versions": fields["versions"] | {"torch": "1.0"}, "machine": {"gpu": "H100"}}
+    publish(package.parent, other, lambda temporary: (temporary / "double.pt2").write_bytes(b""))
+    with pytest.raises(RecipeError, match=rf"nearest is {key_of(other)}.*machine\.gpu: there H100, here None.*torch: "):
+        bound(cache_dir=str(package.parent.parent))
+    assert not exports
+
+
+def test_re_export_makes_it_anew(bound, copied):
+    package, exports = copied
+    bound(use_cached=False, re_export=True, cache_dir=str(package.parent.parent))
+    assert exports == [package.name] and package_store.verify(package)
+
+
+def test_other_switches_are_other_packages(bound, copied):
+    _, exports = copied
+    for changes in ({"height": 96}, {"num_images_per_prompt": 2}, {"disable_fused_projections": True}):
+        before = len(exports)
+        with pytest.raises(Rejected, match=r"double\.pt2 was made for"):  # the copy is other code
+            bound(use_cached=False, cache_dir=str(copied[0].parent.parent), **changes)
+        assert len(exports) == before + 1 and exports[-1] not in exports[:-1]
+
+
+def test_the_command_line(copied, monkeypatch, capsys):
+    package, _ = copied
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", ["aoti", *argv, "--cache-dir", str(package.parent.parent)])
+        aoti.main()
+        return capsys.readouterr().out
+
+    assert package.name in run("list") and "fits this machine" in run("verify")
+    (package / "single.pt2").write_bytes(b"")
+    assert "single.pt2 is damaged" in run("verify")
+    assert "removed" in run("clean") and not package.exists() and run("list") == ""

@@ -1,0 +1,301 @@
+"""Packages: the compiled code of the blocks and the VAE, exported once, loaded in seconds, without weights.
+
+    python -m utils.aoti list                     # what is there, how big, does it fit this machine
+    python -m utils.aoti verify                   # compare every file with its SHA-256
+    python -m utils.aoti clean --older-than 30    # days; without the flag, all that do not fit or are damaged
+
+torch.export and AOTInductor compile one block of each kind. Its weights stay outside (`package_constants_in_so`), and
+all blocks of that kind load the same file and share the weights of the live module: no second copy in memory, and one
+package for every fine-tune of a model. Such code checks none of its inputs and computes garbage from wrong ones, so
+each call is compared here with what the package was made for; inside a CUDA graph that costs nothing.
+"""
+
+import argparse
+import functools
+import hashlib
+import inspect
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
+from torchao.utils import TorchAOBaseTensor
+
+from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError
+from utils.package_store import (
+    Rejected,
+    key_of,
+    locked,
+    nearest,
+    open_store,
+    publish,
+    read_manifest,
+    set_aside,
+    verify,
+)
+
+# How far a package's first output may be from eager's, by dtype: rounding in other places, nothing more.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+
+@dataclass
+class Unit:
+    """Modules that run the same graph on weights of their own, and the arguments of one real call of the first."""
+    name: str
+    modules: list[torch.nn.Module]
+    arguments: dict = field(default_factory=dict)
+
+
+def units_of(pipeline, tiling: bool) -> list[Unit]:
+    """What is packaged: both kinds of block, the VAE's decoder, and its encoder where pictures are read (Kontext).
+
+    With tiling the VAE sees tiles of several sizes and stays as it is.
+    """
+    units = [Unit("double", list(pipeline.transformer.transformer_blocks)),
+             Unit("single", list(pipeline.transformer.single_transformer_blocks))]
+    if not tiling:
+        units.append(Unit("decoder", [pipeline.vae.decoder]))
+        if "Kontext" in type(pipeline).__name__:
+            units.append(Unit("encoder", [pipeline.vae.encoder]))
+    return units
+
+
+def capture(units: list[Unit], call: Callable[[], object]) -> None:
+    """Fills each unit's `arguments` from what `call` gives its first module: never written by hand, since the dtypes
+    and strides that diffusers passes are its own affair (guidance is float32 in a bf16 model)."""
+    def keep(unit, module, args, kwargs):
+        if not unit.arguments:
+            found = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            unit.arguments = tree_map_only(torch.Tensor, lambda x: canonical(x.detach().clone()), found)
+
+    handles = [unit.modules[0].register_forward_pre_hook(functools.partial(keep, unit), with_kwargs=True)
+               for unit in units]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def canonical(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, also in the strides of dimensions of size 1, which `.contiguous()` leaves as they are."""
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.append(strides[-1] * size)
+    return x.contiguous().as_strided(x.shape, strides[:x.dim()][::-1])
+
+
+def describe(arguments: dict) -> dict[str, str]:
+    """What a package's code depends on: shape, dtype and device of each tensor, the value of everything else."""
+    leaves, _ = tree_flatten_with_path(arguments)
+    return {"".join(map(str, path)): f"{x.dtype} {tuple(x.shape)} {x.device.type}" if isinstance(x, torch.Tensor)
+            else repr(x) for path, x in leaves}
+
+
+def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
+    """Everything that decides what the packages compute and where they run; its hash is their folder's name.
+
+    Args:
+        switches: techniques that change the graph, as JSON values.
+    """
+    versions = {"python": ".".join(map(str, sys.version_info[:2])), "cuda": torch.version.cuda,
+                "hip": torch.version.hip}
+    for name in ("torch", "triton", "torchao", "diffusers", "transformers", "fa3-fwd", "flash-attn-3", "amd-aiter"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    source = hashlib.sha256((Path(__file__).parent / "attention.py").read_bytes()).hexdigest()[:16]
+    models = {name: {k: repr(v) for k, v in sorted(getattr(pipeline, name).config.items()) if not k.startswith("_")}
+              for name in ("transformer", "vae")}
+    return {"models": models, "switches": switches, "versions": versions, "machine": machine(pipeline.device.type),
+            "attention.py": source, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
+
+
+def machine(device: str) -> dict:
+    """What native code is made for: the GPU's architecture, or the CPU's instruction set."""
+    if device == "cuda":
+        return {"gpu": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    return {"cpu": str(pick_vec_isa())}
+
+
+def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, use_cached: bool, re_export: bool,
+                 say: Callable[[str], None]) -> str:
+    """Puts packaged code under the units' modules: found ones, or new ones that are kept.
+
+    Args:
+        units: with their arguments captured.
+        use_cached: never export: what is missing or damaged is an error.
+        re_export: make the packages anew in any case.
+
+    Returns:
+        What was done, for the table of techniques.
+
+    Raises:
+        RecipeError: see `use_cached`; or the cache folder cannot be trusted or is full.
+    """
+    root, fields = open_store(cache_dir), fields_of(pipeline, units, switches)
+    key = key_of(fields)
+    folder, names = root / key, ", ".join(unit.name for unit in units)
+    with locked(root, key):
+        if folder.is_symlink() or (folder.exists() and not re_export):
+            try:
+                start = time.perf_counter()
+                verify(folder)
+                bind(units, folder, key)
+                return f"{names}: loaded {key} in {time.perf_counter() - start:.1f} s"
+            except Rejected as error:
+                aside = set_aside(folder, "rejected")
+                said = f"package {key} is not usable: {error}; it is now {aside}"
+                if use_cached:
+                    raise RecipeError(f"--use-cached-model: {said}. Run once without the flag to make a new one."
+                                      ) from error
+                say(f"{said}; exporting again")
+        elif use_cached:
+            raise RecipeError(f"--use-cached-model: there is no package {key} in {root}{_nearest(root, fields)}. Run "
+                              "once without the flag (same arguments otherwise) to make it.")
+        start = time.perf_counter()
+        folder = publish(root, fields, lambda temporary: export(units, temporary, key))
+        seconds = time.perf_counter() - start
+        bind(units, folder, key)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return f"{names}: exported {key} in {seconds:.0f} s, {size / 1e6:.1f} MB"
+
+
+def _nearest(root: Path, fields: dict) -> str:
+    found = nearest(root, fields)
+    if found is None:
+        return ", which is empty"
+    key, differs = found
+    shown = "; ".join(f"{name}: there {there}, here {here}" for name, (there, here) in list(differs.items())[:6])
+    more = f"; and {len(differs) - 6} more" if len(differs) > 6 else ""
+    return f". The nearest is {key}, which differs in {shown}{more}"
+
+
+@torch.no_grad()
+def export(units: list[Unit], folder: Path, key: str) -> None:
+    """Writes NAME.pt2 of each unit into `folder`, after comparing it with eager on the first and the last module:
+    the last shows that no weight of the first was compiled in.
+
+    Raises:
+        RuntimeError: a package computes something else.
+    """
+    for unit in units:
+        program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
+        path = folder / f"{unit.name}.pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
+            "aot_inductor.package_constants_in_so": False,
+            # Folding would write one scale a tensor into the code as a number: another block's is another number.
+            "joint_graph_constant_folding": False,
+            "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}})
+        for module in {id(m): m for m in (unit.modules[0], unit.modules[-1])}.values():
+            expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
+            error = max(_relative(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
+            if not error < BOUNDS[_tensors(expected)[0].dtype]:
+                raise RuntimeError(f"the package of {unit.name} differs from eager by {error:.1e}: please report this.")
+
+
+def _tensors(output) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def bind(units: list[Unit], folder: Path, key: str) -> None:
+    """Replaces the forward of each module by the package's code on the module's own weights.
+
+    Raises:
+        Rejected: a package is for something else, or cannot be opened.
+    """
+    forwards = [[_checked(unit, module, _load(unit, module, folder / f"{unit.name}.pt2", key))
+                 for module in unit.modules] for unit in units]
+    for unit, made in zip(units, forwards, strict=True):  # only now: all or none
+        for module, forward in zip(unit.modules, made, strict=True):
+            module.forward = forward
+
+
+def _load(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable:
+    """The package's code with `module`'s weights. It leaves here only with them: called without, it would crash."""
+    try:
+        told = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")  # opens no code
+        if (told.get("flux_faster_key"), told.get("flux_faster_unit")) != (key, unit.name):
+            raise Rejected(f"{path.name} was made for {told.get('flux_faster_unit')} of {told.get('flux_faster_key')}")
+        runner = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    except RuntimeError as error:
+        raise Rejected(f"{path.name} cannot be opened ({str(error).splitlines()[0]})") from error
+    weights = constants_of(module)
+    if missing := [name for name in runner.get_constant_fqns() if name not in weights]:
+        raise Rejected(f"{path.name} asks for weights that {unit.name} has not: {', '.join(missing[:3])}")
+    weights = {name: weights[name] for name in runner.get_constant_fqns()}
+    runner.load_constants(weights, check_full_update=True, user_managed=True)
+    runner.weights = weights  # the code holds their addresses
+    return runner
+
+
+def constants_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The module's tensors under the names that export gives them; quantised weights in their parts."""
+    found = {}
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if isinstance(value.data, TorchAOBaseTensor):
+            parent, _, leaf = name.rpartition(".")
+            parts, _ = value.data.__tensor_flatten__()
+            found |= {f"{parent}.parametrizations.{leaf}.original{i}": getattr(value.data, part)
+                      for i, part in enumerate(parts)}
+        else:
+            found[name] = value.data
+    return found
+
+
+def _checked(unit: Unit, module: torch.nn.Module, runner: Callable) -> Callable:
+    """`runner` behind the module's own signature, which cache-dit inspects, and a comparison of every call."""
+    parameters, expected = inspect.signature(module.forward), describe(unit.arguments)
+
+    @functools.wraps(module.forward)
+    def forward(*args, **kwargs):
+        arguments = dict(parameters.bind(*args, **kwargs).arguments)
+        if (found := describe(arguments)) != expected:
+            name = next(name for name in sorted(found | expected) if found.get(name) != expected.get(name))
+            raise RecipeError(
+                f"the package of {unit.name} was made for other inputs: {name} is {found.get(name, 'missing')}, not "
+                f"{expected.get(name, 'given')}. One size of image a process: start again with the new one.")
+        return runner(**tree_map_only(torch.Tensor, canonical, arguments))
+
+    return forward
+
+
+# --- the command line ---
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["list", "verify", "clean"])
+    parser.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR)
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="for clean: all of at least this age")
+    args = parser.parse_args()
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    for folder in sorted(path for path in open_store(args.cache_dir).iterdir() if path.is_dir()):
+        size = sum(path.lstat().st_size for path in folder.rglob("*")) / 1e6
+        days = (time.time() - folder.lstat().st_mtime) / 86400
+        try:
+            fields = (verify if args.action != "list" else read_manifest)(folder)["fields"]
+            state = "fits this machine" if fields["machine"] == here and (
+                fields["versions"].get("torch") == metadata.version("torch")) else (
+                f"made for {fields['machine']}, torch {fields['versions'].get('torch')}")
+        except Rejected as error:
+            state = f"not usable: {error}"
+        unwanted = days >= args.older_than if args.older_than is not None else state != "fits this machine"
+        if args.action == "clean" and unwanted:
+            shutil.rmtree(folder)
+            state = f"removed ({state})"
+        print(f"{folder.name}  {size:7.1f} MB  {days:6.1f} days  {state}")
+
+
+if __name__ == "__main__":
+    main()
