@@ -1,4 +1,4 @@
-"""What only a GPU can show: FlashAttention's fp8 numbers, CUDA graphs, the whole recipe. Run with `pytest -m gpu`."""
+"""What only a GPU can show: FlashAttention's fp8 numbers, CUDA graphs, the whole recipe. `pytest -m gpu -n 0`."""
 
 import pytest
 import torch
@@ -124,3 +124,25 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
         found = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
         assert relative(found[0], eager) < 0.03 and torch.equal(*found)
         assert pipeline(**call_kwargs(pipeline, args)).images[0].size == (384, 256)
+
+
+@pytest.mark.parametrize("argv", [[], ["--quant_granularity", "tensor", "--attention_backend", "native"]], ids=" ".join)
+def test_packages_in_a_cuda_graph_are_close_to_eager(argv, tmp_path):
+    """Exported and loaded again, on 1 + 2 blocks of full width: the step against float32, no second copy of weights."""
+    argv = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
+            "--disable_inductor_tuning_flags", "--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path),
+            *argv]
+    args, found = create_parser().parse_args(argv), []
+    for use_cached in (False, True):
+        args.use_cached_model = use_cached
+        pipeline = load_pipeline(args)
+        inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+        reference = float32_step(pipeline.transformer, inputs)
+        pipeline = optimize(pipeline, args)
+        allocated = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            assert relative_error(pipeline.transformer(**inputs)[0], reference) < 0.03
+        assert torch.cuda.memory_allocated() - allocated < 2**26
+        found.append(pipeline(**call_kwargs(pipeline, args), output_type="latent").images)
+        del pipeline
+    assert torch.equal(*found)
