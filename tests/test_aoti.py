@@ -236,6 +236,16 @@ def test_re_export_makes_it_anew(bound, copied):
     assert exports == [package.name] and package_store.verify(package)
 
 
+def test_missing_packages_are_fetched_where_asked(bound, copied, monkeypatch, tmp_path):
+    package, exports = copied
+    digest = package_store.pack(package, tmp_path / f"{package.name}.zip")
+    shutil.rmtree(package)
+    monkeypatch.setattr(package_store, "hf_hub_download", lambda repo, name, revision: str(tmp_path / name))
+    pipeline, args = bound(cache_dir=str(package.parent.parent), package_from=f"me/packages@v1:{digest}")
+    assert "fetched" in pipeline.techniques["compile"].how and not exports
+    assert torch.isfinite(latents(pipeline, args)).all() and package_store.verify(package)
+
+
 def test_other_switches_are_other_packages(bound, copied):
     _, exports = copied
     for changes in ({"height": 96}, {"num_images_per_prompt": 2}, {"disable_fused_projections": True}):
@@ -253,6 +263,9 @@ def test_the_command_line(copied, monkeypatch, capsys):
         aoti.main()
         return capsys.readouterr().out
 
+    monkeypatch.chdir(package.parent.parent)
+    digest, name = run("pack", package.name).split()
+    assert len(digest) == 64 and (package.parent.parent / name).exists()
     assert package.name in run("list") and "fits this machine" in run("verify")
     (package / "single.pt2").write_bytes(b"")
     assert "single.pt2 is damaged" in run("verify")

@@ -67,7 +67,7 @@ REFUSED_BY_ARGUMENTS = [
     (["--disable_fa3", "--attention_backend", "fa3"], "contradicts"),
     (["--use-cached-model"], "add --compile_export_mode export_aoti"),
     (["--re-export"], "add --compile_export_mode export_aoti"),
-    (["--compile_export_mode", "export_aoti", "--use-cached-model", "--re-export"], "never exports"),
+    (["--compile_export_mode", "export_aoti", "--use-cached-model", "--re-export"], "never export"),
     (["--compile_export_mode", "export_aoti", "--compile_scope", "whole"], "drop --compile_scope whole"),
     (["--compile_scope", "whole", "--compile_export_mode", "disabled"], "contradicts"),
     (["--compile_scope", "whole", "--enable_cache_dit"], "--compile_scope blocks"),

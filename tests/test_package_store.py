@@ -201,3 +201,37 @@ def test_the_nearest_package_names_what_differs(root):
     (root / "broken").mkdir()
     key, differs = nearest(root, FIELDS | {"versions": {"torch": "2.14.0"}})
     assert key == key_of(FIELDS) and differs == {"versions.torch": ("2.13.0", "2.14.0")}
+
+
+@pytest.fixture
+def hub(root, tmp_path, monkeypatch):
+    """A repository with one packed package; its SHA-256."""
+    folder = publish(root, FIELDS, make)
+    digest = package_store.pack(folder, tmp_path / f"{key_of(FIELDS)}.zip")
+    monkeypatch.setattr(package_store, "hf_hub_download", lambda repo, name, revision: str(tmp_path / name))
+    set_aside(folder, "old")
+    return digest
+
+
+def test_a_fetched_package_is_the_one_that_was_packed(root, hub):
+    folder = publish(root, FIELDS, package_store.fetch(f"me/packages@v1:{hub}", key_of(FIELDS)))
+    assert verify(folder)["files"] == verify_aside(root)["files"]
+
+
+def verify_aside(root):
+    return package_store.read_manifest(next(root.glob("old-*")))
+
+
+@pytest.mark.parametrize("source, said", [
+    ("me/packages", "give REPO@REVISION:SHA256"), ("me/packages@main:abc", "give REPO@REVISION:SHA256"),
+    ("packages@main:" + "0" * 64, "give REPO@REVISION:SHA256"), ("me/packages@main:" + "0" * 64, "not used")])
+def test_what_was_not_meant_is_not_used(root, hub, source, said):
+    with pytest.raises(RecipeError, match=said):
+        package_store.fetch(source, key_of(FIELDS))
+
+
+def test_a_fetched_package_of_other_fields_is_refused(root, hub, tmp_path):
+    (tmp_path / f"{'1' * 20}.zip").write_bytes((tmp_path / f"{key_of(FIELDS)}.zip").read_bytes())
+    with pytest.raises(RecipeError, match="holds the package"):
+        publish(root, FIELDS, package_store.fetch(f"me/packages@main:{hub}", "1" * 20))
+    assert not (root / key_of(FIELDS)).exists()

@@ -3,6 +3,7 @@
     python -m utils.aoti list                     # what is there, how big, does it fit this machine
     python -m utils.aoti verify                   # compare every file with its SHA-256
     python -m utils.aoti clean --older-than 30    # days; without the flag, all that do not fit or are damaged
+    python -m utils.aoti pack KEY                 # KEY.zip and its SHA-256, for --package-from
 
 torch.export and AOTInductor compile one block of each kind. Its weights stay outside (`package_constants_in_so`), and
 all blocks of that kind load the same file and share the weights of the live module: no second copy in memory, and one
@@ -29,10 +30,12 @@ from torchao.utils import TorchAOBaseTensor
 from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError
 from utils.package_store import (
     Rejected,
+    fetch,
     key_of,
     locked,
     nearest,
     open_store,
+    pack,
     publish,
     read_manifest,
     set_aside,
@@ -126,13 +129,14 @@ def machine(device: str) -> dict:
 
 
 def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, use_cached: bool, re_export: bool,
-                 say: Callable[[str], None]) -> str:
+                 source: str | None, say: Callable[[str], None]) -> str:
     """Puts packaged code under the units' modules: found ones, or new ones that are kept.
 
     Args:
         units: with their arguments captured.
         use_cached: never export: what is missing or damaged is an error.
         re_export: make the packages anew in any case.
+        source: fetch what is missing from there (`package_store.fetch`) and do not export.
 
     Returns:
         What was done, for the table of techniques.
@@ -157,15 +161,16 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
                     raise RecipeError(f"--use-cached-model: {said}. Run once without the flag to make a new one."
                                       ) from error
                 say(f"{said}; exporting again")
-        elif use_cached:
+        elif use_cached and not source:
             raise RecipeError(f"--use-cached-model: there is no package {key} in {root}{_nearest(root, fields)}. Run "
                               "once without the flag (same arguments otherwise) to make it.")
         start = time.perf_counter()
-        folder = publish(root, fields, lambda temporary: export(units, temporary, key))
+        make = fetch(source, key) if source else lambda temporary: export(units, temporary, key)
+        folder = publish(root, fields, make)
         seconds = time.perf_counter() - start
         bind(units, folder, key)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{names}: exported {key} in {seconds:.0f} s, {size / 1e6:.1f} MB"
+    return f"{names}: {'fetched' if source else 'exported'} {key} in {seconds:.0f} s, {size / 1e6:.1f} MB"
 
 
 def _nearest(root: Path, fields: dict) -> str:
@@ -275,10 +280,16 @@ def _checked(unit: Unit, module: torch.nn.Module, runner: Callable) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["list", "verify", "clean"])
+    parser.add_argument("action", choices=["list", "verify", "clean", "pack"])
+    parser.add_argument("key", nargs="?", help="for pack: which")
     parser.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR)
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="for clean: all of at least this age")
     args = parser.parse_args()
+    if args.action == "pack":
+        try:
+            return print(pack(open_store(args.cache_dir) / str(args.key), Path(f"{args.key}.zip")), f"{args.key}.zip")
+        except Rejected as error:
+            parser.error(f"pack {args.key}: {error}")
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
     for folder in sorted(path for path in open_store(args.cache_dir).iterdir() if path.is_dir()):
         size = sum(path.lstat().st_size for path in folder.rglob("*")) / 1e6

@@ -131,6 +131,8 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--use-cached-model", action="store_true",
                         help="load exported packages, never make them: what is missing is an error")
     recipe.add_argument("--re-export", action="store_true", help="make the packages anew, whatever is there")
+    recipe.add_argument("--package-from", metavar="REPO@REVISION:SHA256",
+                        help="download missing packages: native code that runs as you, from someone you trust")
     recipe.add_argument("--strict", action="store_true",
                         help="a technique that is on by default but cannot run here is an error, not a line")
 
@@ -189,9 +191,11 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
            f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
     exports = args.compile_export_mode == "export_aoti"
-    refuse((args.use_cached_model or args.re_export) and not exports,
-           "--use-cached-model and --re-export are about exported packages: add --compile_export_mode export_aoti.")
-    refuse(args.use_cached_model and args.re_export, "--use-cached-model never exports, --re-export always does.")
+    refuse((args.use_cached_model or args.re_export or args.package_from) and not exports,
+           "--use-cached-model, --re-export and --package-from are about exported packages: add --compile_export_mode "
+           "export_aoti.")
+    refuse(args.re_export and (args.use_cached_model or args.package_from),
+           "--use-cached-model and --package-from never export, --re-export always does.")
     refuse(exports and args.compile_scope == "whole",
            "--compile_export_mode export_aoti exports each kind of block once: drop --compile_scope whole.")
     refuse(exports and args.offload != "none",

@@ -12,17 +12,24 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
 import time
+import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+
 from utils.benchmark_utils import RecipeError
+from utils.checkpoint import hub_errors
 
 FORMAT = 1
+SOURCE = re.compile(r"([^@:]+/[^@:]+)@([^@:]+):([0-9a-fA-F]{64})")
 MANIFEST = "manifest.json"
 NEEDED_BYTES = 256 * 2**20  # several times what the packages of the full-size models and their temporary files take
 
@@ -160,6 +167,45 @@ def publish(root: Path, fields: dict, make) -> Path:
                           "half-written stays.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pack(folder: Path, target: Path) -> str:
+    """Writes a verified package folder as one zip file, for others to fetch, and returns its SHA-256."""
+    names = [MANIFEST, *verify(folder)["files"]]
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.write(folder / name, name)
+    return _sha256(target)
+
+
+def fetch(source: str, key: str) -> Callable[[Path], None]:
+    """Downloads KEY.zip and compares it; what is returned fills a folder with its packages, for `publish`.
+
+    Args:
+        source: REPO@REVISION:SHA256 of a Hub repository; the SHA-256 is the zip file's (see `pack`).
+
+    Raises:
+        RecipeError: not of that form, not there, or another file than the one that was meant.
+    """
+    found = SOURCE.fullmatch(source)
+    if not found:
+        raise RecipeError(f"--package-from {source}: give REPO@REVISION:SHA256, such as me/packages@main:{'0' * 64}.")
+    repo, revision, expected = found.groups()
+    with hub_errors("--package-from", repo, revision):
+        path = Path(hf_hub_download(repo, f"{key}.zip", revision=revision))
+    if (actual := _sha256(path)) != expected.lower():
+        raise RecipeError(f"--package-from {source}: the SHA-256 of {key}.zip there is {actual}. It is native code "
+                          "that would run as you: not used.")
+
+    def extract(folder: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            manifest = json.loads(archive.read(MANIFEST))
+            if key_of(manifest["fields"]) != key:
+                raise RecipeError(f"--package-from {source}: {key}.zip holds the package {key_of(manifest['fields'])}.")
+            for name in manifest["files"]:
+                (folder / Path(name).name).write_bytes(archive.read(name))
+
+    return extract
 
 
 def _sync(path: Path) -> None:

@@ -286,7 +286,8 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     show_progress(pipeline, not args.quiet)
     switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "inductor flags")}
-    return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export, log.line)
+    return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+                             args.package_from, log.line)
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
