@@ -267,6 +267,8 @@ def test_the_command_line(copied, monkeypatch, capsys):
     digest, name = run("pack", package.name).split()
     assert len(digest) == 64 and (package.parent.parent / name).exists()
     assert package.name in run("list") and "fits this machine" in run("verify")
+    shutil.copytree(package, package.with_name(f"rejected-{package.name}-0"))
+    assert "set aside" in run("list")
     (package / "single.pt2").write_bytes(b"")
     assert "single.pt2 is damaged" in run("verify")
     assert "removed" in run("clean") and not package.exists() and run("list") == ""

@@ -296,9 +296,10 @@ def main() -> None:
         days = (time.time() - folder.lstat().st_mtime) / 86400
         try:
             fields = (verify if args.action != "list" else read_manifest)(folder)["fields"]
-            state = "fits this machine" if fields["machine"] == here and (
-                fields["versions"].get("torch") == metadata.version("torch")) else (
-                f"made for {fields['machine']}, torch {fields['versions'].get('torch')}")
+            made_for = fields["machine"], fields["versions"].get("torch")
+            state = ("set aside" if folder.name != key_of(fields) else
+                     "fits this machine" if made_for == (here, metadata.version("torch")) else
+                     f"made for {made_for[0]}, torch {made_for[1]}")
         except Rejected as error:
             state = f"not usable: {error}"
         unwanted = days >= args.older_than if args.older_than is not None else state != "fits this machine"
