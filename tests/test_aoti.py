@@ -178,7 +178,7 @@ def spoil(folder, name, change):
 def copied(bound, folder, tmp_path, monkeypatch):
     """A cache of its own with the first case's package in it; exporting copies that again."""
     pipeline, _ = bound()
-    key = pipeline.techniques["compile"].how.split("loaded ")[1].split()[0]
+    key = pipeline.techniques["compile"].how.split("loaded ")[1]
     root = open_store(tmp_path)
     shutil.copytree(folder / "packages" / key, root / key)
     exports = []

@@ -150,10 +150,9 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
     with locked(root, key):
         if folder.is_symlink() or (folder.exists() and not re_export):
             try:
-                start = time.perf_counter()
                 verify(folder)
                 bind(units, folder, key)
-                return f"{names}: loaded {key} in {time.perf_counter() - start:.1f} s"
+                return f"{names}: loaded {key}"
             except Rejected as error:
                 aside = set_aside(folder, "rejected")
                 said = f"package {key} is not usable: {error}; it is now {aside}"
@@ -164,13 +163,11 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
         elif use_cached and not source:
             raise RecipeError(f"--use-cached-model: there is no package {key} in {root}{_nearest(root, fields)}. Run "
                               "once without the flag (same arguments otherwise) to make it.")
-        start = time.perf_counter()
         make = fetch(source, key) if source else lambda temporary: export(units, temporary, key)
         folder = publish(root, fields, make)
-        seconds = time.perf_counter() - start
         bind(units, folder, key)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{names}: {'fetched' if source else 'exported'} {key} in {seconds:.0f} s, {size / 1e6:.1f} MB"
+    return f"{names}: {'fetched' if source else 'exported'} {key}, {size / 1e6:.1f} MB"
 
 
 def _nearest(root: Path, fields: dict) -> str:
