@@ -1,6 +1,6 @@
 """What each switch does to pictures: tiny-flux's, in 28 steps, against the same prompts and seeds in eager bf16.
 
-    python results/quality.py cpu            # results/cpu/tiny/<row>.json; about 15 minutes on two cores
+    python results/quality.py cpu            # results/cpu/tiny/<row>.json
     python results/quality.py h100 fa3_fp8   # some rows
 
 Half of the 100 prompts name style and background, half leave them open, where small errors can tip a picture over. All

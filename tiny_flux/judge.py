@@ -1,6 +1,6 @@
 """Which emoji, in which style, on which background does a picture show? Asked of tiny-flux's pictures.
 
-    python -m tiny_flux.judge --output-json results/tiny/judge.json      # a CPU, 4 minutes
+    python -m tiny_flux.judge --output-json results/tiny/judge.json      # two cores, 2 minutes
 
 The judge has never seen the model: it looks for the nearest of all 1,094 emoji in both styles and 19 poses, as 16x16
 pixels on the background asked for. On the data's own pictures in random poses it is right 99 times of 100.
@@ -43,8 +43,9 @@ def read_captions() -> list[dict]:
 
 
 def write_references(data: Path) -> None:
-    """The judge's files, which the repository keeps, from the folder that data.py wrote."""
-    CAPTIONS.write_bytes((data / "captions.json").read_bytes())
+    """The judge's files, which the repository keeps, and their notices, from the folder that data.py wrote."""
+    for name in ("captions.json", "NOTICE"):
+        (HERE / name).write_bytes((data / name).read_bytes())
     pictures = torch.from_numpy(load_pictures(data, [one["slug"] for one in read_captions()])).flatten(0, 1)
     tiles = F.interpolate(pictures.float(), size=(SIDE, SIDE), mode="area").round().byte()
     rows = -(-len(tiles) // COLUMNS)
