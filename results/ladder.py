@@ -22,6 +22,11 @@ EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable
 QUICK = ["--disable_inductor_tuning_flags"]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
 
+EXPORT = ["--compile_export_mode", "export_aoti"]
+
+# The float32 reference needs the unquantised model on the GPU, and time that a start would not take.
+WITHOUT_STEP_ERROR = ("memory_24gib", "packages_loaded")
+
 CKPTS = {name: f"black-forest-labs/FLUX.1-{full}" for name, full in
          (("schnell", "schnell"), ("dev", "dev"), ("kontext", "Kontext-dev"))}
 RUNS = {"schnell": "10", "dev": "5", "kontext": "3"}
@@ -38,6 +43,8 @@ ROWS = {
         "7_flags": [],
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
+        "packages_made": [*QUICK, *EXPORT, "--re-export"],
+        "packages_loaded": [*QUICK, *EXPORT, "--use-cached-model"],
         "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
     },
     "dev": {"1_eager": EAGER + OFF, "6_float8": QUICK},
@@ -50,7 +57,7 @@ def command(suite: str, row: str, output: Path, scratch: Path) -> list[str]:
     override what comes before its own."""
     flags = ["--ckpt", CKPTS[suite], "--random_weights", "--warmup", "1", "--runs", RUNS[suite],
              "--output-json", str(output), "--output-file", str(scratch / "image.png")]
-    if row != "memory_24gib":  # the float32 reference needs the unquantised model on the GPU
+    if row not in WITHOUT_STEP_ERROR:
         flags.append("--step_error")
     if suite == "kontext":
         flags += ["--image", str(scratch / "reference.png")]
