@@ -75,7 +75,7 @@ def main():
         stages = time_stages(pipeline, args)
 
     kwargs = call_kwargs(pipeline, args)
-    parameters = image_parameters(args, kwargs, pipeline.techniques, kwargs["prompt"], args.seed)
+    parameters = image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed)
     save_image(image, args.output_file, parameters)
     timing = summarize(seconds)
     record = {

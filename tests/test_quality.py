@@ -87,6 +87,10 @@ def test_drift_of_pictures():
     found = picture_drift([shifted, reference[1]], reference)
     assert found["psnr_min"] == pytest.approx(20 * np.log10(255 / 10)) and found["identical"] == 0.5
     assert found["psnr_mean"] == pytest.approx((found["psnr_min"] + 100) / 2)
+    large = PIL.Image.new("RGB", (512, 512))
+    other = large.copy()
+    other.putpixel((0, 0), (1, 0, 0))  # over 100 dB, and not the same
+    assert picture_drift([other], [large])["identical"] == 0
     assert picture_drift(reference[::-1], reference)["ssim"] < 0.2 < found["ssim"] < 1
 
 

@@ -1,6 +1,6 @@
 """Trains tiny-flux: a FLUX of 22 MB that draws about 1,000 emoji, and edits them as Kontext does.
 
-    python -m tiny_flux.train vae flow guidance assemble            # one H200, 20 minutes
+    python -m tiny_flux.train vae flow guidance assemble            # one GPU: budgets of 18 minutes in all
     python -m tiny_flux.train vae flow guidance assemble --smoke    # a CPU, 2 minutes: does every line run?
 
 Needs the folder that `data.py` wrote. The phases, each with its own checkpoint in --run, from which it goes on when it

@@ -54,7 +54,7 @@ class Unit:
     arguments: dict = field(default_factory=dict)
 
 
-def units_of(pipeline, tiling: bool) -> list[Unit]:
+def units_of(pipeline, tiling: bool, needs_image: bool) -> list[Unit]:
     """What is packaged: both kinds of block, the VAE's decoder, and its encoder where pictures are read (Kontext).
 
     With tiling the VAE sees tiles of several sizes and stays as it is.
@@ -63,7 +63,7 @@ def units_of(pipeline, tiling: bool) -> list[Unit]:
              Unit("single", list(pipeline.transformer.single_transformer_blocks))]
     if not tiling:
         units.append(Unit("decoder", [pipeline.vae.decoder]))
-        if "Kontext" in type(pipeline).__name__:
+        if needs_image:
             units.append(Unit("encoder", [pipeline.vae.encoder]))
     return units
 
@@ -165,7 +165,12 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
                               "once without the flag (same arguments otherwise) to make it.")
         make = fetch(source, key) if source else lambda temporary: export(units, temporary, key)
         folder = publish(root, fields, make)
-        bind(units, folder, key)
+        try:
+            bind(units, folder, key)
+        except Rejected as error:  # of someone else's making, since our own was compared with eager
+            aside = set_aside(folder, "rejected")
+            raise RecipeError(f"package {key} is not usable: {error}; it is now {aside}. Use --compile_export_mode "
+                              "compile, or export it here.") from error
     size = sum(path.stat().st_size for path in folder.iterdir())
     return f"{names}: {'fetched' if source else 'exported'} {key}, {size / 1e6:.1f} MB"
 
@@ -186,7 +191,7 @@ def export(units: list[Unit], folder: Path, key: str) -> None:
     the last shows that no weight of the first was compiled in.
 
     Raises:
-        RuntimeError: a package computes something else.
+        RecipeError: a package computes something else.
     """
     for unit in units:
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
@@ -200,7 +205,8 @@ def export(units: list[Unit], folder: Path, key: str) -> None:
             expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
             error = max(_relative(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
             if not error < BOUNDS[_tensors(expected)[0].dtype]:
-                raise RuntimeError(f"the package of {unit.name} differs from eager by {error:.1e}: please report this.")
+                raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
+                                  "please report this, and use --compile_export_mode compile.")
 
 
 def _tensors(output) -> list[torch.Tensor]:

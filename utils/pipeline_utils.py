@@ -280,7 +280,7 @@ def kernel_cache(cache_dir: str) -> Path:
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     """Exported code under the blocks and the VAE; see `utils.aoti`. Returns what was done."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
-    units = aoti.units_of(pipeline, args.vae_tiling)
+    units = aoti.units_of(pipeline, args.vae_tiling, identify(configs_of(pipeline)).needs_image)
     show_progress(pipeline, False)
     aoti.capture(units, lambda: pipeline(**call_kwargs(pipeline, args, num_inference_steps=1)))
     show_progress(pipeline, not args.quiet)
