@@ -159,7 +159,7 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
                 if use_cached:
                     raise RecipeError(f"--use-cached-model: {said}. Run once without the flag to make a new one."
                                       ) from error
-                say(f"{said}; exporting again")
+                say(f"{said}; making it anew")
         elif use_cached and not source:
             raise RecipeError(f"--use-cached-model: there is no package {key} in {root}{_nearest(root, fields)}. Run "
                               "once without the flag (same arguments otherwise) to make it.")
