@@ -170,7 +170,7 @@ def test_average_and_schedule():
     values = [[1.0, 2.0], [4.0, 0.0], [2.0, 2.0]]
     averages, slow = [torch.zeros(2)], np.zeros(2)
     for step, value in enumerate(values):
-        loop.ema_update(averages, [torch.tensor(value)], step)
+        loop.ema_update(averages, [torch.tensor(value)], torch.tensor(loop.ema_weight(step)))
         decay = min(0.999, (1 + step) / (10 + step))
         slow = decay * slow + (1 - decay) * np.array(value)
     np.testing.assert_allclose(averages[0].numpy(), slow, rtol=1e-6)

@@ -1,7 +1,11 @@
-"""From trained parts to a checkpoint that plain diffusers loads, and a sheet of what it draws."""
+"""From trained parts to a checkpoint that plain diffusers loads, a sheet of what it draws, and the curves of a log.
+
+    python -m tiny_flux.export tiny_flux/training.jsonl tiny_flux/losses.png    # needs matplotlib
+"""
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -70,3 +74,28 @@ def draw_sheet(checkpoint: Path, data, device: str, columns: int = 12) -> PIL.Im
         for x, image in enumerate(row):
             sheet.paste(image.resize((128, 128)), (128 * x, 128 * y))
     return sheet
+
+
+def draw_losses(log: Path, path: Path) -> None:
+    """The loss of each phase in a `log.jsonl`, a point for every hundred steps or so, and where the rate decays."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    phases = list(dict.fromkeys(line["phase"] for line in lines))
+    figure, axes = pyplot.subplots(1, len(phases), figsize=(4 * len(phases), 3), constrained_layout=True)
+    for phase, axis in zip(phases, axes, strict=True):
+        own = [line for line in lines if line["phase"] == phase]
+        axis.plot([line["step"] for line in own], [line["loss"] for line in own], linewidth=1)
+        decay = next((line["step"] for line in own[1:] if line["lr_factor"] < 1 and line["step"] > 100), None)
+        if decay:
+            axis.axvline(decay, color="gray", linewidth=0.8, linestyle=":")
+        axis.set(title=f"{phase}: {own[-1]['loss']:.3f} after {own[-1]['seconds']:.0f} s", xlabel="step", yscale="log")
+    axes[0].set_ylabel("loss (dotted: learning rate begins to fall)")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    draw_losses(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -19,7 +19,7 @@ LEARNING_RATES = {"vae": 2e-3, "flow": 2e-3, "guidance": 3e-4}
 @dataclass(frozen=True)
 class Settings:
     """What a CPU needs smaller. A flow batch has about `tokens` tokens, text and pictures together."""
-    minutes: dict = field(default_factory=lambda: {"vae": 3.8, "flow": 12.0, "guidance": 2.0})
+    minutes: dict = field(default_factory=lambda: {"vae": 3.8, "flow": 8.0, "guidance": 1.4})
     steps: float = math.inf
     emoji: int | None = None
     poses: dict = field(default_factory=lambda: {128: 6, 256: 1})
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 update = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(update.float()), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                torch._foreach_add_(parameters, list(update.float() * (-group["lr"] * 0.2 * max(shape) ** 0.5)))
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
@@ -68,13 +68,17 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def optimizers(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, in- and output, norms and biases."""
+def optimizers(module: torch.nn.Module, lr: torch.Tensor) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, in- and output, norms and biases.
+
+    All share the tensor `lr` (), which a CUDA graph reads anew at every replay.
+    """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     hidden = {name for name, p in trained.items()
               if p.ndim == 2 and ("block" in name or "layers" in name) and "relative_attention_bias" not in name}
     rest = [p for name, p in trained.items() if name not in hidden]
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=rest[0].is_cuda)
+    on_gpu = rest[0].is_cuda
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu, capturable=on_gpu)
     return [adamw, *([Muon([trained[name] for name in sorted(hidden)], lr=lr)] if hidden else [])]
 
 
@@ -83,9 +87,51 @@ def lr_factor(step: int, progress: float, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / 0.4))
 
 
-def ema_update(averages: list[torch.Tensor], parameters: list[torch.Tensor], step: int) -> None:
-    """In place; a young average forgets faster."""
-    torch._foreach_lerp_(averages, parameters, 1 - min(EMA, (1 + step) / (10 + step)))
+def ema_weight(step: int) -> float:
+    """What the newest weights count for in their average; a young one forgets faster."""
+    return 1 - min(EMA, (1 + step) / (10 + step))
+
+
+def ema_update(averages: list[torch.Tensor], parameters: list[torch.Tensor], weight: torch.Tensor) -> None:
+    """In place; weight: ()."""
+    change = torch._foreach_sub(parameters, averages)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(averages, change)
+
+
+class Steps:
+    """Runs `function` on batches (name to tensor), each kind of batch in a CUDA graph of its own after two eager calls.
+
+    A step is some 700 small kernels: launched one by one they take 75 ms on an H100, whatever the batch.
+    """
+
+    def __init__(self, function, graphs: bool):
+        self.function, self.graphs = function, graphs
+        self.calls: dict[str, int] = defaultdict(int)
+        self.recorded: dict[str, tuple] = {}
+        self.stream = torch.cuda.Stream() if graphs else None
+
+    def __call__(self, kind: str, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        self.calls[kind] += 1
+        if not self.graphs:
+            return self.function(batch)
+        if kind not in self.recorded:
+            # Compilation, autotuning and the optimisers' state belong before the recording, on the recording's stream.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            if self.calls[kind] <= 2:
+                with torch.cuda.stream(self.stream):
+                    outputs = self.function(batch)
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return outputs
+            graph = torch.cuda.CUDAGraph()
+            inputs = {name: x.clone() for name, x in batch.items()}
+            with torch.cuda.graph(graph, stream=self.stream):
+                outputs = self.function(inputs)
+            self.recorded[kind] = graph, inputs, outputs
+        graph, inputs, outputs = self.recorded[kind]
+        torch._foreach_copy_(list(inputs.values()), [batch[name] for name in inputs])
+        graph.replay()
+        return tuple(x.clone() for x in outputs)
 
 
 def hold(pause: Path) -> float:
@@ -100,15 +146,17 @@ class OutOfTime(Exception):
     """The time of this call is up, the phase is not done: its checkpoint is written."""
 
 
-def run_phase(name: str, module: torch.nn.Module, loss_of, settings: Settings, args) -> None:
+def run_phase(name: str, module: torch.nn.Module, draw_batch, loss_of, settings: Settings, args) -> None:
     """Trains `module` until its budget is spent and leaves its average in `args.run`.
 
     Args:
-        loss_of: (generator on the device, random.Random) -> (loss, batch size, what the batch is like).
+        draw_batch: (generator on the device, random.Random) -> (name to tensor, batch size, what the batch is like).
+        loss_of: (name to tensor) -> loss; the same computation for every batch of one kind, since it is recorded.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in parameters]
-    optimizers_ = optimizers(module, LEARNING_RATES[name])
+    rate, weight = (torch.zeros((), device=args.device) for _ in range(2))
+    optimizers_ = optimizers(module, rate)
     step, seconds = 0, 0.0
     if (state := load_state(args.run, name)) is not None:
         step, seconds = state["step"], state["seconds"]
@@ -117,6 +165,19 @@ def run_phase(name: str, module: torch.nn.Module, loss_of, settings: Settings, a
             own.data.copy_(saved)
         for optimizer, saved in zip(optimizers_, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def advance(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        for optimizer in optimizers_:
+            optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers_:
+            optimizer.step()
+        ema_update(averages, [p.detach() for p in parameters], weight)
+        return loss.detach(), norm.detach()
 
     def save(done: bool) -> None:
         saved = {"parameters": [p.detach() for p in parameters], "averages": averages, "step": step,
@@ -124,6 +185,7 @@ def run_phase(name: str, module: torch.nn.Module, loss_of, settings: Settings, a
         torch.save(saved, args.run / f"{name}.tmp")
         os.replace(args.run / f"{name}.tmp", args.run / f"{name}.pt")
 
+    steps = Steps(advance, args.device == "cuda" and not args.disable_cudagraphs)
     generator = torch.Generator(args.device)
     limit_s, losses, count, since, saved_at = settings.minutes[name] * 60, [], 0, time.perf_counter(), time.monotonic()
     with tqdm(total=100, desc=name, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}") as bar, \
@@ -135,26 +197,20 @@ def run_phase(name: str, module: torch.nn.Module, loss_of, settings: Settings, a
             if progress >= 1:
                 break
             generator.manual_seed(args.seed * 1_000_003 + step)
-            loss, batch, bucket = loss_of(generator, random.Random(f"{args.seed} {step}"))
+            batch, size, kind = draw_batch(generator, random.Random(f"{args.seed} {step}"))
             factor = lr_factor(step, progress)
-            for optimizer in optimizers_:
-                optimizer.zero_grad(set_to_none=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = LEARNING_RATES[name] * factor
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in optimizers_:
-                optimizer.step()
-            ema_update(averages, [p.detach() for p in parameters], step)
-            losses.append(loss.detach())
-            step, count = step + 1, count + batch
+            rate.fill_(LEARNING_RATES[name] * factor)
+            weight.fill_(ema_weight(step))
+            loss, norm = steps(kind, batch)
+            losses.append(loss)
+            step, count = step + 1, count + size
             if step % settings.log_every == 0:
                 mean, now = torch.stack(losses).mean().item(), time.perf_counter()
                 if not math.isfinite(mean):
                     raise RuntimeError(f"{name}: the loss is {mean} at step {step}.")
                 line = {"phase": name, "step": step, "seconds": round(seconds + now - began, 1), "loss": round(mean, 5),
                         "lr_factor": round(factor, 4), "gradient": round(norm.item(), 3),
-                        "samples_per_s": round(count / (now - since), 1), "bucket": bucket}
+                        "samples_per_s": round(count / (now - since), 1), "bucket": kind}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 bar.set_postfix({key: line[key] for key in ("step", "loss", "samples_per_s")})

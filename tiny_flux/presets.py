@@ -13,11 +13,6 @@ FOLDED_GUIDANCE = 3.5
 TRAINED_LENGTH = 64  # T5's tokens; it gets no mask, so that their number is part of what the model reads
 
 
-def is_trained() -> bool:
-    """Whether the checkpoint is there; until it is trained, random weights stand in."""
-    return (CHECKPOINT / "model_index.json").exists()
-
-
 def configs_for(name: str, configs: dict) -> dict:
     """What the configs of the checkpoint become in the form `name`, before any weights load; see `as_preset`."""
     if name == "tiny-flux":

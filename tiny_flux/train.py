@@ -1,6 +1,6 @@
 """Trains tiny-flux: a FLUX of 22 MB that draws about 1,000 emoji, and edits them as Kontext does.
 
-    python -m tiny_flux.train vae flow guidance assemble            # one GPU: budgets of 18 minutes in all
+    python -m tiny_flux.train vae flow guidance assemble            # one GPU: 15 minutes on an H100
     python -m tiny_flux.train vae flow guidance assemble --smoke    # a CPU, 2 minutes: does every line run?
 
 Needs the folder that `data.py` wrote. The phases, each with its own checkpoint in --run, from which it goes on when it
@@ -11,7 +11,8 @@ was cut off and which skips it when it is done:
     guidance   the guidance embedder learns what classifier-free guidance would give (FLUX.1-dev's distillation)
     assemble   bf16 weights in diffusers' layout in --out, and a sheet of samples
 
-A step does nothing on the CPU but launch: batches are indices into tables on the GPU (`batches.py`). Step n draws from
+A step does nothing on the CPU but launch: batches are indices into tables on the GPU (`batches.py`), and what follows
+is a CUDA graph (`loop.py`). Step n draws from
 a seed made of n, so that a run that goes on draws what it would have drawn. Where one call may not last long enough,
 --stop_after ends it in time (exit status 75) and the same command goes on. While a file `pause` is in --run it waits.
 """
@@ -103,15 +104,20 @@ def train_vae(data: Data, settings: Settings, args) -> None:
         images = compose(data.pictures[style, emoji], data.palette[colour], draw_poses(count, generator), size)
         return images.to(memory_format=torch.channels_last)
 
-    def loss_of(generator, draw):
+    def draw_batch_(generator, draw):
         size = draw.choices(list(SIZES), SIZES.values())[0]
         images = pictures(max(1, settings.pictures * 128**2 // size**2), size, generator)
-        with torch.autocast(args.device, torch.bfloat16):
-            latents = vae.encode(images).latent_dist
-            found = vae.decode(latents.sample(generator)).sample
-        return vae_loss(found.float(), images, latents.mean.float(), latents.logvar.float()), len(images), size
+        shape = (len(images), vae.config.latent_channels, size // 8, size // 8)
+        noise = torch.randn(shape, device=args.device, generator=generator)
+        return {"images": images, "noise": noise}, len(images), size
 
-    run_phase("vae", vae, loss_of, settings, args)
+    def loss_of(batch):
+        with torch.autocast(args.device, torch.bfloat16):
+            latents = vae.encode(batch["images"]).latent_dist
+            found = vae.decode(latents.mean + latents.std * batch["noise"]).sample
+        return vae_loss(found.float(), batch["images"], latents.mean.float(), latents.logvar.float())
+
+    run_phase("vae", vae, draw_batch_, loss_of, settings, args)
     load_averages(args.run, "vae", vae)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
@@ -142,8 +148,9 @@ class Latents:
         self.pools = {size: encode_pool(vae, data, size, poses, 4 * settings.pictures, generator)
                       for size, poses in settings.poses.items()}
 
-    def draw(self, generator: torch.Generator, draw: random.Random) -> dict:
-        """latents, noise: (B, tokens, 64), reference the same or None; t: (B,); rows: (B,) of captions."""
+    def draw(self, generator: torch.Generator, draw: random.Random) -> tuple[dict[str, torch.Tensor], int, str]:
+        """A batch, its size and its kind. latents, noise and, when editing, reference: (B, tokens, 64); t: (B,); rows:
+        (B,) of captions; ids: (tokens, 3), a reference's included."""
         size, edit = draw.choices(list(BATCHES), BATCHES.values())[0]
         pool, ids = self.pools[size], sequence_ids(size, edit, generator.device)
         count = max(1, self.budget // (len(ids) + TRAINED_LENGTH))
@@ -151,18 +158,19 @@ class Latents:
         latents = pool[pose, what.emoji, what.style, what.colour].float()
         uniform, normal = (make(count, device=generator.device, generator=generator)
                            for make in (torch.rand, torch.randn))
-        return {"latents": latents, "rows": what.rows, "ids": ids,
-                "reference": pool[pose, what.emoji, *what.reference].float() if edit else None,
-                "noise": torch.randn(latents.shape, device=generator.device, generator=generator),
-                "t": torch.where(chance(0.25, count, generator), uniform, normal.sigmoid()),
-                "bucket": f"{count} at {size} px{', edit' if edit else ''}"}
+        batch = {"latents": latents, "rows": what.rows, "ids": ids,
+                 "noise": torch.randn(latents.shape, device=generator.device, generator=generator),
+                 "t": torch.where(chance(0.25, count, generator), uniform, normal.sigmoid())}
+        if edit:
+            batch["reference"] = pool[pose, what.emoji, *what.reference].float()
+        return batch, count, f"{count} at {size} px{', edit' if edit else ''}"
 
 
 def noised(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """What the transformer reads, (B, tokens, 64), the reference's latents behind the noisy ones; and the velocity."""
     t = batch["t"][:, None, None]
     noisy = (1 - t) * batch["latents"] + t * batch["noise"]
-    inputs = noisy if batch["reference"] is None else torch.cat([noisy, batch["reference"]], dim=1)
+    inputs = torch.cat([noisy, batch["reference"]], dim=1) if "reference" in batch else noisy
     return inputs, batch["noise"] - batch["latents"]
 
 
@@ -185,15 +193,14 @@ def train_flow(source: Latents, settings: Settings, args) -> None:
     models = build_flow(source.data, args)
     compile_blocks(models["transformer"], args)
 
-    def loss_of(generator, draw):
-        batch = source.draw(generator, draw)
+    def loss_of(batch):
         inputs, goal = noised(batch)
         with torch.autocast(args.device, torch.bfloat16):
             text, pooled = encode_text(models, source.captions, batch["rows"])
             found = velocity(models["transformer"], inputs, batch, text, pooled, torch.ones_like(batch["t"]))
-        return F.mse_loss(found, goal), len(inputs), batch["bucket"]
+        return F.mse_loss(found, goal)
 
-    run_phase("flow", models, loss_of, settings, args)
+    run_phase("flow", models, source.draw, loss_of, settings, args)
 
 
 def train_guidance(source: Latents, settings: Settings, args) -> None:
@@ -204,12 +211,15 @@ def train_guidance(source: Latents, settings: Settings, args) -> None:
     student = copy.deepcopy(models["transformer"]).requires_grad_(True)
     compile_blocks(student, args)
 
-    def loss_of(generator, draw):
-        batch = source.draw(generator, draw)
-        inputs, _ = noised(batch)
-        rows, count = batch["rows"], len(inputs)
+    def draw_guided(generator, draw):
+        batch, count, kind = source.draw(generator, draw)
         low, high = GUIDANCE
-        guidance = low + (high - low) * torch.rand(count, device=args.device, generator=generator)
+        random_ = torch.rand(count, device=args.device, generator=generator)
+        return batch | {"guidance": low + (high - low) * random_}, count, kind
+
+    def loss_of(batch):
+        inputs, _ = noised(batch)
+        rows, count, guidance = batch["rows"], len(inputs), batch["guidance"]
         with torch.autocast(args.device, torch.bfloat16):
             with torch.no_grad():
                 both = torch.cat([rows, torch.zeros_like(rows)])
@@ -218,9 +228,9 @@ def train_guidance(source: Latents, settings: Settings, args) -> None:
                                                  torch.ones(2 * count, device=args.device)).chunk(2)
                 goal = without + guidance[:, None, None] * (with_caption - without)
             found = velocity(student, inputs, batch, text[:count], pooled[:count], guidance)
-        return F.mse_loss(found, goal), count, batch["bucket"]
+        return F.mse_loss(found, goal)
 
-    run_phase("guidance", student, loss_of, settings, args)
+    run_phase("guidance", student, draw_guided, loss_of, settings, args)
 
 
 def compile_blocks(transformer: FluxTransformer2DModel, args) -> None:
@@ -237,13 +247,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("tiny_flux/.run"), help="folder of checkpoints and log.jsonl")
     parser.add_argument("--out", type=Path, default=Path("tiny_flux/checkpoint"), help="what `assemble` writes")
     parser.add_argument("--minutes", type=float, nargs=3, metavar=("VAE", "FLOW", "GUIDANCE"),
-                        help="budgets (default: 3.8, 12 and 2)")
+                        help="budgets (default: 3.8, 8 and 1.4)")
     parser.add_argument("--vae", type=Path, help="a trained one, instead of what the phase vae left in --run")
     parser.add_argument("--steps", type=int, help="end each phase after so many steps at the latest")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="end this call after so long")
     parser.add_argument("--preview", action="store_true", help="`assemble` what `flow` has so far, without guidance")
     parser.add_argument("--smoke", action="store_true", help="12 emoji, small batches, 20 steps a phase")
     parser.add_argument("--disable_compile", action="store_true", help="eager blocks: slower steps, no compilation")
+    parser.add_argument("--disable_cudagraphs", action="store_true", help="launch every kernel of a step by itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -80,13 +80,13 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
     """The configs of a checkpoint's components, weights untouched: a few kB from the Hub, a folder, or built in.
 
     Args:
-        random_layers: "full" or "2+4" for the built-in architecture of `ckpt`'s name with random weights.
+        random_layers: "full" or "2+4" for the architecture of `ckpt`'s name with random weights; None for its own.
 
     Raises:
         RecipeError: unknown, gated or incomplete checkpoint, or no network.
     """
-    if is_built_in(ckpt, random_layers):
-        return random_weights.architecture(ckpt, random_layers or "full")
+    if random_layers:
+        return random_weights.architecture(ckpt, random_layers)
     if ckpt in presets.NAMES:
         return presets.configs_for(ckpt, read_configs(str(presets.CHECKPOINT)))
     index = _read_json(ckpt, "model_index.json", revision)
@@ -97,11 +97,6 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
     # Tokenizers without a limit of their own are cut at what the model was trained on.
     configs["tokenizer_2"].setdefault("model_max_length", 512)
     return configs | {"pipeline_class": index["_class_name"]}
-
-
-def is_built_in(ckpt: str, random_layers: str | None) -> bool:
-    """Whether the weights are drawn at random here rather than read from a checkpoint."""
-    return random_layers is not None or (ckpt in presets.NAMES and not presets.is_trained())
 
 
 def configs_of(pipeline) -> dict:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from tiny_flux import presets
 from utils import aoti, attention, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
-from utils.checkpoint import configs_of, hub_errors, identify, image_settings, is_built_in, read_configs
+from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
 from utils.cuda_graph import CUDAGraphed
 from utils.images import GPUImageProcessor, load_reference, reference_size
 from utils.quantization import quantize_text_encoder, quantize_transformer
@@ -52,7 +52,7 @@ def load_pipeline(args):
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
 
-    if is_built_in(args.ckpt, args.random_weights):
+    if args.random_weights:
         pipeline = random_weights.build(configs, device, chosen.dtype)
     else:
         folder = presets.CHECKPOINT if args.ckpt in presets.NAMES else Path(args.ckpt).expanduser()
@@ -64,8 +64,8 @@ def load_pipeline(args):
         except (OSError, ValueError, SafetensorError) as error:
             raise RecipeError(f"--ckpt {args.ckpt} is incomplete or damaged: {str(error).splitlines()[0]}") from error
         pipeline.to(device)
-    if args.ckpt in presets.NAMES and not is_built_in(args.ckpt, args.random_weights):
-        pipeline = presets.as_preset(pipeline, args.ckpt)
+        if args.ckpt in presets.NAMES:
+            pipeline = presets.as_preset(pipeline, args.ckpt)
     if args.lora:
         fuse_lora(pipeline, args.lora)
     show_progress(pipeline, not args.quiet)
