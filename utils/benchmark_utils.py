@@ -112,6 +112,8 @@ def create_parser() -> argparse.ArgumentParser:
                         help="dynamic quantisation: float8 from compute capability 8.9 and on MI300, else int8")
     recipe.add_argument("--quant_granularity", choices=["row", "tensor"],
                         help="one float8 scale a row (better numerics; the default) or a tensor")
+    recipe.add_argument("--disable_fused_kernels", action="store_true",
+                        help="blocks as diffusers and torchao make them, not on this recipe's Triton kernels (Hopper)")
     recipe.add_argument("--text_encoder_quant", action="store_true",
                         help="T5 in int8, weights only: 9.5 -> 4.9 GB (lossy; off by default)")
     recipe.add_argument("--enable_cache_dit", action="store_true",

@@ -92,8 +92,11 @@ def optimize(pipeline, args, log: StageLog | None = None):
         vae.to(memory_format=torch.channels_last)
     if args.vae_tiling:
         enable_tiling(vae)
-    # Scaled by the norms' weights: after LoRA.
-    if chosen.attention_backend in attention.BACKENDS:
+    # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.
+    fused = chosen.is_on("fused kernels")
+    if fused:
+        from utils.fused_blocks import follow_schedule, fuse_blocks  # needs Triton, which CPU builds of torch lack
+    if chosen.attention_backend in attention.BACKENDS and not fused:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
         with diffusers_backend("native"):  # on leaving, the process-wide default is what it was
@@ -101,7 +104,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
 
     with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
         if chosen.quant:
-            count = quantize_transformer(transformer, *chosen.quant, device)
+            count = (fuse_blocks(transformer, device) if fused else
+                     quantize_transformer(transformer, *chosen.quant, device))
             techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
             if args.offload == "model":  # one model at a time on the GPU, here as well
                 transformer.to("cpu")
@@ -126,7 +130,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
     if chosen.is_on("compile") and not exports:
-        compile_pipeline(pipeline, args.compile_scope, args.cache_dir)
+        compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir)
     if chosen.is_on("CUDA graphs"):
         pool = torch.cuda.graph_pool_handle()
         pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, pool)
@@ -134,6 +138,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         vae.decoder = CUDAGraphed(vae.decoder, pool)
         if not chosen.cache:
             pipeline.transformer = CUDAGraphed(pipeline.transformer, pool)
+    if fused:
+        follow_schedule(pipeline)  # outside the graph
     if chosen.is_on("GPU postprocess"):
         pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
 
@@ -291,13 +297,14 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
-    """Marks the transformer (its two kinds of block, or all of it) and the VAE for compilation at their first call."""
+    """Marks the transformer ("blocks", its two kinds; "whole"; or "no blocks"), the VAE, and on a GPU T5's blocks for
+    compilation at their first call."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(cache_dir))
     # On ROCm static shapes gave black images in flux-fast's experience; not tried here.
     dynamic = True if torch.version.hip else None
     if scope == "blocks":
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic)
-    else:
+    elif scope == "whole":
         pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic,
                                              mode="max-autotune-no-cudagraphs")
     pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)

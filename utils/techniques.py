@@ -111,6 +111,12 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                           + (", T5" if hardware.device == "cuda" and args.offload == "none" else ""))
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
+    if default_on("fused kernels", args.disable_fused_kernels, "--disable_fused_kernels",
+                  _fusion_obstacle(args, hardware, chosen, configs), "LayerNorm, modulation, QK-norm, rotation, GELU, "
+                  "casts to e4m3; modulations of all steps at once"):
+        on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
+        if compiles:
+            on["compile"] = Decision(True, "VAE, T5; the blocks are kernels already")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
@@ -207,6 +213,29 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
     if default_on("quantisation", args.disable_quant, "--disable_quant", obstacle,
                   f"{kind} dynamic, one scale a {granularity}"):
         chosen.quant = (kind, granularity)
+
+
+def _fusion_obstacle(args, hardware: Hardware, chosen: Plan, configs: dict) -> str | None:
+    """Why the blocks cannot run on the fused kernels."""
+    if hardware.device == "cpu":
+        return "no GPU"
+    if hardware.is_rocm or hardware.capability[0] != 9:
+        return f"written for Hopper (sm_90), this is {hardware.name}"
+    if chosen.attention_backend != "fa3" or chosen.quant is None or chosen.quant[0] != "float8":
+        return "they take float8 and --attention_backend fa3"
+    if args.quant_granularity:
+        return f"--quant_granularity {args.quant_granularity} is for torchao's products"
+    if not chosen.is_on("fused projections"):
+        return "--disable_fused_projections"
+    if args.offload != "none":
+        return f"--offload {args.offload} moves weights"
+    if args.compile_scope == "whole":
+        return "--compile_scope whole compiles diffusers' transformer"
+    if args.compile_export_mode == "export_aoti":
+        return "exported packages hold diffusers' blocks"
+    if configs["transformer"]["attention_head_dim"] not in (64, 128):
+        return f"head dimension {configs['transformer']['attention_head_dim']} is not 64 or 128"
+    return None if find_spec("triton") else "Triton is not installed"
 
 
 def _choose_cache(args, configs: dict, chosen: Plan) -> None:

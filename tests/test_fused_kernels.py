@@ -1,0 +1,160 @@
+"""The Triton kernels of the fused step against plain torch.
+
+On a CPU Triton's interpreter runs the very kernels, in a process of its own, since the variable that asks for it is
+read when they are made. Its cast to e4m3 loses the carry when a mantissa rounds up to the next power of two, so the
+bounds there are wide, and it knows no assembly (FAST_TANH is off).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from utils import fused_kernels as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = (["interpreter"] if INTERPRETED else []) + [
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="the kernels are made for Hopper GPUs, and PyTorch sees none here")])]
+# (batch, text tokens, image tokens, D, heads, MLP): tiles of one stream and of both, tails, small heads, FLUX.1's own.
+SHAPES = [(2, 10, 37, 128, 2, 256), (1, 128, 140, 192, 3, 256)]
+LARGE = [(1, 256, 1024, 3072, 24, 12288), (2, 77, 333, 384, 3, 1536), (1, 512, 4096, 3072, 24, 12288)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
+def test_kernels_in_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-k", "interpreter", __file__],
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+class Case:
+    """Inputs of every kernel, made on the CPU from a seed, with a row of zeros and outliers among them."""
+
+    def __init__(self, shape, seed=0):
+        self.B, self.T, self.tokens, self.D, self.heads, self.mlp = (*shape[:2], shape[1] + shape[2], *shape[3:])
+        self.generator = torch.Generator().manual_seed(seed)
+        self.text, self.image = 3 * self.normal(self.B, self.T, self.D), self.normal(self.B, shape[2], self.D)
+        self.text, self.image = self.text.bfloat16(), self.image.bfloat16()
+        self.image[0, 0] = 0
+        self.image[0, 1, 5] = 3000
+        self.y = self.normal(self.B, self.tokens, self.D).bfloat16()
+        self.table = (0.3 * self.normal(self.B, 12 * self.D + 4)).bfloat16()
+        self.table[:, -4:] = (20 * self.normal(self.B, 4).abs()).bfloat16()
+        self.offsets = torch.tensor([0, 6 * self.D, 12 * self.D, 12 * self.D + 2])
+        self.bounds = self.normal(2, 2 + 2 * self.heads).abs()
+        self.qk_scale = torch.tensor([0.03, 0.05])
+        self.x, self.x_scale = kernels.quantize_rows(self.normal(self.B, self.tokens, self.D))
+        self.scales = torch.tensor([0.02, 0.03, 0.04])[:, None].repeat(1, 4)
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def weights(self, rows):
+        return *kernels.quantize_rows(0.05 * self.normal(rows, self.D)), self.normal(rows).bfloat16()
+
+
+def run(op, device, *args):
+    """The kernel's results and the reference's, on the CPU, as lists."""
+    if device == "cuda":
+        kernels.use_torch_memory(torch.device("cuda"))
+        args_there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+        found = op(*args_there)
+    else:
+        found = op._init_fn(*args)  # past the dispatcher, which would give a CPU tensor to the reference
+    expected = getattr(kernels, f"{op._name}_reference")(*args)
+    return [[x.cpu() for x in (part if isinstance(part, tuple) else (part,))] for part in (found, expected)]
+
+
+def assert_near(found, expected, device, rounding):
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.shape == (3, 4):
+            a, b = a[:, :1], b[:, :1]
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = a.float(), b.float()
+        assert a.isfinite().all()
+        error = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+        assert error < (rounding[i] if device == "cuda" else max(rounding[i], 0.1)), (i, error)
+
+
+def both(shapes, large):
+    return pytest.mark.parametrize("shape", [*shapes, *(pytest.param(one, marks=pytest.mark.gpu) for one in large)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@both(SHAPES, LARGE)
+def test_adaln(device, shape):
+    case = Case(shape)
+    common = case.table, case.offsets, case.bounds, case.qk_scale
+    for joint in (False, True):
+        found, expected = run(kernels.adaln, device, case.text, case.image, *common, 0, 1, 1, joint)
+        assert_near(found, expected, device, [0.01, 1e-4, 1e-5, 1e-5])
+        zeros = [x[0][0, case.T] for x in (found, expected)]  # x is zero there, its LayerNorm the shift alone
+        assert_near(zeros[:1], zeros[1:], device, [0.02])
+    found, expected = run(kernels.residual_adaln, device, case.text, case.image, case.y, *common, 2, 3, 4, 0)
+    assert_near(found, expected, device, [0.003, 0.003, 0.02, 0.003, 1e-5])
+    found, expected = run(kernels.gated_residual, device, case.text, case.image, case.y, *common[:2], 5)
+    assert_near(found, expected, device, [0.003, 0.003])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@both(SHAPES, LARGE)
+def test_products(device, shape):
+    case = Case(shape)
+    found, expected = run(kernels.cast_attention, device, case.y, case.scales)
+    assert_near(found, expected, device, [0.001])
+    for streams, attention in ((1, case.y), (2, None)):
+        weights = case.weights(streams * case.mlp)
+        found, expected = run(kernels.gelu_product, device, case.x, case.x_scale, *weights, case.scales, case.T,
+                              streams, attention)
+        assert_near(found, expected, device, [0.02])
+    angle = case.normal(case.tokens, case.D // case.heads // 2)
+    descale = 0.02 + 0.02 * torch.rand(case.B, 3, case.heads, generator=case.generator)
+    for streams in (1, 2):
+        norms = torch.ones(streams, 3, case.D // case.heads)
+        norms[:, :2] += 0.1 * case.normal(streams, 2, case.D // case.heads)
+        found, expected = run(kernels.qkv_product, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D),
+                              norms, angle.cos(), angle.sin(), descale, case.T, streams)
+        assert_near(found, expected, device, [0.02])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")
+@pytest.mark.parametrize("shape", LARGE)
+def test_cublas_products(shape):
+    case = Case(shape)
+    for streams in (1, 2):
+        w, scale, bias = ([], [], [])
+        for _ in range(streams):
+            own, rows, offset = case.weights(case.D)
+            w, scale, bias = [*w, own], [*scale, rows.mean()], [*bias, offset]
+        args = case.x, case.scales, list(range(streams)), w, scale, bias, case.T
+        expected = kernels.products_reference(*args)
+        there = [[x.cuda() for x in arg] if isinstance(arg, list) and not isinstance(arg[0], int) else
+                 arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        assert_near([kernels.products(*there).cpu()], [expected], "cuda", [0.005])
+
+
+def test_bounds_hold():
+    """No element of a product exceeds what adaln's scales allow, whatever the input: nothing saturates."""
+    for seed in range(5):
+        case = Case((2, 12, 20, 128, 2, 256), seed)
+        shift, stretch = case.table[:, :case.D].float(), 1 + case.table[:, case.D:2 * case.D].float()
+        length = case.D**0.5 * stretch.abs().amax(1) + shift.norm(dim=1)
+        case.table[:, 12 * case.D:12 * case.D + 4] = (1.004 * length[:, None]).bfloat16()
+        case.offsets[1] = 0
+        w, w_scale, bias = case.weights(case.mlp)
+        exact = w.float() * w_scale[:, None]
+        case.bounds[:, 0], case.bounds[:, 1] = exact.norm(dim=1).max(), bias.float().abs().max()
+        x, x_scale, _, scales = kernels.adaln(case.text, case.image, case.table, case.offsets, case.bounds,
+                                              case.qk_scale, 0, 1, 0, False)
+        hidden = (x.float() * x_scale[..., None]) @ exact.T + bias.float()
+        assert hidden.abs().max() <= kernels.E4M3_MAX * scales[1, 0]
+        assert hidden.abs().max() > 1e-3 * kernels.E4M3_MAX * scales[1, 0], "the bound is useless"

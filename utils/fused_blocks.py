@@ -1,0 +1,320 @@
+"""FLUX's two kinds of block on the fused kernels, and the modulations of a whole image in one product.
+
+    single block                                      double block, text and image side by side
+    adaln           LayerNorm, modulation -> e4m3     adaln
+    qkv_product     QK-norm, rotation -> e4m3         qkv_product
+    attention       FlashAttention-3, fp8             attention
+    gelu_product    [attention | GELU] -> e4m3        cast_attention, products
+    products        by cuBLAS                         residual_adaln, gelu_product, products
+    gated_residual                                    gated_residual
+
+A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
+it. Only `temb` is another: the modulations of all blocks, of which each knows its place.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from utils.attention import attention, norm_scale
+from utils.fused_kernels import (
+    E4M3,
+    E4M3_MAX,
+    adaln,
+    cast_attention,
+    gated_residual,
+    gelu_product,
+    products,
+    qkv_product,
+    quantize_rows,
+    residual_adaln,
+    use_torch_memory,
+)
+
+# The parts of a modulation, in the order of diffusers' AdaLayerNormZero; AdaLayerNormZeroSingle has the first three.
+SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
+
+
+class Float8Linear(torch.nn.Module):
+    """The weights of Linears of one shape, one below the other, as e4m3 (N, K), their scales, and biases (N,) in bf16.
+
+    Args:
+        by_row: one scale a row, (N,); or one a Linear, in a list as cuBLAS' products want them: weights and biases too.
+    """
+
+    def __init__(self, linears: list[torch.nn.Linear], by_row: bool, device: torch.device):
+        super().__init__()
+        self.count, self.by_row = len(linears), by_row
+        for i, linear in enumerate(linears):
+            weight = linear.weight.detach().to(device)
+            if by_row:
+                weight, scale = quantize_rows(weight)
+            else:
+                scale = weight.float().abs().amax().clamp(min=1e-12) / E4M3_MAX
+                weight = (weight.float() / scale).to(E4M3)
+            bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+            for name, value in (("weight", weight), ("scale", scale), ("bias", bias.to(device, torch.bfloat16))):
+                self.register_buffer(f"{name}_{i}", value)
+        if by_row:  # one tensor each
+            for name in ("weight", "scale", "bias"):
+                parts = [self._buffers.pop(f"{name}_{i}") for i in range(self.count)]
+                self.register_buffer(name, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def operands(self) -> tuple:
+        """Weights, scales, biases: tensors if by row, else lists of one tensor a Linear."""
+        if self.by_row:
+            return self.weight, self.scale, self.bias
+        return tuple([getattr(self, f"{name}_{i}") for i in range(self.count)] for name in ("weight", "scale", "bias"))
+
+
+def product_bounds(hidden: Float8Linear, qkv: Float8Linear, heads: int) -> Tensor:
+    """(streams, 2 + 2 H) float32: |w| and |b| of the MLP's widest row, then |w| and |b| of v's widest row in each head.
+
+    With a bound of |x| they bound every element of a product: |w_j x + b_j| <= |w_j| |x| + |b_j|.
+    """
+    def widest(linear: Float8Linear, groups: int) -> tuple[Tensor, Tensor]:
+        length = linear.weight.float().norm(dim=1) * linear.scale
+        return tuple(x.view(linear.count, groups, -1).amax(2) for x in (length, linear.bias.float().abs()))
+
+    # Of q, k and v, as of 3 H groups of rows, v's are the last.
+    return torch.cat([*widest(hidden, 1), *(x[:, 2 * heads:] for x in widest(qkv, 3 * heads))], dim=1)
+
+
+def _norms(pairs: list[tuple], device: torch.device) -> Tensor:
+    """(streams, 3, D / H) float32: the weights of q's norm, of k's, and ones for v."""
+    rows = [[norm.weight.detach().float() for norm in pair] for pair in pairs]
+    return torch.stack([torch.stack([q, k, torch.ones_like(q)]) for q, k in rows]).to(device)
+
+
+class FusedSingleBlock(torch.nn.Module):
+    """A FluxSingleTransformerBlock with fused projections, on the fused kernels, with weights of its own.
+
+    Args:
+        offset: where its modulation begins in the table (see `Modulations`); length: where the bound of its rows is.
+    """
+
+    def __init__(self, block, offset: int, length: int, device: torch.device):
+        super().__init__()
+        attn = block.attn
+        self.qkv = Float8Linear([attn.to_qkv], True, device)
+        self.mlp = Float8Linear([block.proj_mlp], True, device)
+        self.out = Float8Linear([block.proj_out], False, device)
+        self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
+        self.register_buffer("offsets", torch.tensor([offset, offset, length, length], device=device))
+        self.register_buffer("bounds", product_bounds(self.mlp, self.qkv, attn.heads).repeat(2, 1))
+        self.register_buffer("qk_scale", torch.stack([norm_scale(attn.norm_q), norm_scale(attn.norm_k)]).to(device))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
+                joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
+        text, image = encoder_hidden_states, hidden_states
+        x, x_scale, descale, scales = adaln(text, image, temb, self.offsets, self.bounds, self.qk_scale, SHIFT, SCALE,
+                                            0, True)
+        q, k, v = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *image_rotary_emb, descale, 0, 1).unbind()
+        attended = attention(q, k, v, *descale.unbind(1), "fa3").flatten(2)
+        hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, attended)
+        y = products(hidden, scales, [0], *self.out.operands(), 0)
+        return gated_residual(text, image, y, temb, self.offsets, GATE)
+
+
+class FusedDoubleBlock(torch.nn.Module):
+    """A FluxTransformerBlock with fused projections, on the fused kernels, with weights of its own, text's before
+    image's.
+
+    Args:
+        text_offset, image_offset: where its modulations begin in the table (see `Modulations`); text_length,
+            image_length: where the bounds of their rows are, for attention and, behind it, for the MLP.
+    """
+
+    def __init__(self, block, text_offset: int, image_offset: int, text_length: int, image_length: int,
+                 device: torch.device):
+        super().__init__()
+        attn = block.attn
+        self.qkv = Float8Linear([attn.to_added_qkv, attn.to_qkv], True, device)
+        self.out = Float8Linear([attn.to_add_out, attn.to_out[0]], False, device)
+        self.up = Float8Linear([block.ff_context.net[0].proj, block.ff.net[0].proj], True, device)
+        self.down = Float8Linear([block.ff_context.net[2], block.ff.net[2]], False, device)
+        norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
+        self.register_buffer("norms", _norms(norms, device))
+        self.register_buffer("offsets", torch.tensor([text_offset, image_offset, text_length, image_length],
+                                                     device=device))
+        self.register_buffer("bounds", product_bounds(self.up, self.qkv, attn.heads))
+        qk_scale = [norm_scale(*both) for both in zip(*norms, strict=True)]
+        self.register_buffer("qk_scale", torch.stack(qk_scale).to(device))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
+                joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
+        text, image, tokens = encoder_hidden_states, hidden_states, encoder_hidden_states.shape[1]
+        x, x_scale, descale, scales = adaln(text, image, temb, self.offsets, self.bounds, self.qk_scale, SHIFT, SCALE,
+                                            0, False)
+        q, k, v = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *image_rotary_emb, descale, tokens,
+                              2).unbind()
+        attended = attention(q, k, v, *descale.unbind(1), "fa3").flatten(2)
+        y = products(cast_attention(attended, scales), scales, [0, 0], *self.out.operands(), tokens)
+        text, image, x, x_scale, scales = residual_adaln(text, image, y, temb, self.offsets, self.bounds, self.qk_scale,
+                                                         GATE, MLP_SHIFT, MLP_SCALE, 1)
+        hidden = gelu_product(x, x_scale, *self.up.operands(), scales, tokens, 2, None)
+        y = products(hidden, scales, [1, 2], *self.down.operands(), tokens)
+        return gated_residual(text, image, y, temb, self.offsets, MLP_GATE)
+
+
+class Modulations(torch.nn.Module):
+    """In time_text_embed's place: a step's modulations of all blocks, (B, total) bf16, instead of the embedding that
+    they follow from. Behind them the bounds of the modulated rows' lengths, and norm_out's scale and shift.
+
+    The blocks' modulation Linears hold 3.2 B weights, and a step reads them for one row a batch item: 1.1 ms on an H100
+    as one product, more as 76. All steps of an image have the same text and guidance and a timestep that the scheduler
+    knows beforehand, so that `prepare` makes them all in one product of steps x B rows, which takes no longer, before
+    the first; `forward`, which a CUDA graph may record, only says where they are.
+    """
+
+    def __init__(self, embed: torch.nn.Module, doubles: list[torch.nn.Linear], singles: list[torch.nn.Linear],
+                 last: torch.nn.Linear, device: torch.device):
+        super().__init__()
+        self.embed, self.last = embed, last
+        self.doubles, self.singles, self.width = len(doubles), len(singles), last.in_features
+        linears = [*doubles, *singles]
+        rows = sum(linear.out_features for linear in linears)
+        for name, shape, dtype in (("weight", (rows, self.width), E4M3), ("scale", (rows,), torch.float32),
+                                   ("bias", (rows,), torch.bfloat16)):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        at = 0
+        for linear in linears:
+            part, own = Float8Linear([linear], True, device), slice(at, at + linear.out_features)
+            self.weight[own], self.scale[own], self.bias[own] = part.operands()
+            at = own.stop
+            linear.weight = linear.bias = None  # freed here, or there would be 3.2 GB of them twice for a while
+        self.tables: list[tuple] = []  # (conditions, (steps, B, total)): one, or two with a negative prompt
+        self.current: dict[int, Tensor] = {}  # by batch size: CUDA graphs hold their addresses
+        self.batch = 0
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self.current[self.batch]
+
+    @torch.no_grad()
+    def prepare(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, schedule: Tensor | None = None,
+                now: Tensor | None = None) -> None:
+        """Puts the modulations of a step where `forward` finds them.
+
+        Args:
+            timestep, guidance, pooled: the transformer's arguments, (B,), (B,) and (B, P).
+            schedule: the scheduler's timesteps (steps,), if the step is one of a denoising loop; now: the one of them
+                that it is, a view into it.
+        """
+        index = _index_in(schedule, now)
+        if index is None:
+            table = self.table(timestep[None], guidance, pooled)[0]
+        else:
+            of_this_loop = [entry for entry in self.tables if entry[0] is schedule]
+            found = [made for _, own, text, made in of_this_loop if own is guidance and text is pooled]
+            if not found:
+                steps = schedule.to(timestep.dtype)[:, None].expand(-1, len(timestep)) / 1000
+                found = [self.table(steps, guidance, pooled)]
+                self.tables = [*of_this_loop, (schedule, guidance, pooled, found[0])]
+            table = found[0][index]
+        self.batch = len(timestep)
+        if self.batch not in self.current:
+            self.current[self.batch] = torch.empty_like(table)
+        self.current[self.batch].copy_(table)
+
+    def table(self, timesteps: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
+        """timesteps (steps, B): (steps, B, total), bf16."""
+        steps, dtype = len(timesteps), pooled.dtype
+        conditions = [timesteps.flatten(), *([guidance.repeat(steps)] if guidance is not None else [])]
+        # As FluxTransformer2DModel.forward scales them, in the model's dtype.
+        x = F.silu(self.embed(*(one.to(dtype) * 1000 for one in conditions), pooled.repeat(steps, 1)))
+        made = self.product(x)
+        at = self.doubles * 6 * self.width
+        doubles = made[:, :at].view(len(x), self.doubles, 6, self.width).float()
+        singles = made[:, at:].view(len(x), self.singles, 3, self.width).float()
+        both = [row_length(doubles, *parts) for parts in ((SHIFT, SCALE), (MLP_SHIFT, MLP_SCALE))]
+        lengths = [torch.stack(both, 2).flatten(1), row_length(singles, SHIFT, SCALE)]
+        # bf16 rounds by up to 2^-9: up is safe.
+        lengths = (torch.cat(lengths, 1) * (1 + 2**-8)).to(made.dtype)
+        return torch.cat([made, lengths, self.last(x).to(made.dtype)], dim=1).unflatten(0, (steps, -1))
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (M, D) bf16, quantised by row: (M, total), bf16."""
+        x8, scale = quantize_rows(x)
+        if x.device.type == "cpu":
+            return F.linear(x8.float() * scale[:, None], self.weight.float() * self.scale[:, None],
+                            self.bias.float()).bfloat16()
+        return torch._scaled_mm(x8, self.weight.t(), scale[:, None], self.scale[None], bias=self.bias,
+                                out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _index_in(schedule: Tensor | None, now: Tensor | None) -> int | None:
+    """Which element of `schedule` the view `now` is, found without asking the GPU for its value."""
+    if schedule is None or now is None or now.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    return now.storage_offset() - schedule.storage_offset()
+
+
+def row_length(modulations: Tensor, shift: int, scale: int) -> Tensor:
+    """The bound sqrt(D) max|1 + scale| + |shift| of what LayerNorm and modulation make: (M, N, parts, D) -> (M, N)."""
+    width = modulations.shape[-1]
+    return width**0.5 * (1 + modulations[:, :, scale]).abs().amax(-1) + modulations[:, :, shift].norm(dim=-1)
+
+
+class NormOut(torch.nn.Module):
+    """diffusers' AdaLayerNormContinuous with scale and shift from the end of `Modulations`' table."""
+
+    def __init__(self, norm: torch.nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        scale, shift = table[:, None, -2 * x.shape[-1]:].chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Rotation(torch.nn.Module):
+    """diffusers' FluxPosEmbed with every angle once: cos and sin (S, D / H / 2), float32."""
+
+    def __init__(self, embed: torch.nn.Module):
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(table[:, ::2].float().contiguous() for table in self.embed(ids))
+
+
+@torch.no_grad()
+def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device) -> int:
+    """Puts the fused blocks in the place of diffusers', one after the other on `device`, freeing theirs. Afterwards
+    `follow_schedule` has to be called.
+
+    For a transformer with fused projections, LoRA included, and nothing quantised.
+
+    Returns:
+        The number of Linears in e4m3.
+    """
+    if device.type == "cuda":
+        use_torch_memory(device)
+    width, double, single = transformer.inner_dim, transformer.transformer_blocks, transformer.single_transformer_blocks
+    doubles = [linear for block in double for linear in (block.norm1_context.linear, block.norm1.linear)]
+    singles = [block.norm.linear for block in single]
+    first_single = 6 * width * len(doubles)
+    lengths = first_single + 3 * width * len(singles)
+    for i, block in enumerate(double):
+        double[i] = FusedDoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, lengths + 4 * i,
+                                     lengths + 4 * i + 2, device)
+    for i, block in enumerate(single):
+        single[i] = FusedSingleBlock(block, first_single + 3 * width * i, lengths + 2 * len(doubles) + i, device)
+    embed, norm_out = transformer.time_text_embed, transformer.norm_out
+    transformer.time_text_embed = Modulations(embed, doubles, singles, norm_out.linear, device)
+    transformer.norm_out = NormOut(norm_out.norm)
+    transformer.pos_embed = Rotation(transformer.pos_embed)
+    return len(doubles) + len(singles) + sum(module.count for module in transformer.modules()
+                                             if isinstance(module, Float8Linear))
+
+
+def follow_schedule(pipeline) -> None:
+    """Has `Modulations` prepared before each call of the pipeline's transformer, whatever else is put around it."""
+    modulations = pipeline.transformer.time_text_embed
+
+    def before(module, args, kwargs):
+        modulations.prepare(kwargs["timestep"], kwargs.get("guidance"), kwargs["pooled_projections"],
+                            pipeline.scheduler.timesteps, getattr(pipeline, "_current_timestep", None))
+
+    pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
