@@ -42,6 +42,8 @@ def main():
     check_args(args)
     if args.prompts_file:
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
+    if args.kernels and args.device != "cuda":
+        raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
     if args.step_error and (args.enable_cache_dit or args.cache_dit_config or args.offload != "none"):
         raise RecipeError("--step_error calls the transformer by itself, which step caches and --offload do not allow.")
     log, memory = StageLog(args.quiet), PeakMemory()
@@ -73,6 +75,7 @@ def main():
         seconds, image = time_images(pipeline, args)
         memory.end_of("image")
         stages = time_stages(pipeline, args)
+        kernels = step_kernels(pipeline, args) if args.kernels else None
 
     kwargs = call_kwargs(pipeline, args)
     parameters = image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed)
@@ -85,8 +88,8 @@ def main():
                                            if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
-        "stages_ms": stages, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty,
-        "peak_memory": memory.phases, "step_relative_error": error,
+        "stages_ms": stages, "step_kernels": kernels, "cold_start_s": log.seconds,
+        "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
         "image_std": float(np.asarray(image).std()),
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
@@ -132,6 +135,17 @@ def time_stages(pipeline, args) -> dict[str, float]:
     return {name: statistics.median(spans) for name, spans in times.milliseconds().items()}
 
 
+def step_kernels(pipeline, args) -> list[dict]:
+    """The GPU kernels of one denoising step, a real image's first, by the milliseconds that they take in all."""
+    inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        pipeline.transformer(**inputs)
+        synchronize(args.device)
+    found = [{"name": event.key, "launches": event.count, "ms": event.self_device_time_total / 1e3}
+             for event in profile.key_averages() if event.self_device_time_total]
+    return sorted(found, key=lambda kernel: -kernel["ms"])
+
+
 def write_trace(pipeline, args) -> None:
     """A profiler trace of one image, the very call that was timed, with its stages as named regions."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -155,6 +169,8 @@ def report(record: dict) -> None:
         print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, "
               f"{peak['reserved_gib']:.2f} GiB reserved")
     print("cold start: " + ", ".join(f"{name} {s:.2f} s" for name, s in record["cold_start_s"].items()))
+    for kernel in (record["step_kernels"] or [])[:20]:
+        print(f"  {kernel['ms']:8.3f} ms {kernel['launches']:5d} x {kernel['name'][:100]}")
     if record["step_relative_error"] is not None:
         print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")
     if record["image_std"] < 1:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 OFF = ["--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
 EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess"]
 QUICK = ["--disable_inductor_tuning_flags"]
+UNFUSED = ["--disable_fused_kernels"]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
 
 EXPORT = ["--compile_export_mode", "export_aoti"]
@@ -39,16 +40,18 @@ ROWS = {
         "3_projections": QUICK + OFF[1:],
         "4_channels_last": QUICK + OFF[2:],
         "5_fa3": QUICK + OFF[3:],
-        "6_float8": QUICK,
-        "7_flags": [],
+        "6_float8": QUICK + UNFUSED,
+        "7_flags": UNFUSED,
+        "8_fused": [*QUICK, "--kernels"],
+        "kernels_unfused": [*QUICK, *UNFUSED, "--kernels", "--runs", "1"],
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
         "packages_made": [*QUICK, *EXPORT, "--re-export"],
         "packages_loaded": [*QUICK, *EXPORT, "--use-cached-model"],
         "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
     },
-    "dev": {"1_eager": EAGER + OFF, "6_float8": QUICK},
-    "kontext": {"1_eager": EAGER + OFF, "6_float8": QUICK},
+    "dev": {"1_eager": EAGER + OFF, "6_float8": QUICK + UNFUSED, "8_fused": QUICK},
+    "kontext": {"1_eager": EAGER + OFF, "6_float8": QUICK + UNFUSED, "8_fused": QUICK},
 }
 
 

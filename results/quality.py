@@ -44,6 +44,8 @@ ROWS = {
     "fa3_bf16": [*EAGER, FUSED, CHANNELS, QUANT, "--attention_backend", "fa3_bf16"],
     "fa3_fp8": [*EAGER, FUSED, CHANNELS, QUANT, "--attention_backend", "fa3"],
     "fa3_fp8_unscaled": [*EAGER, FUSED, CHANNELS, QUANT, "--attention_backend", "fa3_unscaled"],
+    "unfused": [*EAGER, CHANNELS, "--disable_fused_kernels", "--quant_dtype", "float8"],
+    "fused": [*EAGER, CHANNELS, "--quant_dtype", "float8"],
     "text_encoder_quant": [*EAGER, *PLAIN, "--text_encoder_quant"],
     "cache": [*EAGER, *PLAIN, "--enable_cache_dit"],
     "steps_20": [*EAGER, *PLAIN, "--num_inference_steps", "20"],

@@ -20,7 +20,8 @@ NAMES = {
     "4_channels_last": "+ channels_last",
     "5_fa3": "+ FA3, fp8 scaled",
     "6_float8": "+ float8, one scale a row",
-    "7_flags": "+ inductor flags (all defaults)",
+    "7_flags": "+ inductor flags",
+    "8_fused": "float8 as above, + fused kernels",
 }
 
 
@@ -59,6 +60,8 @@ QUALITY = {
     "cache": "step cache, F2B2",
     "steps_20": "20 steps",
     "steps_14": "14 steps",
+    "unfused": "float8 row + FA3 fp8",
+    "fused": "the same on fused kernels",
     "all_defaults": "all defaults",
     "other_seed": "another seed: the floor",
 }

@@ -48,6 +48,31 @@ def test_defaults(hardware, backend, quant):
     assert chosen.is_on("CUDA graphs") == (hardware.device == "cuda")
 
 
+@pytest.mark.parametrize("argv, why", [
+    ([], None),
+    (["--disable_fused_kernels"], "--disable_fused_kernels"),
+    (["--quant_granularity", "row"], "not with --quant_granularity row"),
+    (["--disable_quant"], "not with --disable_quant"),
+    (["--attention_backend", "fa3_bf16"], "not with --attention_backend fa3_bf16"),
+    (["--attention_backend", "fa3"], None),
+    (["--offload", "model"], "not with --offload model"),
+    (["--compile_scope", "whole"], "not with --compile_scope whole"),
+    (["--disable_bf16"], "not with --disable_bf16"),
+])
+def test_fused_kernels_where_they_run(argv, why, monkeypatch):
+    """A flag that takes away what they need is no failure of the machine: --strict lets it pass."""
+    monkeypatch.setattr(techniques, "find_spec", lambda name: True)
+    chosen = decide(H100, *argv, *(["--strict"] if "--offload" not in argv else []))
+    assert chosen.is_on("fused kernels") == (why is None)
+    if why:
+        assert chosen.decisions["fused kernels"].how == why
+    else:
+        assert chosen.decisions["compile"].how.startswith("VAE, T5")
+    for hardware in (L20, A100, MI300, CPU):
+        assert not decide(hardware).is_on("fused kernels")
+    assert "sm_90" in decide(L20).decisions["fused kernels"].how
+
+
 def test_what_is_off_says_why():
     assert "sm_90" in decide(L20).decisions["attention"].how
     assert decide(CPU).decisions["CUDA graphs"] == (False, "no GPU")

@@ -143,6 +143,8 @@ def create_parser() -> argparse.ArgumentParser:
     report.add_argument("--runs", type=int, help="timed images: 10 (run_benchmark.py)")
     report.add_argument("--step_error", action="store_true",
                         help="also measure one step's relative error against float32 (run_benchmark.py)")
+    report.add_argument("--kernels", action="store_true",
+                        help="also list the GPU kernels of one denoising step (run_benchmark.py)")
     report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
     report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
     report.add_argument("--quiet", action="store_true", help="no progress bar, no stage lines")

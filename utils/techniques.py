@@ -111,9 +111,9 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                           + (", T5" if hardware.device == "cuda" and args.offload == "none" else ""))
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
-    if default_on("fused kernels", args.disable_fused_kernels, "--disable_fused_kernels",
-                  _fusion_obstacle(args, hardware, chosen, configs), "LayerNorm, modulation, QK-norm, rotation, GELU, "
-                  "casts to e4m3; modulations of all steps at once"):
+    unwanted = "--disable_fused_kernels" if args.disable_fused_kernels else _unfused_by_choice(args)
+    if default_on("fused kernels", bool(unwanted), unwanted, _fusion_obstacle(hardware, chosen, configs),
+                  "LayerNorm, modulation, QK-norm, rotation, GELU, casts to e4m3; modulations of all steps at once"):
         on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
         if compiles:
             on["compile"] = Decision(True, "VAE, T5; the blocks are kernels already")
@@ -215,24 +215,27 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
         chosen.quant = (kind, granularity)
 
 
-def _fusion_obstacle(args, hardware: Hardware, chosen: Plan, configs: dict) -> str | None:
-    """Why the blocks cannot run on the fused kernels."""
+def _unfused_by_choice(args) -> str | None:
+    """The flag that takes away what the fused kernels are made for."""
+    given = {"--disable_quant": args.disable_quant, "--quant_dtype int8": args.quant_dtype == "int8",
+             f"--quant_granularity {args.quant_granularity}": args.quant_granularity,
+             "--disable_fa3": args.disable_fa3,
+             f"--attention_backend {args.attention_backend}": args.attention_backend not in (None, "fa3"),
+             "--disable_bf16": args.disable_bf16, "--disable_fused_projections": args.disable_fused_projections,
+             f"--offload {args.offload}": args.offload != "none",
+             "--compile_scope whole": args.compile_scope == "whole",
+             "--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti"}
+    return next((f"not with {flag}" for flag, is_given in given.items() if is_given), None)
+
+
+def _fusion_obstacle(hardware: Hardware, chosen: Plan, configs: dict) -> str | None:
+    """Why the blocks cannot run on the fused kernels here."""
     if hardware.device == "cpu":
         return "no GPU"
     if hardware.is_rocm or hardware.capability[0] != 9:
         return f"written for Hopper (sm_90), this is {hardware.name}"
-    if chosen.attention_backend != "fa3" or chosen.quant is None or chosen.quant[0] != "float8":
-        return "they take float8 and --attention_backend fa3"
-    if args.quant_granularity:
-        return f"--quant_granularity {args.quant_granularity} is for torchao's products"
-    if not chosen.is_on("fused projections"):
-        return "--disable_fused_projections"
-    if args.offload != "none":
-        return f"--offload {args.offload} moves weights"
-    if args.compile_scope == "whole":
-        return "--compile_scope whole compiles diffusers' transformer"
-    if args.compile_export_mode == "export_aoti":
-        return "exported packages hold diffusers' blocks"
+    if chosen.attention_backend != "fa3":
+        return "they need FlashAttention-3"
     if configs["transformer"]["attention_head_dim"] not in (64, 128):
         return f"head dimension {configs['transformer']['attention_head_dim']} is not 64 or 128"
     return None if find_spec("triton") else "Triton is not installed"
