@@ -23,10 +23,8 @@ QUICK = ["--disable_inductor_tuning_flags"]
 UNFUSED = ["--disable_fused_kernels"]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
 
-EXPORT = ["--compile_export_mode", "export_aoti"]
-
-# The float32 reference needs the unquantised model on the GPU, and time that a start would not take.
-WITHOUT_STEP_ERROR = ("memory_24gib", "packages_loaded")
+# The float32 reference needs the unquantised model on the GPU.
+WITHOUT_STEP_ERROR = ("memory_24gib",)
 
 CKPTS = {name: f"black-forest-labs/FLUX.1-{full}" for name, full in
          (("schnell", "schnell"), ("dev", "dev"), ("kontext", "Kontext-dev"))}
@@ -46,8 +44,6 @@ ROWS = {
         "kernels_unfused": [*QUICK, *UNFUSED, "--kernels", "--runs", "1"],
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
-        "packages_made": [*QUICK, *EXPORT, "--re-export"],
-        "packages_loaded": [*QUICK, *EXPORT, "--use-cached-model"],
         "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
     },
     "dev": {"1_eager": EAGER + OFF, "6_float8": QUICK + UNFUSED, "8_fused": QUICK},

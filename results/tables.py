@@ -1,4 +1,5 @@
-"""Writes the README's tables from the JSON files beside this one: no figure in them is typed by hand.
+"""Writes the tables of README.md and of tiny_flux/README.md from the JSON files beside this one: no figure in them is
+typed by hand.
 
     python results/tables.py           # rewrites what stands between the markers
     python results/tables.py --check   # exit code 1 if that would change anything
@@ -10,8 +11,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-MARKERS = re.compile(r"(<!-- (results|quality):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (HERE.parent / "README.md", HERE.parent / "tiny_flux" / "README.md")
+MARKERS = re.compile(r"(<!-- (results|quality|judge):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
     "1_eager": "bf16, eager (diffusers)",
@@ -22,24 +23,23 @@ NAMES = {
     "6_float8": "+ float8, one scale a row",
     "7_flags": "+ inductor flags",
     "8_fused": "float8 as above, + fused kernels",
+    "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
 }
 
 
 def table(suite: str) -> str:
-    """The markdown table of results/<suite>/*.json, in the order of their names; ratios are to its eager row."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / suite).glob("*.json"))}
-    eager = found["1_eager"]["seconds"]["median"]
+    """The markdown table of results/<suite>/*.json, in the order of `NAMES`; ratios are to its eager row, if any."""
+    found = {stem: json.loads(path.read_text()) for stem in NAMES if (path := HERE / suite / f"{stem}.json").exists()}
+    eager = found["1_eager"]["seconds"]["median"] if "1_eager" in found else None
     lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
     for stem, record in found.items():
-        if stem not in NAMES:
-            continue
-        seconds, stages = record["seconds"], record["stages_ms"]
+        seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
         lines.append("| " + " | ".join([
             f"[{NAMES[stem]}](results/{suite}/{stem}.json)",
             f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})",
-            f"{eager / seconds['median']:.2f}",
+            f"{eager / seconds['median']:.2f}" if eager else "–",
             *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
-            f"{record['step_relative_error'] * 100:.2f} %",
+            "–" if error is None else f"{error * 100:.2f} %",
             f"{record['peak_memory']['image']['reserved_gib']:.1f}",
         ]) + " |")
     return "\n".join(lines) + "\n"
@@ -85,15 +85,27 @@ def quality_table(machine: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def judge_table(machine: str) -> str:
+    """The markdown table of results/<machine>/tiny/judge.json."""
+    verdicts = json.loads((HERE / machine / "tiny" / "judge.json").read_text())["verdicts"]
+    names = {"top1": "the emoji, nearest of all", "top5": "among the nearest five", "style": "style",
+             "background": "background"}
+    lines = ["| | pictures | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
+    lines += [f"| {what} | {one['pictures']} | " + " | ".join(f"{one[name] * 100:.1f} %" for name in names) + " |"
+              for what, one in verdicts.items()]
+    return "\n".join(lines) + "\n"
+
+
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
-    makers = {"results": table, "quality": quality_table}
+    makers = {"results": table, "quality": quality_table, "judge": judge_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 
 if __name__ == "__main__":
-    before = README.read_text()
-    after = with_tables(before)
-    if "--check" in sys.argv:
-        sys.exit(before != after)
-    README.write_text(after)
+    for page in PAGES:
+        before = page.read_text()
+        after = with_tables(before)
+        if "--check" in sys.argv and before != after:
+            sys.exit(f"{page} is not what results/ says: run python results/tables.py")
+        page.write_text(after)

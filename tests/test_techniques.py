@@ -73,6 +73,12 @@ def test_fused_kernels_where_they_run(argv, why, monkeypatch):
     assert "sm_90" in decide(L20).decisions["fused kernels"].how
 
 
+def test_packages_are_refused_where_they_crash():
+    with pytest.raises(RecipeError, match="export_aoti: on a GPU"):
+        decide(H100, "--compile_export_mode", "export_aoti")
+    decide(CPU, "--compile_export_mode", "export_aoti")
+
+
 def test_what_is_off_says_why():
     assert "sm_90" in decide(L20).decisions["attention"].how
     assert decide(CPU).decisions["CUDA graphs"] == (False, "no GPU")

@@ -93,7 +93,7 @@ def draw_losses(log: Path, path: Path) -> None:
         if decay:
             axis.axvline(decay, color="gray", linewidth=0.8, linestyle=":")
         axis.set(title=f"{phase}: {own[-1]['loss']:.3f} after {own[-1]['seconds']:.0f} s", xlabel="step", yscale="log")
-    axes[0].set_ylabel("loss (dotted: learning rate begins to fall)")
+    axes[0].set_ylabel("loss")
     figure.savefig(path, dpi=100)
 
 
