@@ -85,22 +85,29 @@ def test_configs_foresee_the_pipeline(make_args, name, tmp_path):
 
 
 def test_it_draws_and_edits_what_it_is_asked_for(make_args, the_judge):
-    """The judge's rates of 40 captions, 20 combinations that training held out and 20 edits, each of its own seed.
-    The bounds are the goals of training; results/cpu/tiny/judge.json has the rates of 200, 162 and 100."""
+    """The judge's rates of 24 captions, of combinations that training held out and of edits, each of its own seed. The
+    bounds are the goals of training; results/cpu/tiny/judge.json has the rates of 200, 162 and 100. On three of the 16
+    backgrounds: what takes time is to show the judge all emoji on one."""
     names, dev = [one["name"] for one in judge.read_captions()], load_pipeline(make_args("--ckpt", "tiny-flux-dev"))
+
+    def some(wanted):
+        return [one for one in wanted if one.colour in ("white", "blue", "green")]
 
     def ask(name, steps, wanted, texts=None, images=None):
         texts = texts or [judge.caption(names[one.emoji], one.style, one.colour) for one in wanted]
         pictures = draw_pictures(presets.as_preset(dev, name), texts, steps, images)
         return pictures, the_judge.verdicts(pictures, wanted)
 
-    wanted = training_captions(40)
+    wanted = some(training_captions(200))[:24]
     pictures, found = ask("tiny-flux-dev", 28, wanted)
-    assert found["top5"] >= 0.9 and found["background"] >= 0.9, found
+    assert found["pictures"] == 24 and found["top5"] >= 0.9 and found["background"] >= 0.9, found
     _, found = ask("tiny-flux", 4, wanted)
     assert found["top5"] >= 0.75 and found["background"] >= 0.75, found
-    _, found = ask("tiny-flux-dev", 28, held_out_captions()[::8])
-    assert found["top5"] >= 0.7 and found["background"] >= 0.9, found
-    texts, edited = edits_of(wanted[:20])
-    _, found = ask("tiny-kontext", 28, edited, texts, pictures[:20])
-    assert found["top5"] >= 0.8 and found["background"] >= 0.9, found
+    unseen = some(held_out_captions())
+    _, found = ask("tiny-flux-dev", 28, unseen[:16])
+    assert len(unseen) >= 16 and found["top5"] >= 0.7 and found["background"] >= 0.9, found
+    texts, edited = edits_of(wanted)
+    kept = [i for i, one in enumerate(edited) if one in some([one])]
+    _, found = ask("tiny-kontext", 28, [edited[i] for i in kept], [texts[i] for i in kept],
+                   [pictures[i] for i in kept])
+    assert len(kept) >= 8 and found["top5"] >= 0.8 and found["background"] >= 0.9, found
