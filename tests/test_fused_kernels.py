@@ -121,7 +121,7 @@ def test_products(device, shape):
         norms = torch.ones(streams, 3, case.D // case.heads)
         norms[:, :2] += 0.1 * case.normal(streams, 2, case.D // case.heads)
         found, expected = run(kernels.qkv_product, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D),
-                              norms, angle.cos(), angle.sin(), descale, case.T, streams)
+                              norms, angle.cos().half(), angle.sin().half(), descale, case.T, streams)
         assert_near(found, expected, device, [0.02])
 
 

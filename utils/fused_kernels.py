@@ -196,8 +196,8 @@ def _product_kernel(
             heads = heads * root[:, :, None] * weight[None, None, :]
             even, odd = tl.split(tl.reshape(heads, (BLOCK_M, BLOCK_N // HEAD, HEAD // 2, 2)))
             angle = r[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
-            c_ = tl.where(is_v, 1., tl.load(cos + angle, inside[:, None], 0.))[:, None, :]
-            s_ = tl.where(is_v, 0., tl.load(sin + angle, inside[:, None], 0.))[:, None, :]
+            c_ = tl.where(is_v, 1., tl.load(cos + angle, inside[:, None], 0.).to(tl.float32))[:, None, :]
+            s_ = tl.where(is_v, 0., tl.load(sin + angle, inside[:, None], 0.).to(tl.float32))[:, None, :]
             value = tl.reshape(tl.join(even * c_ - odd * s_, odd * c_ + even * s_), (BLOCK_M, BLOCK_N))
             value = tl.minimum(tl.maximum(value, -MAX), MAX).to(tl.float8e4nv)
             out_tiles.store([part, m, n - part * D], tl.reshape(value, (1, BLOCK_M, BLOCK_N)))
@@ -342,7 +342,7 @@ def qkv_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Te
     Args:
         x: (B, S, K) e4m3, x_scale: (B, S). w: (streams 3 D, K) e4m3, w_scale the same without K, bias in bf16.
         norms: (streams, 3, D / H) float32, the weights of q's norm, of k's, and ones.
-        cos, sin: (S, D / H / 2) float32. descale: (B, 3, H), what to divide by.
+        cos, sin: (S, D / H / 2) float16. descale: (B, 3, H), what to divide by.
 
     Returns:
         (3, B, S, H, D / H), e4m3.
@@ -479,7 +479,7 @@ def qkv_product_reference(x, x_scale, w, w_scale, bias, norms, cos, sin, descale
     weight = torch.cat([own[:2, None].expand(-1, rows, -1) for own, rows in
                         zip(norms, _rows(x, text_tokens, streams), strict=True)], 1)  # (2, S, D / H)
     qk = qkv[:2] * (qkv[:2].square().mean(-1, keepdim=True) + EPS).rsqrt() * weight[:, None, :, None]
-    even, odd, cos, sin = qk[..., 0::2], qk[..., 1::2], cos[:, None], sin[:, None]
+    even, odd, cos, sin = qk[..., 0::2], qk[..., 1::2], cos.float()[:, None], sin.float()[:, None]
     qk = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
     return _to_e4m3(torch.cat([qk, qkv[2:]]) / descale.transpose(0, 1)[:, :, None, :, None])
 
