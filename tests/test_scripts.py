@@ -7,11 +7,14 @@ import types
 
 import PIL.Image
 import pytest
+import torch
 
 import gen_image
 import run_benchmark
 from utils.benchmark_utils import RecipeError
 from utils.images import read_parameters
+from utils.pipeline_utils import call_kwargs
+from utils.quality import capture_step
 
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
 
@@ -125,3 +128,17 @@ def test_a_step_cache_is_reported(run, tmp_path, capsys):
     assert record["cached_steps"] and record["techniques"]["step cache"]["on"]
     with pytest.raises(RecipeError, match="--step_error"):
         run(run_benchmark, "--ckpt", "tiny-flux-dev", "--cache_dit_config", "c.yaml", "--step_error", *EAGER[:-1], "6")
+
+
+def test_the_error_of_a_step_is_over_the_pictures_own_tokens(build, make_args, tmp_path):
+    """Kontext's reference tokens come behind the picture's, and the pipeline drops what becomes of them."""
+    PIL.Image.new("RGB", (128, 128)).save(tmp_path / "x.png")
+    pipeline, args = build("tiny-kontext"), make_args("--ckpt", "tiny-kontext", "--image", str(tmp_path / "x.png"))
+    inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+    with torch.no_grad():
+        reference = pipeline.transformer(**inputs)[0]
+    assert reference.shape[1] == 128
+    reference[:, 64:] += 1
+    assert run_benchmark.step_error(pipeline, args, inputs, reference) == 0
+    reference[:, 63] += 1
+    assert run_benchmark.step_error(pipeline, args, inputs, reference) > 0.01
