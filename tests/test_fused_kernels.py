@@ -158,3 +158,25 @@ def test_bounds_hold():
         hidden = (x.float() * x_scale[..., None]) @ exact.T + bias.float()
         assert hidden.abs().max() <= kernels.E4M3_MAX * scales[1, 0]
         assert hidden.abs().max() > 1e-3 * kernels.E4M3_MAX * scales[1, 0], "the bound is useless"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
+def test_the_kernel_table_runs_every_op_of_both_blocks():
+    """On small shapes and a CPU, where each op is its reference: what is timed is what the blocks call."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+    import kernels as table
+
+    given = table.random_inputs(16, 48, 128, 2, 256, "cpu")
+    rows = [table.measure(call, lambda function: function() is None or 2.0) for call in table.calls(given)]
+    assert {row["kernel"].split(",")[0].split(" with")[0] for row in rows} == {
+        "adaln", "qkv_product", "attention", "gelu_product", "products", "gated_residual", "cast_attention",
+        "residual_adaln"}
+    assert all(row["error"] < 1e-6 and row["ms"] == 2.0 for row in rows)
+    by_name = {(row["block"], row["kernel"]): row for row in rows}
+    # 64 tokens, 128 wide, 256 in the MLP, by hand.
+    assert by_name["single", "qkv_product"]["flops"] == 2 * 64 * 128 * 384
+    assert by_name["single", "products, out"]["flops"] == 2 * 64 * 384 * 128
+    assert by_name["single", "adaln"]["bytes"] == 64 * 128 * (2 + 1)
+    assert by_name["double", "residual_adaln"]["bytes"] == 64 * 128 * (2 + 2 + 2 + 1)
+    assert by_name["both", "attention"]["flops"] == 4 * 64 * 64 * 128
+    assert len(table.alternatives(given)) == 10
