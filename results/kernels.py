@@ -175,7 +175,8 @@ def main():
             row = measure(call, lambda function: do_bench(function, warmup=20, rep=100, return_mode="median"))
             models[model].append(row)
             print(f"{model:8} {row['block']:12} {row['kernel']:32} {row['ms']:.4f} ms "
-                  f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']}", flush=True)
+                  f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']}",
+                  flush=True)
     path = ROOT / "results" / args.gpu / "kernels.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(str(path), {"tokens": TOKENS, "kernels": models, "environment": environment("cuda")})
