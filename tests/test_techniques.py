@@ -73,6 +73,15 @@ def test_fused_kernels_where_they_run(argv, why, monkeypatch):
     assert "sm_90" in decide(L20).decisions["fused kernels"].how
 
 
+def test_fused_group_norm_is_asked_for(monkeypatch):
+    monkeypatch.setattr(techniques, "find_spec", lambda name: True)
+    assert not decide(H100).is_on("fused group norm")
+    assert decide(L20, "--enable_fused_group_norm").is_on("fused group norm")
+    for hardware, argv in ((CPU, []), (H100, ["--disable_channels_last"])):
+        with pytest.raises(RecipeError, match="needs a GPU, Triton and channels_last"):
+            decide(hardware, "--enable_fused_group_norm", *argv)
+
+
 def test_packages_are_refused_where_they_crash():
     with pytest.raises(RecipeError, match="export_aoti: on a GPU"):
         decide(H100, "--compile_export_mode", "export_aoti")

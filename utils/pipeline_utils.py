@@ -90,6 +90,10 @@ def optimize(pipeline, args, log: StageLog | None = None):
     # cuDNN's convolutions on tensor cores want NHWC; converting in between costs more than the convolutions gain.
     if chosen.is_on("channels_last"):
         vae.to(memory_format=torch.channels_last)
+    if chosen.is_on("fused group norm"):
+        from utils.group_norm import fuse_group_norms  # needs Triton, which CPU builds of torch lack
+        for part in (vae.decoder, vae.encoder):
+            fuse_group_norms(part)
     if args.vae_tiling:
         enable_tiling(vae)
     # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.

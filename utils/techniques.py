@@ -107,6 +107,13 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                "one GEMM for q, k, v; the separate copies freed")
     default_on("channels_last", args.disable_channels_last, "--disable_channels_last", None, "VAE")
 
+    if args.enable_fused_group_norm and (hardware.device == "cpu" or not find_spec("triton")
+                                         or args.disable_channels_last):
+        raise RecipeError("--enable_fused_group_norm needs a GPU, Triton and channels_last: drop it, or "
+                          "--disable_channels_last.")
+    on["fused group norm"] = Decision(args.enable_fused_group_norm, "VAE" if args.enable_fused_group_norm else
+                                      "--enable_fused_group_norm not given")
+
     compiles = default_on("compile", args.compile_export_mode == "disabled", "--compile_export_mode disabled",
                           "--offload group hooks into every layer" if args.offload == "group" else
                           None if args.use_cached_model else _compiler_obstacle(hardware),

@@ -1,0 +1,76 @@
+"""The VAE's GroupNorm and SiLU in Triton against PyTorch's, in Triton's interpreter and on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from utils import group_norm, random_weights
+from utils.group_norm import fuse_group_norms, group_norm_silu, group_norm_silu_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")])]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
+def test_kernels_in_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-k", "interpreter", __file__],
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape, groups", [((2, 32, 9, 7), 8), ((1, 128, 33, 40), 32), ((1, 64, 1, 1), 32)])
+@pytest.mark.parametrize("mean, size", [(0, 1), (100, 0.1), (0, 0)], ids=["normal", "far off zero", "constant"])
+def test_group_norm_silu(device, shape, groups, mean, size, monkeypatch):
+    """Statistics far from zero, whose variance a difference of sums would lose; tails of tiles and of chunks."""
+    monkeypatch.setattr(group_norm, "CHUNKS", 3)
+    monkeypatch.setattr(group_norm, "TILE", 512)
+    generator = torch.Generator().manual_seed(0)
+    x = mean + size * torch.randn(shape, generator=generator)
+    weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
+    for silu in (True, False):
+        args = x, weight, bias, groups, 1e-6, silu
+        found = (group_norm_silu(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)).cpu()
+                 if device == "cuda" else group_norm_silu._init_fn(*args))
+        expected = group_norm_silu_reference(x.double(), weight.double(), bias.double(), groups, 1e-6, silu)
+        reference = torch.nn.functional.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-6)
+        reference = torch.nn.functional.silu(reference) if silu else reference
+        assert relative(expected, reference) < 2e-3 and relative(found, reference) < 2e-3
+        assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == x.dtype
+
+
+@torch.no_grad()
+def test_a_fused_vae_is_the_same_function():
+    """FLUX.1's own decoder and encoder, narrowed: every norm that a SiLU follows is fused, attention's is not."""
+    torch.manual_seed(0)
+    config = random_weights.architecture("FLUX.1-schnell")["vae"] | {
+        "block_out_channels": (32, 64, 64, 64), "sample_size": 64}
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    vae.to(memory_format=torch.channels_last)
+    latents, image = torch.randn(2, 16, 6, 8), torch.randn(1, 3, 48, 64)
+    expected = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
+    count = fuse_group_norms(vae.decoder) + fuse_group_norms(vae.encoder)
+    assert count == norms - 2 and sum(isinstance(m, torch.nn.GroupNorm) for m in vae.modules()) == 2
+    found = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_sizes_that_the_kernels_do_not_take_stay(build):
+    """tiny-flux's 96 channels in 8 groups of 12."""
+    decoder = build("tiny-flux").vae.decoder
+    block = decoder.mid_block.resnets[0]
+    block.norm1 = torch.nn.GroupNorm(8, 96)
+    fuse_group_norms(decoder)
+    assert isinstance(block.norm1, torch.nn.GroupNorm) and isinstance(block.nonlinearity, torch.nn.SiLU)
