@@ -2,16 +2,13 @@
 
 import copy
 import math
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from utils.benchmark_utils import check_args, create_parser
 from utils.pipeline_utils import call_kwargs
 from utils.quality import capture_step, float32_step, picture_drift, relative_error
 from utils.regions import StageTimes, in_regions
@@ -92,16 +89,3 @@ def test_drift_of_pictures():
     other.putpixel((0, 0), (1, 0, 0))  # over 100 dB, and not the same
     assert picture_drift([other], [large])["identical"] == 0
     assert picture_drift(reference[::-1], reference)["ssim"] < 0.2 < found["ssim"] < 1
-
-
-def test_every_quality_row_is_a_command_line_and_has_a_name():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
-    import quality as rows
-    import tables
-    assert set(rows.ROWS) == {*tables.QUALITY, "eager"}
-    for row in rows.ROWS.values():
-        check_args(create_parser().parse_args(["--ckpt", "tiny-flux-dev", *row]))
-    texts, wanted = rows.prompts(100)
-    assert len(set(texts)) == 100 and all(one.colour in text and one.style in text
-                                          for text, one in zip(texts[:50], wanted, strict=False))
-    assert not any("background" in text for text in texts[50:])

@@ -1,17 +1,14 @@
-"""Writes the tables of README.md and of tiny_flux/README.md from the JSON files beside this one: no figure in them is
-typed by hand.
-
-    python results/tables.py           # rewrites what stands between the markers
-    python results/tables.py --check   # exit code 1 if that would change anything
+"""The tables of README.md and of tiny_flux/README.md, from the JSON files in results/: no figure in them is typed by
+hand. `python experiments.py report` rewrites what stands between the markers.
 """
 
 import json
 import re
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE.parent / "tiny_flux" / "README.md")
+from report.records import RESULTS, ROOT, newest
+
+PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
 MARKERS = re.compile(r"(<!-- (results|quality|judge):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
@@ -29,13 +26,13 @@ NAMES = {
 
 def table(suite: str) -> str:
     """The markdown table of results/<suite>/*.json, in the order of `NAMES`; ratios are to its eager row, if any."""
-    found = {stem: json.loads(path.read_text()) for stem in NAMES if (path := HERE / suite / f"{stem}.json").exists()}
-    eager = found["1_eager"]["seconds"]["median"] if "1_eager" in found else None
+    found = {stem: result for stem in NAMES if (result := newest(RESULTS / suite, stem))}
+    eager = found["1_eager"][1]["seconds"]["median"] if "1_eager" in found else None
     lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
-    for stem, record in found.items():
+    for stem, (path, record) in found.items():
         seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
         lines.append("| " + " | ".join([
-            f"[{NAMES[stem]}](results/{suite}/{stem}.json)",
+            f"[{NAMES[stem]}](results/{suite}/{path.name})",
             f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})",
             f"{eager / seconds['median']:.2f}" if eager else "–",
             *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
@@ -48,8 +45,10 @@ def table(suite: str) -> str:
 QUALITY = {
     "float32": "float32",
     "compile": "compile",
+    "export": "exported packages",
     "projections": "fused projections",
     "channels_last": "channels_last",
+    "cudagraphs": "CUDA graphs",
     "int8": "int8, compiled",
     "float8_row": "float8, one scale a row, compiled",
     "float8_tensor": "float8, one scale a tensor, compiled",
@@ -58,6 +57,7 @@ QUALITY = {
     "fa3_fp8_unscaled": "FA3, fp8 unscaled",
     "text_encoder_quant": "T5 in int8",
     "cache": "step cache, F2B2",
+    "cache_defaults": "all defaults and the step cache",
     "steps_20": "20 steps",
     "steps_14": "14 steps",
     "unfused": "float8 row + FA3 fp8",
@@ -72,13 +72,12 @@ def quality_table(machine: str) -> str:
     lines = ["| against eager bf16 | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | judge, top 5 |",
              "|---" * 5 + "|"]
     for stem, name in QUALITY.items():
-        path = HERE / machine / "tiny" / f"{stem}.json"
-        if not path.exists():
+        if not (result := newest(RESULTS / machine / "tiny", stem)):
             continue
-        record = json.loads(path.read_text())
+        path, record = result
         given, left_open = record["given"], record["open"]
         lines.append("| " + " | ".join([
-            f"[{name}](results/{machine}/tiny/{stem}.json)",
+            f"[{name}](results/{machine}/tiny/{path.name})",
             *("the same" if part["identical"] == 1 else f"{part['psnr_mean']:.1f} ({part['psnr_min']:.1f})"
               for part in (given, left_open)),
             f"{(given['ssim'] + left_open['ssim']) / 2:.3f}", f"{record['judge']['top5'] * 100:.0f} %"]) + " |")
@@ -87,7 +86,7 @@ def quality_table(machine: str) -> str:
 
 def judge_table(machine: str) -> str:
     """The markdown table of results/<machine>/tiny/judge.json."""
-    verdicts = json.loads((HERE / machine / "tiny" / "judge.json").read_text())["verdicts"]
+    verdicts = json.loads((RESULTS / machine / "tiny" / "judge.json").read_text())["verdicts"]
     names = {"top1": "the emoji, nearest of all", "top5": "among the nearest five", "style": "style",
              "background": "background"}
     lines = ["| | pictures | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
@@ -102,10 +101,15 @@ def with_tables(text: str) -> str:
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Brings the pages up to date."""
     for page in PAGES:
-        before = page.read_text()
-        after = with_tables(before)
-        if "--check" in sys.argv and before != after:
-            sys.exit(f"{page} is not what results/ says: run python results/tables.py")
-        page.write_text(after)
+        page.write_text(with_tables(page.read_text()))
+
+
+def check() -> int:
+    """The exit code: 1 if `write` would change a page."""
+    stale = [page for page in PAGES if with_tables(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page} is not what results/ says: run python experiments.py report", file=sys.stderr)
+    return 1 if stale else 0
