@@ -213,7 +213,8 @@ def where(folder: Path, row: str, resume: bool) -> Path | None:
 
 
 def run(args) -> int:
-    """Measures rows; the exit code: 1 if one failed."""
+    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which also end the row's process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     todo = [(suite, row, path) for suite, row in args.chosen
             if (path := where(records.RESULTS / args.gpu / suite, row, args.resume))]
     print(f"{len(todo)} of {len(args.chosen)} rows to measure", flush=True)

@@ -23,23 +23,56 @@ NAMES = {
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
 }
 
+# Rows beside the ladder, each group after what it is compared with.
+FULL = {"8_fused": "all but inductor flags"}
+GROUPS = {
+    "ladder": NAMES,
+    "without": FULL | {
+        "without_compile": "without compile",
+        "without_cudagraphs": "without CUDA graphs",
+        "without_gpu_postprocess": "without GPU postprocess",
+        "without_channels_last": "without channels_last",
+        "without_projections": "without fused projections, and so without fused kernels",
+        "without_fa3": "without fp8 attention, and so without fused kernels",
+        "5_fa3": "without float8, and so without fused kernels",
+        "6_float8": "without fused kernels",
+    },
+    "caches": FULL | {"cache_default": "step cache F12B12", "cache_yaml": "step cache of cache_config.yaml"},
+    "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
+    "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
+                  "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
+    "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)},
+    "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
+}
 
-def table(suite: str) -> str:
-    """The markdown table of results/<suite>/*.json, in the order of `NAMES`; ratios are to its eager row, if any."""
-    found = {stem: result for stem in NAMES if (result := newest(RESULTS / suite, stem))}
-    eager = found["1_eager"][1]["seconds"]["median"] if "1_eager" in found else None
+
+def table(where: str) -> str:
+    """The markdown table of results/<gpu>/<suite>/*.json, in the order of a group of rows: `where` is <gpu>/<suite> for
+    the ladder, or <gpu>/<suite>/<group>. Ratios are to the suite's eager row, if any."""
+    gpu, name, *group = where.split("/")
+    suite, names = f"{gpu}/{name}", GROUPS[group[0] if group else "ladder"]
+    found = {stem: result for stem in names if (result := newest(RESULTS / suite, stem))}
+    eager = newest(RESULTS / suite, "1_eager")
     lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
     for stem, (path, record) in found.items():
         seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
         lines.append("| " + " | ".join([
-            f"[{NAMES[stem]}](results/{suite}/{path.name})",
+            f"[{names[stem]}](results/{suite}/{path.name})",
             f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})",
-            f"{eager / seconds['median']:.2f}" if eager else "–",
+            f"{ratio:.2f}" if (ratio := eager and speed_up(eager[1], record)) else "–",
             *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
             "–" if error is None else f"{error * 100:.2f} %",
             f"{record['peak_memory']['image']['reserved_gib']:.1f}",
         ]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def speed_up(eager: dict, record: dict) -> float | None:
+    """How many times as many images a second as eager; None for images of another size."""
+    if any(eager["settings"][name] != record["settings"][name] for name in ("height", "width")):
+        return None
+    images = record["settings"]["num_images_per_prompt"] / eager["settings"]["num_images_per_prompt"]
+    return images * eager["seconds"]["median"] / record["seconds"]["median"]
 
 
 QUALITY = {

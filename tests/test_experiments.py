@@ -31,6 +31,9 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
 
 def test_every_row_has_a_name():
     assert set(experiments.TINY) == {*tables.QUALITY, "eager"}
+    named = {row for names in tables.GROUPS.values() for row in names}
+    measured = {row for suite in ("schnell", "dev", "kontext") for row in experiments.ROWS[suite]}
+    assert measured - named == {"attention_scaled", "attention_unscaled", "kernels_unfused"} and not named - measured
 
 
 def test_the_prompts_name_style_and_background_in_the_first_half():
