@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import PIL.Image
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 INK = "#010203"  # stands for the page's text colour, and occurs nowhere else
 BAR, ACCENT = "#3b82c4", "#e0762b"
@@ -21,22 +22,35 @@ STAGES = {  # what a bar is made of: (label, colour, stages of the results)
     "to PIL": ("#e0762b", ("postprocessing", "pil_conversion")),
 }
 WIDTH = 4.6
+SHEET_BYTES = 30_000
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "flux-faster", "font.family": "sans-serif", "font.size": 9,
          "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 COLOURS = ("#3b82c4", "#e0762b", "#3f9e6b", "#8b6fc9", "#c7444f", "#8a8f98", "#b8952b", "#2aa5a5", "#c069a8", "#6b7f3a")
 
 
+LOOK = "<style>svg{color:#1c1e21;font-family:sans-serif}@media(prefers-color-scheme:dark){svg{color:#e4e6ea}}</style>"
+
+# What matplotlib writes and a chart does not need: two thirds of the file.
+SURPLUS = (r"<\?xml.*?<svg(?= )|<metadata>.*?</metadata>|<!--.*?-->", r"<clipPath.*?</clipPath>", r' clip-path="[^"]*"',
+           r' id="[a-z0-9._]*_\d+"', r' transform="rotate\(-0 [^"]*\)"', r" font-family: [^;]*;", r' type="text/css"')
+
+
 def svg(figure: Figure) -> str:
-    """The figure as SVG text without a date, so that the same results give the same file."""
+    """The figure as small SVG text without a date, so that the same results give the same file."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
-    text = re.sub(r'="[^"]*"', lambda value: re.sub(r"(\d+\.\d{2})\d+", r"\1", value[0]),  # coordinates, no labels
-                  re.sub(r"\n\s*", "\n", text))
-    look = "<style>svg{color:#1c1e21}@media(prefers-color-scheme:dark){svg{color:#e4e6ea}}</style>"
-    return re.sub(r"(<svg[^>]*>)", rf"\1{look}", text.replace(INK, "currentColor"), count=1)
+    text = re.sub(SURPLUS[0], lambda found: "<svg" if found[0].endswith("<svg") else "", buffer.getvalue(),
+                  flags=re.DOTALL)
+    for pattern in SURPLUS[1:]:
+        text = re.sub(pattern, "", text, flags=re.DOTALL)
+    # Coordinates, not labels, to a tenth of a point.
+    text = re.sub(r'="([^"\']*)"', lambda value: "='" + re.sub(r"(\d+\.\d)\d+", r"\1", value[1]) + "'", text)
+    text = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", text)).replace(INK, "currentColor")
+    text = re.sub(r"<path d='[^']*' style='fill: none'/>", "", text)  # backgrounds
+    if "<g " not in text:  # groups without a meaning
+        text = re.sub(r"</?g/?>", "", text)
+    return re.sub(r"(<svg[^>]*>)", rf"\1{LOOK}", text, count=1)
 
 
 def bars(names: list[str], parts: dict[str, tuple[str, list[float]]], texts: list[str], unit: str) -> str:
@@ -117,6 +131,9 @@ def drift(names: list[str], curves: list[list[float]]) -> str:
             axes.plot(np.arange(1, len(curve) + 1), np.where(values > 0, values, np.nan) * 100, lw=1.4, label=name,
                       color=COLOURS[i % len(COLOURS)], ls="-" if i < len(COLOURS) else "--")
         axes.set(yscale="log", xlabel="after step", ylabel="error of the latents, %, median")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handlelength=1.4, columnspacing=1)
         return svg(figure)
 
@@ -127,7 +144,7 @@ def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list
     side = strips[0].height
     with matplotlib.rc_context(STYLE | {"text.color": "#1c1e21", "font.size": 7}):
         columns = len(prompts)
-        figure = Figure((0.95 * columns + 0.1, 1.2 * len(names) + 0.5), dpi=110, facecolor="white")
+        figure = Figure((0.95 * columns + 0.1, 1.2 * len(names) + 0.5), dpi=80, facecolor="white")
         grid = figure.subplots(len(names), columns, squeeze=False)
         for row, (name, strip) in enumerate(zip(names, strips, strict=True)):
             for column in range(columns):
@@ -145,7 +162,10 @@ def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     with PIL.Image.open(buffer) as picture:
-        picture.convert("RGB").save(path, "webp", quality=60, method=6)
+        for quality in (70, 50, 35, 20, 10):
+            picture.convert("RGB").save(path, "webp", quality=quality, method=6)
+            if path.stat().st_size < SHEET_BYTES:
+                break
 
 
 def wrapped(text: str, width: int) -> list[str]:
