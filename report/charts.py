@@ -29,7 +29,8 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "flux-faster", "font.family": "
 COLOURS = ("#3b82c4", "#e0762b", "#3f9e6b", "#8b6fc9", "#c7444f", "#8a8f98", "#b8952b", "#2aa5a5", "#c069a8", "#6b7f3a")
 
 
-LOOK = "<style>svg{color:#1c1e21;font-family:sans-serif}@media(prefers-color-scheme:dark){svg{color:#e4e6ea}}</style>"
+LOOK = ("<style>svg{color:#1c1e21;font-family:sans-serif}text{fill:currentColor;font-size:9px}"
+        "@media(prefers-color-scheme:dark){svg{color:#e4e6ea}}</style>")
 
 # What matplotlib writes and a chart does not need: two thirds of the file.
 SURPLUS = (r"<\?xml.*?<svg(?= )|<metadata>.*?</metadata>|<!--.*?-->", r"<clipPath.*?</clipPath>", r' clip-path="[^"]*"',
@@ -44,13 +45,20 @@ def svg(figure: Figure) -> str:
                   flags=re.DOTALL)
     for pattern in SURPLUS[1:]:
         text = re.sub(pattern, "", text, flags=re.DOTALL)
-    # Coordinates, not labels, to a tenth of a point.
-    text = re.sub(r'="([^"\']*)"', lambda value: "='" + re.sub(r"(\d+\.\d)\d+", r"\1", value[1]) + "'", text)
+    text = re.sub(r"""="([^"']*)\"""", lambda value: f"='{shorter(value[1])}'", text)  # attributes, not labels
     text = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", text)).replace(INK, "currentColor")
-    text = re.sub(r"<path d='[^']*' style='fill: none'/>", "", text)  # backgrounds
+    text = re.sub(r"<path d='[^']*' style='fill:none'/>", "", text)  # backgrounds
+    text = re.sub(r" style='fill:currentColor;stroke:currentColor[^']*'| style=''", "", text)  # ticks have it already
     if "<g " not in text:  # groups without a meaning
         text = re.sub(r"</?g/?>", "", text)
     return re.sub(r"(<svg[^>]*>)", rf"\1{LOOK}", text, count=1)
+
+
+def shorter(value: str) -> str:
+    """An attribute with coordinates to a tenth of a point, and without what `LOOK` says of all text."""
+    value = re.sub(r"\.0(?!\d)", "", re.sub(r"(\d+\.\d)\d+", r"\1", value))
+    value = re.sub(r"([:;]) ", r"\1", value)
+    return value.replace("font-size:9px;", "").replace("text-anchor:start;", "").removesuffix(f"fill:{INK}").rstrip(";")
 
 
 def bars(names: list[str], parts: dict[str, tuple[str, list[float]]], texts: list[str], unit: str) -> str:
@@ -103,7 +111,7 @@ def speed_against_quality(names: list[str], seconds: list[float], quality: list[
     """One point a row; the names stand to the right in the order of the points' heights; the Pareto front is joined."""
     front = pareto(seconds, [-value for value in quality] if higher_is_better else quality)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH, max(2.6, 0.19 * len(names) + 0.5)))
+        figure = Figure((WIDTH, max(2.6, 0.24 * len(names) + 0.4)))
         axes = figure.add_axes((0, 0, 0.5, 1))
         axes.plot([seconds[i] for i in front], [quality[i] for i in front], "-", color=ACCENT, zorder=1)
         colours = [ACCENT if i in front else BAR for i in range(len(names))]
@@ -144,7 +152,7 @@ def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list
     side = strips[0].height
     with matplotlib.rc_context(STYLE | {"text.color": "#1c1e21", "font.size": 7}):
         columns = len(prompts)
-        figure = Figure((0.95 * columns + 0.1, 1.2 * len(names) + 0.5), dpi=80, facecolor="white")
+        figure = Figure((0.95 * columns + 0.1, 1.2 * len(names) + 0.5), dpi=70, facecolor="white")
         grid = figure.subplots(len(names), columns, squeeze=False)
         for row, (name, strip) in enumerate(zip(names, strips, strict=True)):
             for column in range(columns):

@@ -36,8 +36,8 @@ def test_a_row_against_its_reference(run, tmp_path, monkeypatch):
     assert same["given"]["identical"] == same["open"]["identical"] == 1
     assert same["latents"] == {"median": 0.0, "max": 0.0, "by_step": [0.0, 0.0]}
     assert same["twin"]["argv"] == PLAIN and same["broken"] == {"black": 0.0, "not_finite": 0.0}
-    assert len(same["shown"]) == 6 and same["argv"] == PLAIN
-    assert PIL.Image.open(tmp_path / "s.webp").size == (480, 80) and (tmp_path / "s.webp").stat().st_size < 40_000
+    assert len(same["shown"]) == 4 and same["argv"] == PLAIN
+    assert PIL.Image.open(tmp_path / "s.webp").size == (320, 80) and (tmp_path / "s.webp").stat().st_size < 40_000
 
     run("--reference", kept, "--output-json", tmp_path / "r.json", recipe=[*PLAIN[:-1], "3"])
     other = json.loads((tmp_path / "r.json").read_text())

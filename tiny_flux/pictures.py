@@ -38,7 +38,7 @@ from utils.benchmark_utils import (
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quality import broken_share, latent_drift, latent_recorder, perceptual, picture_drift
 
-SHOWN, SIDE = 6, 80  # pictures on a sheet, and their pixels
+SHOWN, SIDE = 4, 80  # pictures on a sheet, and their pixels
 
 
 @dataclass

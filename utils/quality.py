@@ -150,6 +150,7 @@ def _clip_score(pictures: list[Tensor], prompts: list[str], download: bool) -> f
     from huggingface_hub import try_to_load_from_cache
     from torchmetrics.functional.multimodal import clip_score
 
-    if not download and not isinstance(try_to_load_from_cache(CLIP_MODEL, "config.json"), str):
+    cached = [try_to_load_from_cache(CLIP_MODEL, name) for name in ("model.safetensors", "pytorch_model.bin")]
+    if not download and not any(isinstance(path, str) for path in cached):
         raise FileNotFoundError(f"CLIP score needs {CLIP_MODEL}, which is not here (--download-metrics fetches it)")
     return clip_score(pictures, prompts, model_name_or_path=CLIP_MODEL).item()
