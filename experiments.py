@@ -180,8 +180,8 @@ def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
 
 def reason(code: int | None, output: str) -> str:
     """What ended a process that did not succeed, in two or three words."""
-    if code is None:
-        return "timeout"
+    if not code:
+        return "timeout" if code is None else "no result"
     if "out of GPU memory" in output or "OutOfMemoryError" in output:
         return "out of memory"
     if code < 0:
@@ -191,16 +191,16 @@ def reason(code: int | None, output: str) -> str:
 
 def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
     """The result of one row: what its last command wrote, or how one of its commands failed."""
-    start = time.monotonic()
+    start, result = time.monotonic(), scratch / "result.json"
     for line in lines:
         code, output = execute(line, max(1.0, timeout - (time.monotonic() - start)))
-        if code != 0:
+        if code != 0 or (line is lines[-1] and not result.exists()):
             return {"schema_version": SCHEMA_VERSION, "error": reason(code, output), "exit_code": code,
                     "timeout_s": timeout, "wall_s": time.monotonic() - start,
                     "output_end": output.replace(str(ROOT), ".").splitlines()[-15:],
                     "environment": {"argv": line[1:], "platform": platform.platform(),
                                     "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
-    return json.loads((scratch / "result.json").read_text()) | {"wall_s": time.monotonic() - start}
+    return json.loads(result.read_text()) | {"wall_s": time.monotonic() - start}
 
 
 def where(folder: Path, row: str, resume: bool) -> Path | None:

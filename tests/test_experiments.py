@@ -73,6 +73,7 @@ PROGRAMS = {
     "memory": "raise RuntimeError('torch.OutOfMemoryError: CUDA out of memory')",
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "slow": "import time; time.sleep(60)",
+    "silent": "pass",
     "last": FINE,
 }
 
@@ -95,12 +96,12 @@ def stand_ins(tmp_path, monkeypatch):
 def test_a_failure_is_the_rows_result_and_the_others_go_on(stand_ins, capsys):
     code, found = stand_ins("--timeout", "2")
     assert code == 1 and [found[f"{row}.json"].get("error") for row in PROGRAMS] == [
-        None, "crash", "refused", "out of memory", "killed by SIGKILL", "timeout", None]
+        None, "crash", "refused", "out of memory", "killed by SIGKILL", "timeout", "no result", None]
     assert found["crash.json"]["exit_code"] == 1 and found["slow.json"]["exit_code"] is None
     assert "ZeroDivisionError: of the row" in found["crash.json"]["output_end"][-1]
     assert found["fine.json"]["suite"] == "fake" and found["fine.json"]["seconds"] == {"median": 0.5}
     shown = capsys.readouterr()
-    assert "[1/7] fake/fine: median 0.500 s an image" in shown.out and "; 6 left, about" in shown.out
+    assert "[1/8] fake/fine: median 0.500 s an image" in shown.out and "; 7 left, about" in shown.out
     assert "failed: fake/crash" in shown.err
 
 
@@ -152,4 +153,4 @@ def test_a_process_that_runs_too_long_is_ended_with_its_children(tmp_path):
 
 def test_a_dry_run_runs_nothing(stand_ins, capsys):
     assert stand_ins("--dry-run") == (0, {})
-    assert "[7/7] fake/last -> results/here/fake/last.json: -S -c" in capsys.readouterr().out
+    assert "[8/8] fake/last -> results/here/fake/last.json: -S -c" in capsys.readouterr().out
