@@ -20,7 +20,7 @@ from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, with_embe
 def main():
     args = create_parser().parse_args()
     check_args(args)
-    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs"):
+    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
     prompts = read_prompts(args.prompts_file) if args.prompts_file else [args.prompt]

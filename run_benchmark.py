@@ -1,6 +1,7 @@
 """How fast, and why: load, optimise, warm up, time, save the image, the result as JSON, and a trace on request.
 
     python run_benchmark.py --random_weights --output-json result.json
+    python run_benchmark.py --compare before.json after.json
 
 The last line on stdout is the result as one JSON object.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from utils import step_cache
+from utils import ceilings, compare, step_cache
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
     PeakMemory,
@@ -33,13 +34,18 @@ from utils.images import image_parameters, save_image
 from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress
 from utils.quality import capture_step, float32_step, relative_error
 from utils.regions import StageTimes, in_regions
+from utils.roofline import step_record, watching_tokens
 
 
 def main():
     args = create_parser().parse_args()
+    if args.compare:
+        return compare_results(args.compare)
     args.warmup = 3 if args.warmup is None else args.warmup
     args.runs = 10 if args.runs is None else args.runs
     check_args(args)
+    if args.ceilings:
+        return write_ceilings(args.ceilings)
     if args.prompts_file:
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
     if args.kernels and args.device != "cuda":
@@ -74,7 +80,8 @@ def main():
     with torch._dynamo.config.patch(error_on_recompile=True):
         seconds, image = time_images(pipeline, args)
         memory.end_of("image")
-        stages = time_stages(pipeline, args)
+        with watching_tokens(pipeline.transformer) as tokens:
+            stages = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
 
     kwargs = call_kwargs(pipeline, args)
@@ -88,7 +95,10 @@ def main():
                                            if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
-        "stages_ms": stages, "step_kernels": kernels, "cold_start_s": log.seconds,
+        "stages_ms": stages,
+        "roofline": step_record(pipeline.transformer.config, tokens, stages["denoising_step"],
+                                cached=pipeline.techniques["step cache"].on),
+        "step_kernels": kernels, "cold_start_s": log.seconds,
         "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
         "image_std": float(np.asarray(image).std()),
@@ -149,6 +159,20 @@ def step_kernels(pipeline, args) -> list[dict]:
     return sorted(found, key=lambda kernel: -kernel["ms"])
 
 
+def compare_results(paths: list[str]) -> None:
+    """Prints two results side by side; the last line is the comparison as JSON."""
+    a, b = map(compare.read, paths)
+    found = compare.compare(a, b)
+    print("\n".join([*compare.lines(paths, a, b, found), json.dumps(found)]))
+
+
+def write_ceilings(path: str) -> None:
+    """Measures this GPU's ceilings; the last line is the record as JSON."""
+    record = ceilings.measure()
+    write_json(path, record)
+    print("\n".join([*ceilings.lines(record), json.dumps(record)]))
+
+
 def write_trace(pipeline, args) -> None:
     """A profiler trace of one image, the very call that was timed, with its stages as named regions."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -168,6 +192,9 @@ def report(record: dict) -> None:
     print(f"median {seconds['median']:.4f} s, min {seconds['min']:.4f}, max {seconds['max']:.4f}; "
           f"{record['images_per_second']:.3f} images/s")
     print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
+    work = record["roofline"]
+    print(f"a step: {sum(work['flops'].values()) / 1e12:.3f} TFLOP over {work['image_tokens']} + {work['text_tokens']} "
+          f"tokens" + (f", {work['tflops']:.3f} TFLOP/s" if work["tflops"] else ", some of them cached"))
     for phase, peak in record["peak_memory"].items():
         print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, "
               f"{peak['reserved_gib']:.2f} GiB reserved")

@@ -2,18 +2,24 @@
 
 import copy
 import math
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from utils.benchmark_utils import check_args, create_parser
 from utils.pipeline_utils import call_kwargs
-from utils.quality import capture_step, float32_step, picture_drift, relative_error
+from utils.quality import (
+    broken_share,
+    capture_step,
+    float32_step,
+    latent_drift,
+    latent_recorder,
+    perceptual,
+    picture_drift,
+    relative_error,
+)
 from utils.regions import StageTimes, in_regions
 
 
@@ -94,14 +100,49 @@ def test_drift_of_pictures():
     assert picture_drift(reference[::-1], reference)["ssim"] < 0.2 < found["ssim"] < 1
 
 
-def test_every_quality_row_is_a_command_line_and_has_a_name():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
-    import quality as rows
-    import tables
-    assert set(rows.ROWS) == {*tables.QUALITY, "eager"}
-    for row in rows.ROWS.values():
-        check_args(create_parser().parse_args(["--ckpt", "tiny-flux-dev", *row]))
-    texts, wanted = rows.prompts(100)
-    assert len(set(texts)) == 100 and all(one.colour in text and one.style in text
-                                          for text, one in zip(texts[:50], wanted, strict=False))
-    assert not any("background" in text for text in texts[50:])
+def test_black_pictures_and_broken_latents_are_counted():
+    black, nearly = PIL.Image.new("RGB", (16, 16)), PIL.Image.new("RGB", (16, 16), (1, 0, 2))
+    dot = black.copy()
+    dot.putpixel((3, 3), (0, 200, 0))
+    latents = torch.zeros(4, 8, 2)
+    latents[1, 5, 0], latents[2, 0, 1] = float("nan"), float("inf")
+    assert broken_share([black, nearly, dot, PIL.Image.new("RGB", (16, 16), "white")], latents) == {
+        "black": 0.5, "not_finite": 0.5}
+
+
+def test_drift_of_latents_is_that_of_a_loop():
+    torch.manual_seed(0)
+    reference, noise = torch.randn(3, 5, 8, 2), torch.randn(3, 5, 8, 2)
+    noise[:, 0] = 0
+    found = reference + noise * torch.tensor([0.1, 0.2, 0.4])[:, None, None, None]
+    by_picture = [[relative_error(found[i, step], reference[i, step]) for i in range(3)] for step in range(5)]
+    drift = latent_drift(found, reference)
+    assert drift["by_step"] == pytest.approx([sorted(errors)[1] for errors in by_picture])
+    assert drift["by_step"][0] == 0 and drift["median"] == drift["by_step"][-1]
+    assert drift["max"] == pytest.approx(max(by_picture[-1]))
+    shorter = latent_drift(found[:, 1:], reference)
+    assert shorter["by_step"] is None and shorter["median"] == drift["median"]
+    found[0, -1, 0, 0] = float("nan")
+    assert math.isnan(latent_drift(found, reference)["median"])
+
+
+def test_latents_are_recorded_after_each_step_and_change_nothing(build, make_args):
+    pipeline, args = build("tiny-flux"), make_args("--num_inference_steps", "3")
+    plain = pipeline(**call_kwargs(pipeline, args)).images[0]
+    final = pipeline(**call_kwargs(pipeline, args) | {"output_type": "latent"}).images
+    steps = []
+    image = pipeline(**call_kwargs(pipeline, args), callback_on_step_end=latent_recorder(steps)).images[0]
+    assert image.tobytes() == plain.tobytes() and len(steps) == 3 and torch.equal(steps[-1], final)
+    assert not torch.equal(steps[0], steps[1])
+
+
+def test_metrics_without_their_weights_say_why(monkeypatch, tmp_path):
+    """No download and no failure: one line each."""
+    import huggingface_hub
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: None)
+    pictures = [PIL.Image.new("RGB", (64, 64), "red")]
+    found = perceptual(pictures, pictures, ["red"])
+    assert found["lpips"] is None and found["clip_score"] is None
+    assert "torchvision" in found["not_available"]["lpips"]
+    assert all("--download-metrics" in why and "\n" not in why for why in found["not_available"].values())

@@ -74,7 +74,8 @@ def test_a_useless_prompts_file_is_named(run, tmp_path, text, said):
 
 
 @pytest.mark.parametrize("argv", [["--trace-file", "t.json"], ["--output-json", "r.json"], ["--step_error"],
-                                  ["--runs", "3"], ["--warmup", "0"]])
+                                  ["--runs", "3"], ["--warmup", "0"], ["--ceilings", "c.json"],
+                                  ["--compare", "a.json", "b.json"]])
 def test_benchmark_flags_are_refused_by_gen_image(run, argv):
     with pytest.raises(RecipeError, match=r"is for run_benchmark\.py"):
         run(gen_image, "--ckpt", "tiny-flux", *argv, *EAGER)
@@ -94,6 +95,9 @@ def test_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
     assert set(record["stages_ms"]) == {"prompt_encoding", "denoising_step", "decoding", "postprocessing",
                                         "pil_conversion"}
     assert 1e-4 < record["step_relative_error"] < 0.03
+    work = record["roofline"]
+    assert (work["image_tokens"], work["text_tokens"], work["batch"]) == (64, 64, 1)
+    assert work["tflops"] == pytest.approx(sum(work["flops"].values()) / record["stages_ms"]["denoising_step"] / 1e9)
     assert record["techniques"]["compile"] == {"on": False, "how": "--compile_export_mode disabled"}
     assert {"load", "warm-up"} <= set(record["cold_start_s"]) and record["settings"]["seed"] == 42
     assert record["environment"]["argv"][:2] == ["--ckpt", "tiny-flux-dev"]
@@ -126,6 +130,7 @@ def test_a_step_cache_is_reported(run, tmp_path, capsys):
         *EAGER[:-1], "6")
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["cached_steps"] and record["techniques"]["step cache"]["on"]
+    assert record["roofline"]["tflops"] is None
     with pytest.raises(RecipeError, match="--step_error"):
         run(run_benchmark, "--ckpt", "tiny-flux-dev", "--cache_dit_config", "c.yaml", "--step_error", *EAGER[:-1], "6")
 

@@ -147,6 +147,12 @@ def create_parser() -> argparse.ArgumentParser:
                         help="also measure one step's relative error against float32 (run_benchmark.py)")
     report.add_argument("--kernels", action="store_true",
                         help="also list the GPU kernels of one denoising step (run_benchmark.py)")
+    report.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
+                        help="put two results side by side and say whether they differ by more than noise; no model "
+                        "loads (run_benchmark.py)")
+    report.add_argument("--ceilings", metavar="OUT.json",
+                        help="measure what this NVIDIA GPU can do at FLUX.1's shapes: matrix products, attention, "
+                        "copies; no model loads (run_benchmark.py)")
     report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
     report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
     report.add_argument("--quiet", action="store_true", help="no progress bar, no stage lines")
@@ -234,7 +240,7 @@ def check_args(args: argparse.Namespace) -> None:
            f"Choose from {', '.join(IMAGE_SUFFIXES)}.")
     refuse(is_path and output.resolve() == Path(args.image).expanduser().resolve(),
            f"--output-file {args.output_file} would overwrite --image: choose another name.")
-    for name in ("output_file", "trace_file", "output_json"):
+    for name in ("output_file", "trace_file", "output_json", "ceilings"):
         if getattr(args, name):
             make_writable_parent(getattr(args, name), "--" + name.replace("_", "-"))
 

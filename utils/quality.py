@@ -1,4 +1,6 @@
-"""How far an optimised transformer step is from float32, and pictures from those of a reference."""
+"""How far an optimised transformer step is from float32, and pictures and latents from those of a reference."""
+
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -75,3 +77,80 @@ def picture_drift(found: list[PIL.Image.Image], reference: list[PIL.Image.Image]
     ssim = structural_similarity_index_measure(a, b, data_range=255.0)
     return {"psnr_mean": psnr.mean().item(), "psnr_min": psnr.min().item(), "ssim": ssim.item(),
             "identical": (a == b).all(dim=(1, 2, 3)).double().mean().item()}
+
+
+BLACK = 3  # of 255: the VAE's black is not exactly 0
+
+
+def broken_share(pictures: list[PIL.Image.Image], latents: Tensor) -> dict[str, float]:
+    """Shares of the pictures that are black all over, which is what NaN becomes in 8 bits, and of the final latents
+    (N, S, C) with a NaN or an infinity."""
+    black = [np.array(picture.convert("RGB")).max() < BLACK for picture in pictures]
+    return {"black": float(np.mean(black)), "not_finite": (~latents.isfinite().flatten(1).all(1)).float().mean().item()}
+
+
+def latent_recorder(steps: list[Tensor]):
+    """A `callback_on_step_end` that appends the latents (B, S, C) after each step to `steps`, on the CPU."""
+    def keep(pipeline, step, timestep, kwargs):
+        steps.append(kwargs["latents"].detach().to("cpu", copy=True))
+        return kwargs
+    return keep
+
+
+def latent_drift(found: Tensor, reference: Tensor) -> dict:
+    """Relative error of latents (N, steps, S, C), picture by picture: median and maximum of the final ones, and the
+    median after each step, where both took the same steps."""
+    final = torch.tensor([relative_error(a, b) for a, b in zip(found[:, -1], reference[:, -1], strict=True)])
+    drift = {"median": _median(final), "max": final.max().item(), "by_step": None}
+    if found.shape == reference.shape:
+        drift["by_step"] = [_median(torch.tensor([relative_error(a, b) for a, b in zip(*step, strict=True)]))
+                            for step in zip(found.unbind(1), reference.unbind(1), strict=True)]
+    return drift
+
+
+def _median(values: Tensor) -> float:
+    """NaN if any is; of an even number the mean of the middle two."""
+    return values.double().quantile(0.5).item() if values.isfinite().all() else float("nan")
+
+
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+CLIP_MODEL = "openai/clip-vit-base-patch16"
+
+
+def perceptual(found: list[PIL.Image.Image], reference: list[PIL.Image.Image], prompts: list[str],
+               download: bool = False) -> dict:
+    """LPIPS (AlexNet) against the reference pictures and CLIP score against the prompts, means; None with one line of
+    why in "not_available" where their weights are not on this machine. Only `download` fetches them."""
+    scores = {"lpips": None, "clip_score": None, "not_available": {}}
+    pixels, others = ([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+                      for images in (found, reference))
+    metrics = {"lpips": lambda: _lpips(torch.stack(pixels), torch.stack(others), download),
+               "clip_score": lambda: _clip_score(pixels, prompts, download)}
+    for name, metric in metrics.items():
+        try:
+            scores[name] = metric()
+        except Exception as error:  # another library's, of whatever kind: a missing metric must not cost the row
+            scores["not_available"][name] = f"{error}".split("\n")[0] or type(error).__name__
+    return scores
+
+
+def _lpips(found: Tensor, reference: Tensor, download: bool) -> float:
+    """Of pictures (N, 3, H, W) in 8 bits."""
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+    if not download and not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS).exists():
+        raise FileNotFoundError(f"LPIPS needs torchvision and its {LPIPS_WEIGHTS}, which is not here "
+                                "(--download-metrics fetches it)")
+    return learned_perceptual_image_patch_similarity(found.float() / 255, reference.float() / 255, net_type="alex",
+                                                     normalize=True).item()
+
+
+def _clip_score(pictures: list[Tensor], prompts: list[str], download: bool) -> float:
+    """Of pictures (3, H, W) in 8 bits."""
+    from huggingface_hub import try_to_load_from_cache
+    from torchmetrics.functional.multimodal import clip_score
+
+    cached = [try_to_load_from_cache(CLIP_MODEL, name) for name in ("model.safetensors", "pytorch_model.bin")]
+    if not download and not any(isinstance(path, str) for path in cached):
+        raise FileNotFoundError(f"CLIP score needs {CLIP_MODEL}, which is not here (--download-metrics fetches it)")
+    return clip_score(pictures, prompts, model_name_or_path=CLIP_MODEL).item()

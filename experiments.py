@@ -1,0 +1,320 @@
+"""The ablation: which rows are measured, one fresh process each, and the report on them.
+
+    python experiments.py run h100                     # results/h100/<suite>/<row>.json
+    python experiments.py run h100 --suite schnell --rows '1_eager' 'without_*' --dry-run
+    python experiments.py report                       # README tables, results/<gpu>/report.html
+
+A row that fails becomes a result too: why, its exit code and the end of its output. The others go on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from report import records
+from utils.benchmark_utils import SCHEMA_VERSION, write_json
+
+ROOT = Path(__file__).parent
+
+FUSED, CHANNELS, FA3, QUANT = OFF = [
+    "--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
+EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess"]
+QUICK = ["--disable_inductor_tuning_flags"]
+UNFUSED = ["--disable_fused_kernels"]
+ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
+
+CKPTS = {name: f"black-forest-labs/FLUX.1-{full}" for name, full in
+         (("schnell", "schnell"), ("dev", "dev"), ("kontext", "Kontext-dev"))}
+RUNS = {"schnell": "10", "dev": "5", "kontext": "5"}
+
+# From the plain pipeline upwards, each row with one technique more.
+LADDER = {
+    "1_eager": EAGER + OFF,
+    "2_compile": QUICK + OFF,
+    "3_projections": QUICK + OFF[1:],
+    "4_channels_last": QUICK + OFF[2:],
+    "5_fa3": QUICK + OFF[3:],
+    "6_float8": QUICK + UNFUSED,
+    "7_flags": UNFUSED,
+    "8_fused": QUICK,
+}
+ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
+
+# 8_fused less one technique, and less the fused kernels where they need it. Without float8 it is 5_fa3, without the
+# fused kernels alone 6_float8.
+WITHOUT = {
+    "without_compile": [*QUICK, "--compile_export_mode", "disabled"],
+    "without_cudagraphs": [*QUICK, "--disable_cudagraphs"],
+    "without_gpu_postprocess": [*QUICK, "--disable_gpu_postprocess"],
+    "without_channels_last": [*QUICK, CHANNELS],
+    "without_projections": [*QUICK, FUSED],
+    "without_fa3": [*QUICK, FA3],
+}
+CACHES = {
+    "cache_default": [*QUICK, "--enable_cache_dit"],
+    "cache_yaml": [*QUICK, "--cache_dit_config", "cache_config.yaml"],
+}
+# The first of each is 6_float8 again: how far apart two processes of the same recipe are.
+FLOAT8 = {f"float8_{kind}": [*QUICK, "--quant_granularity", kind] for kind in ("row", "tensor")}
+BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
+            for name in ("fa3", "fa3_bf16", "_native_cudnn", "native")}
+# 8_fused is batch 1 at 1024x1024.
+BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2, 4, 8)}
+SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
+         for width, height in ((512, 512), (768, 768), (1536, 1024))}
+
+# tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
+# that matters, and what all else is worth nothing beyond.
+COMPILED = [*QUICK, FUSED, CHANNELS]
+TINY = {
+    "eager": EAGER + OFF,
+    "float32": [*EAGER, *OFF, "--disable_bf16"],
+    "compile": [*COMPILED, FA3, QUANT],
+    "export": [*COMPILED, FA3, QUANT, "--compile_export_mode", "export_aoti"],
+    "projections": [*EAGER, CHANNELS, FA3, QUANT],
+    "channels_last": [*EAGER, FUSED, FA3, QUANT],
+    "cudagraphs": [*EAGER[:2], *OFF],
+    "int8": [*COMPILED, FA3, "--quant_dtype", "int8"],
+    "float8_row": [*COMPILED, FA3, "--quant_dtype", "float8", "--quant_granularity", "row"],
+    "float8_tensor": [*COMPILED, FA3, "--quant_dtype", "float8", "--quant_granularity", "tensor"],
+    "fa3_bf16": [*EAGER, FUSED, CHANNELS, QUANT, "--attention_backend", "fa3_bf16"],
+    "fa3_fp8": [*EAGER, FUSED, CHANNELS, QUANT, "--attention_backend", "fa3"],
+    "fa3_fp8_unscaled": [*EAGER, FUSED, CHANNELS, QUANT, "--attention_backend", "fa3_unscaled"],
+    "unfused": [*EAGER, CHANNELS, "--disable_fused_kernels", "--quant_dtype", "float8"],
+    "fused": [*EAGER, CHANNELS, "--quant_dtype", "float8"],
+    "text_encoder_quant": [*EAGER, *OFF, "--text_encoder_quant"],
+    "cache": [*EAGER, *OFF, "--enable_cache_dit"],
+    "steps_20": [*EAGER, *OFF, "--num_inference_steps", "20"],
+    "steps_14": [*EAGER, *OFF, "--num_inference_steps", "14"],
+    "all_defaults": QUICK,
+    "cache_defaults": [*QUICK, "--enable_cache_dit"],
+    "other_seed": [*EAGER, *OFF, "--seed", "1000"],
+}
+# The same recipe without its cache, where that is not the reference already.
+TWINS = {"cache_defaults": "all_defaults"}
+
+ROWS = {
+    "schnell": LADDER | {
+        "8_fused": [*QUICK, "--kernels"],
+        "9_group_norm": [*QUICK, "--enable_fused_group_norm"],
+        "kernels_unfused": [*QUICK, *UNFUSED, "--kernels", "--runs", "1"],
+        "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
+        "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
+        "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
+    } | WITHOUT | FLOAT8 | BACKENDS | BATCHES | SIZES,
+    "dev": LADDER | WITHOUT | CACHES | FLOAT8,
+    "kontext": ENDS | WITHOUT | CACHES,
+    "tiny": TINY,
+}
+
+# The float32 reference needs the unquantised model on the GPU and a step that computes every block.
+WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_")
+
+
+def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:
+    """The command lines of one row, in order, from the repository's root: the last one measures and results record
+    it, those before make what it compares with, unless that is there. Later flags win over earlier ones."""
+    output = scratch / "result.json"
+    if suite == "tiny":
+        def pictures(*flags: str, row: str) -> list[str]:
+            return [sys.executable, "-m", "tiny_flux.pictures", *flags, "--", *TINY[row]]
+
+        kept = {name: f"results/{gpu}/tiny/.reference/{name}.safetensors"
+                for name in ("eager", TWINS.get(row)) if name}
+        flags = ["--reference", kept["eager"], "--output-json", str(output), "--sheet", str(scratch / "sheet.webp")]
+        if row in TWINS:
+            flags += ["--twin", kept[TWINS[row]]]
+        flags += ["--download-metrics"] if metrics else []
+        return [*(pictures("--keep", path, row=name) for name, path in kept.items()), pictures(*flags, row=row)]
+    flags = ["--ckpt", CKPTS[suite], "--random_weights", "--warmup", "1", "--runs", RUNS[suite],
+             "--output-json", str(output), "--output-file", str(scratch / "image.png")]
+    if not row.startswith(WITHOUT_STEP_ERROR):
+        flags.append("--step_error")
+    if suite == "kontext":
+        flags += ["--image", str(scratch / "reference.png")]
+    return [[sys.executable, "run_benchmark.py", *flags, *ROWS[suite][row]]]
+
+
+def choose(suites: list[str] | None, patterns: list[str] | None) -> list[tuple[str, str]]:
+    """The rows to measure, (suite, row), in the tables' order.
+
+    Raises:
+        ValueError: a name that does not exist, with the choices.
+    """
+    if unknown := [name for name in suites or [] if name not in ROWS]:
+        raise ValueError(f"unknown suite {', '.join(unknown)}: choose from {', '.join(ROWS)}")
+    rows = [(suite, row) for suite in ROWS if not suites or suite in suites for row in ROWS[suite]]
+    for pattern in patterns or []:
+        if not any(fnmatchcase(row, pattern) for _, row in rows):
+            raise ValueError(f"unknown row {pattern}: choose from {', '.join(dict.fromkeys(row for _, row in rows))}")
+    return [(suite, row) for suite, row in rows if not patterns or any(fnmatchcase(row, one) for one in patterns)]
+
+
+def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
+    """Runs one command in a process group of its own; its exit code, None if it ran past `timeout`, and its output."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+def reason(code: int | None, output: str) -> str:
+    """What ended a process that did not succeed, in two or three words."""
+    if not code:
+        return "timeout" if code is None else "no result"
+    if "out of GPU memory" in output or "OutOfMemoryError" in output:
+        return "out of memory"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return "refused" if code == 2 and "error: " in output else "crash"
+
+
+def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
+    """The result of one row: what its last command wrote, or how one of its commands failed."""
+    start, result = time.monotonic(), scratch / "result.json"
+    for line in lines:
+        code, output = execute(line, max(1.0, timeout - (time.monotonic() - start)))
+        if code != 0 or (line is lines[-1] and not result.exists()):
+            return {"schema_version": SCHEMA_VERSION, "error": reason(code, output), "exit_code": code,
+                    "timeout_s": timeout, "wall_s": time.monotonic() - start,
+                    "output_end": output.replace(str(ROOT), ".").splitlines()[-15:],
+                    "environment": {"argv": line[1:], "platform": platform.platform(),
+                                    "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
+    return json.loads(result.read_text()) | {"wall_s": time.monotonic() - start}
+
+
+def where(folder: Path, row: str, resume: bool) -> Path | None:
+    """Where the row's result goes; None if it is there and stays. Only a failure is ever overwritten, and only to
+    resume."""
+    if resume and records.newest(folder, row):
+        return None
+    before = records.attempts(folder, row)
+    return before[-1] if resume and before else records.next_path(folder, row)
+
+
+def run(args) -> int:
+    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which also end the row's process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    todo = [(suite, row, path) for suite, row in args.chosen
+            if (path := where(records.RESULTS / args.gpu / suite, row, args.resume))]
+    print(f"{len(todo)} of {len(args.chosen)} rows to measure", flush=True)
+    failed, spent = [], []
+    for done, (suite, row, path) in enumerate(todo):
+        with tempfile.TemporaryDirectory() as scratch:
+            scratch = Path(scratch)
+            lines = commands(args.gpu, suite, row, scratch, args.download_metrics)
+            name = f"[{done + 1}/{len(todo)}] {suite}/{row}"
+            if args.dry_run:
+                print(f"{name} -> {path.relative_to(records.RESULTS.parent)}: {shlex.join(lines[-1][1:])}")
+                continue
+            if suite == "kontext":
+                noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+                PIL.Image.fromarray(noise).save(scratch / "reference.png")
+            try:
+                record = measure(lines, scratch, args.timeout)
+            except KeyboardInterrupt:
+                print(f"{name}: interrupted; {done} rows are kept, --resume goes on", file=sys.stderr)
+                return 130
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(str(path), {"suite": suite, "row": row} | record)
+            if (scratch / "sheet.webp").exists() and "error" not in record:
+                path.with_suffix(".webp").write_bytes((scratch / "sheet.webp").read_bytes())
+        spent.append(record["wall_s"])
+        left = len(todo) - done - 1
+        print(f"{name}: {summary(record)}, {spent[-1]:.0f} s; {left} left, about "
+              f"{left * sum(spent) / len(spent) / 60:.0f} min", flush=True)
+        if "error" in record:
+            failed.append(f"{suite}/{row}")
+            print("\n".join(f"    {line}" for line in record["output_end"]), file=sys.stderr)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def summary(record: dict) -> str:
+    """The one figure of a progress line."""
+    if "error" in record:
+        return record["error"]
+    if "given" in record:
+        return f"PSNR {record['given']['psnr_mean']:.1f} and {record['open']['psnr_mean']:.1f} dB"
+    return f"median {record['seconds']['median']:.3f} s an image"
+
+
+def report(args) -> int:
+    """Writes the pages' tables and each GPU's report; the exit code: 1 if --check finds a table out of date."""
+    from report import tables
+    if args.check:
+        return tables.check()
+    tables.write()
+    try:
+        from report import page
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: {error.name} is missing. {INSTALL}") from error
+    gpus = args.gpus or sorted(path.name for path in records.RESULTS.iterdir() if path.is_dir())
+    for gpu in gpus:
+        for path in page.write(gpu):
+            print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 1000:.0f} kB")
+    return 0
+
+
+INSTALL = "pip install jinja2==3.1.6 matplotlib==3.11.2, or pip install -r requirements-dev.txt"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(required=True)
+
+    runs = actions.add_parser("run", help="measure rows, one fresh process each")
+    runs.add_argument("gpu", help="name of the folder below results/, such as h100")
+    runs.add_argument("--suite", nargs="+", help=f"some of {', '.join(ROWS)}; all without")
+    runs.add_argument("--rows", nargs="+", metavar="ROW", help="some of their rows, by name or pattern ('without_*')")
+    runs.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    runs.add_argument("--resume", action="store_true",
+                      help="skip rows that are finished and repeat those that failed; without, a row that is there is "
+                      "measured again and appended as ROW.2.json")
+    runs.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds a row may take (1800)")
+    runs.add_argument("--download-metrics", action="store_true",
+                      help="download the weights of LPIPS and CLIP score (suite tiny) if they are not here")
+    runs.set_defaults(action=run)
+
+    reports = actions.add_parser("report", help="write the README's tables, charts and a page of each GPU",
+                                 description=f"Tables need nothing; charts and page need: {INSTALL}")
+    reports.add_argument("gpus", nargs="*", metavar="GPU", help="folders below results/; all without")
+    reports.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
+    reports.set_defaults(action=report)
+
+    args = parser.parse_args(argv)
+    if args.action is run:
+        try:
+            args.chosen = choose(args.suite, args.rows)
+        except ValueError as error:
+            runs.error(str(error))
+    elif missing := [gpu for gpu in args.gpus if not (records.RESULTS / gpu).is_dir()]:
+        there = sorted(path.name for path in records.RESULTS.iterdir() if path.is_dir())
+        reports.error(f"no results of {', '.join(missing)}: choose from {', '.join(there)}")
+    return args.action(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

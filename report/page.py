@@ -1,0 +1,235 @@
+"""results/<gpu>/report.html: everything that was measured on one GPU on one page, and the charts beside it."""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import PIL.Image
+from markupsafe import Markup
+
+from report import charts, records, tables
+from utils.roofline import roofline_of, share_of_ceiling
+
+SUITES = {"schnell": "FLUX.1-schnell", "dev": "FLUX.1-dev", "kontext": "FLUX.1-Kontext-dev"}
+TITLES = {"ladder": "From the plain pipeline upwards", "without": "One technique less", "caches": "Step caches",
+          "float8": "Scales of float8", "attention": "Attention backends", "batch": "Batches", "sizes": "Sizes"}
+
+
+def write(gpu: str) -> list[Path]:
+    """Writes the page and the charts of results/<gpu>/; the paths, the page's first."""
+    folder = records.RESULTS / gpu
+    pictures, sections = [], []
+    for suite, title in SUITES.items():
+        if (folder / suite).is_dir():
+            sections.append(speed_section(folder, suite, title, pictures))
+    if (folder / "tiny").is_dir():
+        sections.append(quality_section(folder / "tiny", pictures))
+    for path in {*folder.glob("*.svg"), *folder.glob("contact_sheet.webp")} - set(pictures):
+        path.unlink()
+    page = environment().get_template("page.html").render(
+        gpu=gpu, sections=[one for one in sections if one], machines=machines(folder), fingerprint=fingerprint(folder))
+    (folder / "report.html").write_text(page)
+    return [folder / "report.html", *pictures]
+
+
+def environment() -> jinja2.Environment:
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of all results of a GPU: a page that carries it is up to date."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.json")):
+        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def machines(folder: Path) -> list[str]:
+    """One line for each machine and set of versions that results were measured with."""
+    lines = []
+    for path in sorted(folder.rglob("*.json")):
+        found = json.loads(path.read_text()).get("environment", {})
+        if "packages" not in found:
+            continue
+        gpu = [f"{found['gpu']}, {found['gpu_memory_gib']:.0f} GiB", f"power limit {found['power_limit']}",
+               f"driver {found['driver']}"] if found.get("gpu") else [f"CPU, {found['cpu_threads']} threads"]
+        packages = [f"{name} {found['packages'][name]}" for name in
+                    ("torch", "triton", "diffusers", "torchao", "fa3-fwd", "cache-dit") if name in found["packages"]]
+        lines.append(", ".join([*gpu, *packages]))
+    return list(dict.fromkeys(lines))
+
+
+def picture(path: Path, text: str, alt: str, pictures: list[Path]) -> dict:
+    """Writes an SVG, and what the page needs to show it without the file."""
+    path.write_text(text)
+    pictures.append(path)
+    return inlined(path, alt)
+
+
+def inlined(path: Path, alt: str) -> dict:
+    """A data URI; of SVG as quoted text, which is smaller than base64."""
+    uri = ("data:image/svg+xml," + quote(path.read_text(), safe=" ='/:;,.()@+{}") if path.suffix == ".svg" else
+           "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode())
+    return {"uri": Markup(uri), "alt": alt}  # neither holds a character that HTML would need escaped
+
+
+def read(folder: Path, names: dict[str, str]) -> list[tuple[str, str, dict]]:
+    """Name, file and record of each row of `names` that is finished."""
+    return [(name, path.name, record) for row, name in names.items()
+            if (found := records.newest(folder, row)) for path, record in [found]]
+
+
+def failed(folder: Path, names: dict[str, str]) -> list[dict]:
+    return [{"name": names.get(row, row), "error": record["error"], "last": (record["output_end"] or ["-"])[-1]}
+            for row, record in records.failures(folder).items() if "error" in record]
+
+
+# --- speed, with random weights ---
+
+def speed_section(folder: Path, suite: str, title: str, pictures: list[Path]) -> dict:
+    folder, charted = folder / suite, {}
+    ceilings = folder.parent / "ceilings.json"
+    ceilings = json.loads(ceilings.read_text()) if ceilings.exists() else None
+    eager = records.newest(folder, "1_eager")
+    groups = []
+    for group, names in tables.GROUPS.items():
+        rows = read(folder, names)
+        if group == "ladder" or (len(rows) > 1 and records.newest(folder, next(iter(names)))):
+            groups.append(filled(TITLES[group], SPEED_HEAD,
+                                 [speed_cells(suite, *row, eager and eager[1], ceilings) for row in rows]))
+            charted |= {file: (name.partition(", and so")[0], record) for name, file, record in rows
+                        if group in ("ladder", "without", "caches") and file not in charted}
+    images, rows = [], read(folder, {row: name for row, name in tables.NAMES.items() if row != "memory_24gib"})
+    if len(rows) > 1:
+        names, seconds = [name for name, _, _ in rows], [record["seconds"]["median"] for _, _, record in rows]
+        ratios = [eager and tables.speed_up(eager[1], record) for _, _, record in rows]
+        images.append(picture(folder.parent / f"{suite}_ladder.svg", charts.ladder(names, seconds, ratios),
+                              f"{title}: seconds of each row, with the speed-up over eager", pictures))
+        images.append(picture(
+            folder.parent / f"{suite}_stages.svg",
+            charts.stages(names, [record["stages_ms"] for _, _, record in rows],
+                          [record["settings"]["num_inference_steps"] for _, _, record in rows]),
+            f"{title}: milliseconds of each stage", pictures))
+    known = {name: record for name, record in charted.values() if record["step_relative_error"] is not None}
+    if len(known) > 2:
+        images.append(picture(
+            folder.parent / f"{suite}_quality.svg",
+            charts.speed_against_quality(
+                list(known), [record["seconds"]["median"] for record in known.values()],
+                [record["step_relative_error"] * 100 for record in known.values()], "seconds an image",
+                "step error, %", higher_is_better=False),
+            f"{title}: seconds against the error of a step; the Pareto front is joined", pictures))
+    note = ("Random weights at full size: speed and memory are the model's, pixels mean nothing. Step error: relative "
+            "error of one transformer step against float32 on the same weights. TFLOP/s: the products of a step over "
+            "its time" + ("; ceiling: the time that they take at this GPU's measured rates, over the time that they "
+                          "took." if ceilings else "."))
+    return {"title": title, "note": note, "groups": groups, "images": images, "failed": failed(folder, tables.NAMES)}
+
+
+SPEED_HEAD = ["", "seconds (min–max)", "×", "encode ms", "step ms", "decode ms", "TFLOP/s", "of ceiling", "step error",
+              "GiB", "first image s"]
+
+
+def speed_cells(suite: str, name: str, file: str, record: dict, eager: dict | None, ceilings: dict | None) -> list:
+    seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
+    work, ratio = roofline_of(record), eager and tables.speed_up(eager, record)
+    share = share_of_ceiling(record, ceilings) if ceilings else None
+    first = record["cold_start_s"].get("process start to first image")
+    return [{"text": name, "link": f"{suite}/{file}"},
+            f"{seconds['median']:.3f} ({seconds['min']:.3f}–{seconds['max']:.3f})", optional(ratio, "{:.2f}"),
+            *(f"{stages[stage]:.1f}" for stage in ("prompt_encoding", "denoising_step", "decoding")),
+            optional(work and work["tflops"], "{:.0f}"), optional(share, "{:.0%}"), optional(error, "{:.2%}"),
+            optional(record["peak_memory"].get("image", {}).get("reserved_gib"), "{:.1f}"), optional(first, "{:.0f}")]
+
+
+def filled(title: str, head: list[str], rows: list[list]) -> dict:
+    """A table without the columns in which nothing stands."""
+    kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
+    return {"title": title, "head": [head[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows]}
+
+
+def optional(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+# --- pictures of the small trained model ---
+
+QUALITY_HEAD = ["", "PSNR, all words given (min)", "PSNR, words left open (min)", "SSIM", "latents, median (max)",
+                "black, not finite", "LPIPS", "CLIP score", "judge, top 5", "seconds"]
+
+
+def quality_section(folder: Path, pictures: list[Path]) -> dict | None:
+    names = {"eager": "eager bf16: the reference"} | tables.QUALITY
+    rows = read(folder, names)
+    if not rows:
+        return None
+    images = []
+    charted = [row for row in rows if row[0] not in (names["eager"], names["other_seed"])]
+    if len(charted) > 1:
+        images.append(picture(
+            folder.parent / "tiny_quality.svg",
+            charts.speed_against_quality(
+                [name for name, _, _ in charted], [record["seconds"] for _, _, record in charted],
+                [mean_psnr(record) for _, _, record in charted],
+                f"seconds of {charted[0][2]['prompts']} pictures", "PSNR, dB (identical: 100)", higher_is_better=True),
+            "seconds against PSNR; the Pareto front is joined", pictures))
+    curves = [(name, record["latents"]["by_step"]) for name, _, record in charted
+              if "latents" in record and record["latents"]["by_step"] and record["latents"]["median"]]
+    if curves:
+        images.append(picture(folder.parent / "tiny_drift.svg", charts.drift(*map(list, zip(*curves, strict=True))),
+                              "error of the latents after each step against eager bf16", pictures))
+    if sheet := contact_sheet(folder, rows):
+        pictures.append(sheet)
+        images.append(inlined(sheet, "pictures of each row, PSNR against eager below each"))
+    groups = [filled("Against eager bf16, same prompts and seeds", QUALITY_HEAD,
+                     [quality_cells(*row) for row in rows])]
+    twins = [(f"{name}, against {' '.join(record['twin']['argv'])}", file, record | record["twin"])
+             for name, file, record in rows if record.get("twin")]
+    if twins:
+        groups.append(filled("Caches against the same recipe without", QUALITY_HEAD,
+                             [quality_cells(*row) for row in twins]))
+    missing = {why for _, _, record in rows for why in record.get("perceptual", {}).get("not_available", {}).values()}
+    note = (f"{rows[0][2]['prompts']} pictures of tiny-flux-dev, 28 steps, half of the prompts with style and "
+            "background, half without. PSNR is of drift, not of quality; the judge says whether a picture is of what "
+            "was asked for. The model has 10 M parameters: what it shows is whether a switch engages and whether it "
+            "breaks something. " + " ".join(sorted(f"{why}." for why in missing)))
+    return {"title": "tiny-flux: pictures", "note": note, "groups": groups, "images": images,
+            "failed": failed(folder, names)}
+
+
+def mean_psnr(record: dict) -> float:
+    return (record["given"]["psnr_mean"] + record["open"]["psnr_mean"]) / 2
+
+
+def psnr_text(part: dict) -> str:
+    return "the same" if part["identical"] == 1 else f"{part['psnr_mean']:.1f} ({part['psnr_min']:.1f})"
+
+
+def quality_cells(name: str, file: str, record: dict) -> list:
+    latents, broken, scores = (record.get(key) for key in ("latents", "broken", "perceptual"))
+    return [{"text": name, "link": f"tiny/{file}"}, psnr_text(record["given"]), psnr_text(record["open"]),
+            f"{(record['given']['ssim'] + record['open']['ssim']) / 2:.3f}",
+            f"{latents['median']:.2%} ({latents['max']:.2%})" if latents else "–",
+            f"{broken['black']:.0%}, {broken['not_finite']:.0%}" if broken else "–",
+            optional(scores and scores["lpips"], "{:.4f}"), optional(scores and scores["clip_score"], "{:.1f}"),
+            f"{record['judge']['top5']:.0%}", f"{record['seconds']:.0f}"]
+
+
+def contact_sheet(folder: Path, rows: list[tuple[str, str, dict]]) -> Path | None:
+    """Writes contact_sheet.webp beside the page, from the strips that lie beside the rows' files, if any."""
+    found = [(name, PIL.Image.open(strip), record["shown"]) for name, file, record in rows
+             if (strip := (folder / file).with_suffix(".webp")).exists()]
+    if not found:
+        return None
+    path = folder.parent / "contact_sheet.webp"
+    charts.contact_sheet(
+        [name for name, _, _ in found], [strip for _, strip, _ in found],
+        [["the same" if one["identical"] == 1 else f"{one['psnr_mean']:.1f} dB" for one in shown]
+         for _, _, shown in found], [one["prompt"] for one in found[0][2]], path)
+    for _, strip, _ in found:
+        strip.close()
+    return path

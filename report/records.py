@@ -1,0 +1,44 @@
+"""What stands in results/: one JSON a measurement, <gpu>/<suite>/<row>.json, then <row>.2.json, <row>.3.json.
+
+A measurement that failed has the key "error". Readers take the newest that did not.
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+
+
+def attempts(folder: Path, row: str) -> list[Path]:
+    """The files of `row` in the order in which they were measured."""
+    found = {1: folder / f"{row}.json"} if (folder / f"{row}.json").exists() else {}
+    for path in folder.glob(f"{row}.*.json"):
+        number = path.name.removeprefix(f"{row}.").removesuffix(".json")
+        if number.isdigit():
+            found[int(number)] = path
+    return [found[number] for number in sorted(found)]
+
+
+def next_path(folder: Path, row: str) -> Path:
+    """Where the next measurement of `row` belongs: nothing is there yet."""
+    before = attempts(folder, row)
+    if not before:
+        return folder / f"{row}.json"
+    last = before[-1].name.removeprefix(f"{row}.").removesuffix("json").rstrip(".")
+    return folder / f"{row}.{int(last or 1) + 1}.json"
+
+
+def newest(folder: Path, row: str) -> tuple[Path, dict] | None:
+    """File and record of the newest finished measurement of `row`."""
+    for path in reversed(attempts(folder, row)):
+        record = json.loads(path.read_text())
+        if "error" not in record:
+            return path, record
+    return None
+
+
+def failures(folder: Path) -> dict[str, dict]:
+    """The records of rows whose newest attempt failed and that no attempt finished, by row."""
+    rows = sorted({path.name.split(".")[0] for path in folder.glob("*.json")})
+    return {row: json.loads(attempts(folder, row)[-1].read_text()) for row in rows if newest(folder, row) is None}

@@ -1,0 +1,149 @@
+"""The tables of README.md and of tiny_flux/README.md, from the JSON files in results/: no figure in them is typed by
+hand. `python experiments.py report` rewrites what stands between the markers.
+"""
+
+import json
+import re
+import sys
+
+from report.records import RESULTS, ROOT, newest
+
+PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
+MARKERS = re.compile(r"(<!-- (results|quality|judge):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+NAMES = {
+    "1_eager": "bf16, eager (diffusers)",
+    "2_compile": "+ compile, CUDA graphs, GPU postprocess",
+    "3_projections": "+ fused projections",
+    "4_channels_last": "+ channels_last",
+    "5_fa3": "+ FA3, fp8 scaled",
+    "6_float8": "+ float8, one scale a row",
+    "7_flags": "+ inductor flags",
+    "8_fused": "float8 as above, + fused kernels",
+    "9_group_norm": "+ fused group norm",
+    "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
+}
+
+# Rows beside the ladder, each group after what it is compared with.
+FULL = {"8_fused": "all but inductor flags"}
+GROUPS = {
+    "ladder": NAMES,
+    "without": FULL | {
+        "without_compile": "without compile",
+        "without_cudagraphs": "without CUDA graphs",
+        "without_gpu_postprocess": "without GPU postprocess",
+        "without_channels_last": "without channels_last",
+        "without_projections": "without fused projections, and so without fused kernels",
+        "without_fa3": "without fp8 attention, and so without fused kernels",
+        "5_fa3": "without float8, and so without fused kernels",
+        "6_float8": "without fused kernels",
+    },
+    "caches": FULL | {"cache_default": "step cache F12B12", "cache_yaml": "step cache of cache_config.yaml"},
+    "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
+    "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
+                  "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
+    "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)},
+    "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
+}
+
+
+def table(where: str) -> str:
+    """The markdown table of results/<gpu>/<suite>/*.json, in the order of a group of rows: `where` is <gpu>/<suite> for
+    the ladder, or <gpu>/<suite>/<group>. Ratios are to the suite's eager row, if any."""
+    gpu, name, *group = where.split("/")
+    suite, names = f"{gpu}/{name}", GROUPS[group[0] if group else "ladder"]
+    found = {stem: result for stem in names if (result := newest(RESULTS / suite, stem))}
+    eager = newest(RESULTS / suite, "1_eager")
+    lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
+    for stem, (path, record) in found.items():
+        seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
+        lines.append("| " + " | ".join([
+            f"[{names[stem]}](results/{suite}/{path.name})",
+            f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})",
+            f"{ratio:.2f}" if (ratio := eager and speed_up(eager[1], record)) else "–",
+            *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
+            "–" if error is None else f"{error * 100:.2f} %",
+            f"{record['peak_memory']['image']['reserved_gib']:.1f}",
+        ]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def speed_up(eager: dict, record: dict) -> float | None:
+    """How many times as many images a second as eager; None for images of another size."""
+    if any(eager["settings"][name] != record["settings"][name] for name in ("height", "width")):
+        return None
+    images = record["settings"]["num_images_per_prompt"] / eager["settings"]["num_images_per_prompt"]
+    return images * eager["seconds"]["median"] / record["seconds"]["median"]
+
+
+QUALITY = {
+    "float32": "float32",
+    "compile": "compile",
+    "export": "exported packages",
+    "projections": "fused projections",
+    "channels_last": "channels_last",
+    "cudagraphs": "CUDA graphs",
+    "int8": "int8, compiled",
+    "float8_row": "float8, one scale a row, compiled",
+    "float8_tensor": "float8, one scale a tensor, compiled",
+    "fa3_bf16": "FA3, bf16",
+    "fa3_fp8": "FA3, fp8 scaled",
+    "fa3_fp8_unscaled": "FA3, fp8 unscaled",
+    "text_encoder_quant": "T5 in int8",
+    "cache": "step cache, F2B2",
+    "cache_defaults": "all defaults and the step cache",
+    "steps_20": "20 steps",
+    "steps_14": "14 steps",
+    "unfused": "float8 row + FA3 fp8",
+    "fused": "the same on fused kernels",
+    "all_defaults": "all defaults",
+    "other_seed": "another seed: the floor",
+}
+
+
+def quality_table(machine: str) -> str:
+    """The markdown table of results/<machine>/tiny/*.json, in the order of `QUALITY`."""
+    lines = ["| against eager bf16 | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | judge, top 5 |",
+             "|---" * 5 + "|"]
+    for stem, name in QUALITY.items():
+        if not (result := newest(RESULTS / machine / "tiny", stem)):
+            continue
+        path, record = result
+        given, left_open = record["given"], record["open"]
+        lines.append("| " + " | ".join([
+            f"[{name}](results/{machine}/tiny/{path.name})",
+            *("the same" if part["identical"] == 1 else f"{part['psnr_mean']:.1f} ({part['psnr_min']:.1f})"
+              for part in (given, left_open)),
+            f"{(given['ssim'] + left_open['ssim']) / 2:.3f}", f"{record['judge']['top5'] * 100:.0f} %"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def judge_table(machine: str) -> str:
+    """The markdown table of results/<machine>/tiny/judge.json."""
+    verdicts = json.loads((RESULTS / machine / "tiny" / "judge.json").read_text())["verdicts"]
+    names = {"top1": "the emoji, nearest of all", "top5": "among the nearest five", "style": "style",
+             "background": "background"}
+    lines = ["| | pictures | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
+    lines += [f"| {what} | {one['pictures']} | " + " | ".join(f"{one[name] * 100:.1f} %" for name in names) + " |"
+              for what, one in verdicts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(text: str) -> str:
+    """`text` with every marked part written anew."""
+    makers = {"results": table, "quality": quality_table, "judge": judge_table}
+    return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
+
+
+def write() -> None:
+    """Brings the pages up to date."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
+
+
+def check() -> int:
+    """The exit code: 1 if `write` would change a page."""
+    stale = [page for page in PAGES if with_tables(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page} is not what results/ says: run python experiments.py report", file=sys.stderr)
+    return 1 if stale else 0

@@ -1,0 +1,134 @@
+"""Charts and page from made-up results, and that the committed ones are up to date."""
+
+import base64
+import json
+import re
+import sys
+import xml.etree.ElementTree
+from urllib.parse import unquote
+
+import PIL.Image
+import pytest
+
+import experiments
+from report import charts, page, records, tables
+
+DRAWN = ("schnell_ladder.svg", "schnell_stages.svg", "schnell_quality.svg", "tiny_quality.svg", "tiny_drift.svg",
+         "contact_sheet.webp")
+
+
+def speed(seconds: float, error: float) -> dict:
+    on = {"on": True, "how": "bf16"}
+    return {
+        "model": "black-forest-labs/FLUX.1-schnell", "random_weights": "full", "cached_steps": None,
+        "settings": {"height": 1024, "width": 1024, "num_inference_steps": 4, "max_sequence_length": 256,
+                     "num_images_per_prompt": 1},
+        "techniques": {"bf16": on, "quantisation": on | {"on": False}, "attention": on},
+        "seconds": {"median": seconds, "min": seconds - 0.01, "max": seconds + 0.01},
+        "stages_ms": {"prompt_encoding": 10.0, "denoising_step": 200 * seconds, "decoding": 40.0},
+        "step_relative_error": error, "cold_start_s": {}, "peak_memory": {"image": {"reserved_gib": 26.6}},
+        "environment": {"packages": {"torch": "2.11.0"}, "gpu": "Made-up <GPU>", "gpu_memory_gib": 79.2,
+                        "power_limit": "700 W", "driver": "1.2"}}
+
+
+def pictures(psnr: float, error: float) -> dict:
+    part = {"psnr_mean": psnr, "psnr_min": psnr - 9, "ssim": 0.9, "identical": float(psnr == 100)}
+    return {"given": part, "open": part, "prompts": 6, "seconds": 3.0, "judge": {"top5": 1.0}, "twin": None,
+            "latents": {"median": error, "max": 2 * error, "by_step": [error / 2, error]},
+            "broken": {"black": 0.0, "not_finite": 0.0},
+            "perceptual": {"lpips": None, "clip_score": None, "not_available": {"lpips": "LPIPS needs weights"}},
+            "shown": [part | {"prompt": f"3d {name}"} for name in ("cat", "dog")]}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    folder = tmp_path / "made-up"
+    written = {"schnell/1_eager": speed(0.8, 0.014), "schnell/2_compile": speed(0.5, 0.013),
+               "schnell/6_float8": speed(0.4, 0.017), "schnell/6_float8.2": speed(0.32, 0.017),
+               "schnell/7_flags": {"error": "timeout", "output_end": ["still <autotuning>"]},
+               "tiny/eager": pictures(100, 0.0), "tiny/compile": pictures(52, 0.01), "tiny/int8": pictures(42, 0.03),
+               "tiny/cache": pictures(40, 0.02) | {"twin": {"argv": ["--x"], **pictures(44, 0.01)}},
+               "ceilings": {"matmul": {"a": {"bf16": 700.0}}, "attention": {"sdpa_cudnn": 600.0}}}
+    for name, record in written.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    for row in ("eager", "cache"):
+        PIL.Image.new("RGB", (160, 80), "teal").save(folder / "tiny" / f"{row}.webp")
+    (folder / "of_an_older_report.svg").write_text("")
+    page.write("made-up")
+    return folder, (folder / "report.html").read_text()
+
+
+def test_the_page_holds_everything_and_fetches_nothing(results):
+    folder, text = results
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(
+        [*DRAWN, "report.html", "ceilings.json"])
+    sources = re.findall(r'(?:src|href)="([^"]+)"', text)
+    inline = [source for source in sources if source.startswith("data:")]
+    assert len(inline) == len(DRAWN) and not any("//" in source.split(",")[0] for source in sources)
+    assert all((folder / source).exists() for source in set(sources) - set(inline))
+    found = {unquote(uri.partition(",")[2]).encode() if "svg" in uri[:20] else base64.b64decode(uri.partition(",")[2])
+             for uri in inline}
+    assert found == {(folder / name).read_bytes() for name in DRAWN}
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_the_pages_figures_are_those_of_the_newest_results(results):
+    _, text = results
+    cells = re.findall(r"<td>(?:<a [^>]*>)?([^<]*)", text)
+    row = cells[cells.index("+ float8, one scale a row"):][:8]
+    assert row[1:3] == ["0.320 (0.310–0.330)", "2.50"] and row[4] == "64.0"
+    # 69.47 TFLOP in 64 ms; at the ceilings 56.20 / 700 + 13.27 / 600 s.
+    assert row[6:8] == ["1085", "160%"]
+    assert 'href="schnell/6_float8.2.json"' in text
+    assert "+ inductor flags: timeout. still &lt;autotuning&gt;" in text and "Made-up &lt;GPU&gt;, 79 GiB" in text
+    assert "LPIPS needs weights." in text and "step cache, F2B2, against --x" in text
+
+
+def test_charts_say_what_the_results_say(results):
+    folder, _ = results
+    drawn = {name: (folder / name).read_text() for name in DRAWN if name.endswith("svg")}
+    assert "0.800 s ×1.00" in drawn["schnell_ladder.svg"] and "0.320 s ×2.50" in drawn["schnell_ladder.svg"]
+    assert "690 ms" in drawn["schnell_stages.svg"]  # 10 + 4 * 160 + 40
+    for text in drawn.values():
+        xml.etree.ElementTree.fromstring(text)
+        assert charts.INK not in text and "currentColor" in text and "prefers-color-scheme:dark" in text
+    assert PIL.Image.open(folder / "contact_sheet.webp").width > 100
+
+
+def test_the_same_results_give_the_same_files(results):
+    folder, text = results
+    before = {name: (folder / name).read_bytes() for name in DRAWN}
+    page.write("made-up")
+    assert (folder / "report.html").read_text() == text
+    assert {name: (folder / name).read_bytes() for name in DRAWN} == before
+
+
+def test_pareto_front():
+    costs, errors = [1.0, 2.0, 3.0, 2.0, 4.0], [5.0, 3.0, 3.0, 4.0, 1.0]
+    assert charts.pareto(costs, errors) == [0, 1, 4]
+
+
+def test_a_missing_package_is_named_with_its_cure(monkeypatch):
+    monkeypatch.setattr(tables, "write", lambda: None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "report.page")
+    monkeypatch.delattr("report.page")
+    with pytest.raises(SystemExit, match=r"jinja2 is missing\. pip install jinja2=="):
+        experiments.main(["report"])
+
+
+def test_results_of_an_unknown_gpu_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        experiments.main(["report", "b200"])
+    assert "choose from cpu, h100" in capsys.readouterr().err
+
+
+def test_the_committed_reports_are_up_to_date_and_small():
+    """Written anew by `python experiments.py report` whenever a result is added."""
+    for folder in (path for path in records.RESULTS.iterdir() if path.is_dir()):
+        text = (folder / "report.html").read_text()
+        assert f'name="results" content="{page.fingerprint(folder)}"' in text, folder.name
+        written = [path for path in folder.iterdir() if path.suffix in (".html", ".svg", ".webp")]
+        assert sum(path.stat().st_size for path in written) < 250_000, folder.name

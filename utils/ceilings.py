@@ -1,0 +1,87 @@
+"""What a GPU can do at FLUX.1's own shapes: matrix products, attention, copies. TFLOP/s and TB/s, medians."""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from utils.attention import find_library
+from utils.benchmark_utils import SCHEMA_VERSION, RecipeError, environment
+from utils.techniques import detect
+
+TOKENS, WIDTH, HEADS, HEAD_DIM = 4096 + 512, 3072, 24, 128  # a 1024x1024 image of FLUX.1-dev
+
+# Input and output channels of the Linears that a step spends its time in, and one large square for comparison.
+SHAPES = {
+    "q, k, v": (WIDTH, 3 * WIDTH), "MLP up": (WIDTH, 4 * WIDTH), "MLP down": (4 * WIDTH, WIDTH),
+    "attention out": (WIDTH, WIDTH), "single block in": (WIDTH, 7 * WIDTH), "single block out": (5 * WIDTH, WIDTH),
+}
+COPY_BYTES = 2**30
+
+
+def measure() -> dict:
+    """The record that results/<gpu>/ceilings.json holds; None for what this GPU or this installation cannot do.
+
+    Raises:
+        RecipeError: there is no NVIDIA GPU.
+    """
+    if not torch.cuda.is_available() or torch.version.hip:
+        raise RecipeError("--ceilings measures an NVIDIA GPU with a CUDA build of PyTorch, and there is none here.")
+    try:
+        from triton.testing import do_bench
+    except ImportError as error:
+        raise RecipeError("--ceilings needs Triton's timer: pip install triton") from error
+
+    def rate(work: float, function) -> float | None:
+        """`work` in 10^12 a second, of a function that may not run here."""
+        try:
+            return work / do_bench(function, warmup=50, rep=300, return_mode="median") / 1e9
+        except RuntimeError:
+            return None
+
+    found = {"matmul": {name: products(rate, TOKENS, k, n) for name, (k, n) in SHAPES.items()}
+             | {"square, 8192": products(rate, 8192, 8192, 8192)}, "attention": attention(rate)}
+    source = torch.empty(COPY_BYTES, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return {"schema_version": SCHEMA_VERSION, **found, "copy_tb_s": rate(2 * COPY_BYTES, lambda: target.copy_(source)),
+            "environment": environment("cuda")}
+
+
+def products(rate, m: int, k: int, n: int) -> dict[str, float | None]:
+    """(m, k) times (k, n), in bf16 and in e4m3 with one scale a tensor and a row."""
+    a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+    work = 2.0 * m * k * n
+    rates = {"bf16": rate(work, lambda: F.linear(a, weight)), "float8_tensor": None, "float8_row": None}
+    if detect("cuda").has_float8:
+        a8, weight8 = a.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+
+        def scaled(*scales):
+            return rate(work, lambda: torch._scaled_mm(a8, weight8.t(), *scales, out_dtype=torch.bfloat16,
+                                                       use_fast_accum=True))
+
+        rates["float8_tensor"] = scaled(*(torch.ones((), device="cuda") for _ in range(2)))
+        rates["float8_row"] = scaled(torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda"))
+    return rates
+
+
+def attention(rate) -> dict[str, float | None]:
+    """All heads of a 1024x1024 image, by backend."""
+    q, k, v = (torch.randn(1, HEADS, TOKENS, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    work, rates = 4.0 * HEADS * TOKENS**2 * HEAD_DIM, {}
+    for name, backend in (("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            rates[name] = rate(work, lambda: F.scaled_dot_product_attention(q, k, v))
+    function, _ = find_library("fa3")
+    parts = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    for name, dtype in (("fa3_bf16", torch.bfloat16), ("fa3_fp8", torch.float8_e4m3fn)):
+        inputs = [x.to(dtype) for x in parts]
+        rates[name] = rate(work, lambda inputs=inputs: function(*inputs)) if function else None
+    return rates
+
+
+def lines(record: dict) -> list[str]:
+    """The record for reading."""
+    shown = [f"{name:<18}" + "".join(f"  {kind} {value:7.1f}" for kind, value in rates.items() if value)
+             for name, rates in record["matmul"].items()]
+    shown += [f"{name:<18}  {value:7.1f}" for name, value in record["attention"].items() if value]
+    return ["TFLOP/s", *shown, f"copy {record['copy_tb_s']:.2f} TB/s"]

@@ -1,0 +1,93 @@
+"""Two results side by side: is the difference more than noise?
+
+The interval is a percentile bootstrap: the runs of each result are drawn again with replacement 10,000 times, and the
+middle 95 % of the medians, and of their ratio, are kept. That is the noise within a process. Two processes of the same
+command may differ by more, which no single result can show.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from utils.benchmark_utils import RecipeError
+
+RESAMPLES, LEAST_RUNS = 10_000, 5
+
+
+def read(path: str) -> dict:
+    """A result of run_benchmark.py.
+
+    Raises:
+        RecipeError: it is none, or one of a failure.
+    """
+    try:
+        record = json.loads(Path(path).expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--compare {path}: cannot be read as a result ({error}).") from error
+    if isinstance(record, dict) and "error" in record:
+        raise RecipeError(f"--compare {path}: this measurement failed ({record['error']}).")
+    if not isinstance(record, dict) or not isinstance(record.get("seconds"), dict):
+        raise RecipeError(f"--compare {path}: not a result of run_benchmark.py --output-json.")
+    return record
+
+
+def compare(a: dict, b: dict) -> dict:
+    """Medians, spreads, 95 % intervals and the verdict on B against A: faster, slower, noise or too few runs."""
+    raw = [np.asarray(record["seconds"]["raw"]) for record in (a, b)]
+    source = np.random.default_rng(0)
+    medians = [np.median(source.choice(seconds, (RESAMPLES, len(seconds))), axis=1) for seconds in raw]
+    low, high = np.quantile(medians[1] / medians[0], (0.025, 0.975))
+    if min(map(len, raw)) < LEAST_RUNS:
+        verdict = "too few runs"
+    else:
+        verdict = "faster" if high < 1 else "slower" if low > 1 else "noise"
+    sides = [{"runs": len(seconds), "median": float(np.median(seconds)), "min": float(seconds.min()),
+              "max": float(seconds.max()), "interval": np.quantile(found, (0.025, 0.975)).tolist()}
+             for seconds, found in zip(raw, medians, strict=True)]
+    return {"a": sides[0], "b": sides[1], "ratio": sides[1]["median"] / sides[0]["median"],
+            "ratio_interval": [float(low), float(high)], "verdict": verdict, "differs": differences(a, b)}
+
+
+def differences(a: dict, b: dict) -> dict[str, list]:
+    """What else is not the same, by name: [A's, B's]."""
+    def facts(record):
+        environment = record.get("environment", {})
+        return ({name: record.get(name) for name in ("model", "random_weights", "device")} | record.get("settings", {})
+                | {name: environment.get(name) for name in ("gpu", "power_limit", "driver", "cpu_threads", "commit")}
+                | environment.get("packages", {})
+                | {name: how["how"] if how["on"] else "off" for name, how in record.get("techniques", {}).items()})
+
+    first, second = facts(a), facts(b)
+    return {name: [first.get(name), second.get(name)] for name in first | second if first.get(name) != second.get(name)}
+
+
+VERDICTS = {
+    "faster": "B is faster by more than the noise within a process",
+    "slower": "B is slower by more than the noise within a process",
+    "noise": "no difference beyond noise",
+    "too few runs": f"too few runs to tell: take --runs {LEAST_RUNS} or more of both",
+}
+
+
+def lines(paths: list[str], a: dict, b: dict, found: dict) -> list[str]:
+    """The comparison for reading."""
+    def row(name, left, right):
+        return f"{name:<26}{left:>24}{right:>24}"
+
+    shown = [f"A  {paths[0]}", f"B  {paths[1]}", row("", "A", "B")]
+    sides = (found["a"], found["b"])
+    shown += [row("median (s)", *(f"{side['median']:.4f}" for side in sides)),
+              row("min-max", *(f"{side['min']:.4f}-{side['max']:.4f}" for side in sides)),
+              row("95 % of the median", *(f"{side['interval'][0]:.4f}-{side['interval'][1]:.4f}" for side in sides)),
+              row("runs", *(str(side["runs"]) for side in sides))]
+    stages = [record.get("stages_ms", {}) for record in (a, b)]
+    shown += [row(f"{name} (ms)", *(f"{one[name]:.2f}" if name in one else "-" for one in stages))
+              for name in stages[0] | stages[1]]
+    errors = [record.get("step_relative_error") for record in (a, b)]
+    shown.append(row("step error", *("-" if error is None else f"{error:.3e}" for error in errors)))
+    shown += [f"differs: {name}: {left} | {right}" for name, (left, right) in found["differs"].items()]
+    low, high = found["ratio_interval"]
+    return [*shown, f"B takes {found['ratio']:.4f} of A's time (95 %: {low:.4f}-{high:.4f}; bootstrap of medians): "
+            f"{VERDICTS[found['verdict']]}.",
+            "Two processes of one command may differ by more: before believing a few percent, run both twice."]
