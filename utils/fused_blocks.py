@@ -164,8 +164,8 @@ class Modulations(torch.nn.Module):
 
     The blocks' modulation Linears hold 3.2 B weights, and a step reads them for one row a batch item: 1.1 ms on an H100
     as one product, more as 76. All steps of an image have the same text and guidance and a timestep that the scheduler
-    knows beforehand, so that `prepare` makes them all in one product of steps x B rows, which takes no longer, before
-    the first; `forward`, which a CUDA graph may record, only says where they are.
+    knows beforehand, so that `prepare` makes them all in one product of steps x B rows, which reads the weights once,
+    before the first; `forward`, which a CUDA graph may record, only says where they are.
     """
 
     def __init__(self, embed: torch.nn.Module, doubles: list[torch.nn.Linear], singles: list[torch.nn.Linear],
