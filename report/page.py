@@ -220,9 +220,13 @@ def quality_cells(name: str, file: str, record: dict) -> list:
 
 
 def contact_sheet(folder: Path, rows: list[tuple[str, str, dict]]) -> Path | None:
-    """Writes contact_sheet.webp beside the page, from the strips that lie beside the rows' files, if any."""
-    found = [(name, PIL.Image.open(strip), record["shown"]) for name, file, record in rows
-             if (strip := (folder / file).with_suffix(".webp")).exists()]
+    """Writes contact_sheet.webp beside the page, from the strips that lie beside the rows' files, if any. Of rows that
+    were measured with other prompts than the first there is nothing to put into its columns."""
+    strips = [(name, strip, record["shown"]) for name, file, record in rows
+              if (strip := (folder / file).with_suffix(".webp")).exists()]
+    asked = [[one["prompt"] for one in shown] for _, _, shown in strips]
+    found = [(name, PIL.Image.open(strip), shown) for (name, strip, shown), prompts in zip(strips, asked, strict=True)
+             if prompts == asked[0]]
     if not found:
         return None
     path = folder.parent / "contact_sheet.webp"

@@ -142,6 +142,15 @@ def test_cublas_products(shape):
         assert_near([kernels.products(*there).cpu()], [expected], "cuda", [0.005])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
+def test_the_compile_cache_knows_each_ops_kernels():
+    """It finds them in the op's own source; one launched by a helper would leave stale code in the cache."""
+    from torch._library.triton import triton_ops_to_kernels
+    ours = {name: found for name, found in triton_ops_to_kernels.items() if name.startswith("flux_faster::")}
+    assert {f"flux_faster::{name}" for name in ("adaln", "residual_adaln", "gated_residual", "cast_attention",
+                                                "gelu_product", "qkv_product")} <= set(ours) and all(ours.values())
+
+
 def test_bounds_hold():
     """No element of a product exceeds what adaln's scales allow, whatever the input: nothing saturates."""
     for seed in range(5):

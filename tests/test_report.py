@@ -97,6 +97,17 @@ def test_charts_say_what_the_results_say(results):
     assert PIL.Image.open(folder / "contact_sheet.webp").width > 100
 
 
+def test_strips_of_other_prompts_are_left_out(results):
+    """A row that was measured again with fewer pictures a strip."""
+    folder, _ = results
+    before = PIL.Image.open(folder / "contact_sheet.webp").size
+    record = pictures(30, 0.1)
+    (folder / "tiny" / "int8.json").write_text(json.dumps(record | {"shown": record["shown"][:1]}))
+    PIL.Image.new("RGB", (80, 80), "red").save(folder / "tiny" / "int8.webp")
+    page.write("made-up")
+    assert PIL.Image.open(folder / "contact_sheet.webp").size == before
+
+
 def test_the_same_results_give_the_same_files(results):
     folder, text = results
     before = {name: (folder / name).read_bytes() for name in DRAWN}

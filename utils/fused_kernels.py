@@ -45,16 +45,10 @@ def use_torch_memory(device: torch.device) -> None:
 # --- LayerNorm, modulation, gates, casts: a program is a row, token s of batch item b ---
 
 @triton.jit
-def _adaln_kernel(
-        text, image, y, new_text, new_image, table, offsets, out, row_scale, bounds, qk_scale, descale, tensor_scales,
-        T, S, B, table_stride, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
-        GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, LENGTH: tl.constexpr, JOINT: tl.constexpr,
-        RESIDUAL: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D: tl.constexpr):
+    """Where a row of all tokens is read, where it is written, and where its modulation begins."""
     b = row // S
     s = row % S
-    i = tl.arange(0, BLOCK)
-    mask = i < D
     if s < T:
         at = (b * T + s) * D
         source, new = text + at, new_text + at
@@ -63,6 +57,19 @@ def _adaln_kernel(
         at = (b * (S - T) + s - T) * D
         source, new = image + at, new_image + at
         modulation = table + b * table_stride + tl.load(offsets + 1)
+    return source, new, modulation
+
+
+@triton.jit
+def _adaln_kernel(
+        text, image, y, new_text, new_image, table, offsets, out, row_scale, bounds, qk_scale, descale, tensor_scales,
+        T, S, B, table_stride, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
+        GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, LENGTH: tl.constexpr, JOINT: tl.constexpr,
+        RESIDUAL: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr, ROUNDING: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    mask = i < D
+    source, new, modulation = _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D)
     # All loads before the first reduction, which waits for the others: their latencies are what a row takes.
     x = tl.load(source + i, mask, 0.).to(tl.float32)
     scale = tl.load(modulation + SCALE * D + i, mask, 0.)
@@ -116,18 +123,9 @@ def _adaln_kernel(
 def _residual_kernel(text, image, y, new_text, new_image, table, offsets, T, S, table_stride, D: tl.constexpr,
                      BLOCK: tl.constexpr, GATE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    b = row // S
-    s = row % S
     i = tl.arange(0, BLOCK)
     mask = i < D
-    if s < T:
-        at = (b * T + s) * D
-        source, new = text + at, new_text + at
-        modulation = table + b * table_stride + tl.load(offsets)
-    else:
-        at = (b * (S - T) + s - T) * D
-        source, new = image + at, new_image + at
-        modulation = table + b * table_stride + tl.load(offsets + 1)
+    source, new, modulation = _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D)
     x = tl.load(source + i, mask, 0.).to(tl.float32)
     gate = tl.load(modulation + GATE * D + i, mask, 0.).to(tl.float32)
     tl.store(new + i, (x + gate * tl.load(y + row * D + i, mask, 0.).to(tl.float32)).to(tl.bfloat16), mask)
@@ -248,17 +246,9 @@ def adaln(text: Tensor, image: Tensor, table: Tensor, offsets: Tensor, bounds: T
         (B, T + I, D) e4m3; its scales (B, T + I); descale (B, 3, H), for each head of q, k and v; tensor_scales (3, 4),
         of which the first column counts: for attention's output, text's GELU, image's; if joint all three the same.
     """
-    text, image, table = text.contiguous(), image.contiguous(), table.contiguous()
-    B, T, D = text.shape
-    tokens, heads = T + image.shape[1], (bounds.shape[1] - 2) // 2
-    out, row_scale = text.new_empty(B, tokens, D, dtype=E4M3), text.new_empty(B, tokens, dtype=torch.float32)
-    descale = text.new_empty(B, 3, heads, dtype=torch.float32)
-    tensor_scales = text.new_empty(3, 4, dtype=torch.float32)
-    wrap_triton(_adaln_kernel)[(B * tokens,)](
-        text, image, text, text, image, table, offsets, out, row_scale, bounds, qk_scale, descale, tensor_scales, T,
-        tokens, B, table.stride(0), D, triton.next_power_of_2(D), heads, triton.next_power_of_2(heads), 0, shift, scale,
-        length, joint, False, EPS, E4M3_MAX, ROUNDING, num_warps=8)
-    return out, row_scale, descale, tensor_scales
+    found, args = _adaln_operands(text, image, None, table, offsets, bounds, qk_scale, 0, shift, scale, length, joint)
+    wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=8)
+    return found[2:]
 
 
 @triton_op("flux_faster::residual_adaln", mutates_args=())
@@ -270,18 +260,27 @@ def residual_adaln(text: Tensor, image: Tensor, y: Tensor, table: Tensor, offset
     Returns:
         The sum: text (B, T, D), image (B, I, D), bf16; then what `adaln` gives, without descale.
     """
+    found, args = _adaln_operands(text, image, y, table, offsets, bounds, qk_scale, gate, shift, scale, length, False)
+    wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=8)
+    new_text, new_image, out, row_scale, _, tensor_scales = found
+    return new_text, new_image, out, row_scale, tensor_scales
+
+
+def _adaln_operands(text, image, y, table, offsets, bounds, qk_scale, gate, shift, scale, length, joint
+                    ) -> tuple[tuple[Tensor, ...], tuple]:
+    """The results of both, yet to be written (without y the first two are the inputs), and the kernel's arguments. The
+    launch is each op's own: by its source torch's compile cache knows which kernels an op has."""
     text, image, table = text.contiguous(), image.contiguous(), table.contiguous()
     B, T, D = text.shape
-    tokens, heads = T + image.shape[1], (bounds.shape[1] - 2) // 2
+    tokens, heads, adds = T + image.shape[1], (bounds.shape[1] - 2) // 2, y is not None
     out, row_scale = text.new_empty(B, tokens, D, dtype=E4M3), text.new_empty(B, tokens, dtype=torch.float32)
     descale = text.new_empty(B, 3, heads, dtype=torch.float32)
     tensor_scales = text.new_empty(3, 4, dtype=torch.float32)
-    new_text, new_image = torch.empty_like(text), torch.empty_like(image)
-    wrap_triton(_adaln_kernel)[(B * tokens,)](
-        text, image, y, new_text, new_image, table, offsets, out, row_scale, bounds, qk_scale, descale, tensor_scales,
-        T, tokens, B, table.stride(0), D, triton.next_power_of_2(D), heads, triton.next_power_of_2(heads), gate, shift,
-        scale, length, False, True, EPS, E4M3_MAX, ROUNDING, num_warps=8)
-    return new_text, new_image, out, row_scale, tensor_scales
+    new_text, new_image = (torch.empty_like(text), torch.empty_like(image)) if adds else (text, image)
+    args = (text, image, y if adds else text, new_text, new_image, table, offsets, out, row_scale, bounds, qk_scale,
+            descale, tensor_scales, T, tokens, B, table.stride(0), D, triton.next_power_of_2(D), heads,
+            triton.next_power_of_2(heads), gate, shift, scale, length, joint, adds, EPS, E4M3_MAX, ROUNDING)
+    return (new_text, new_image, out, row_scale, descale, tensor_scales), args
 
 
 @triton_op("flux_faster::gated_residual", mutates_args=())

@@ -92,8 +92,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         vae.to(memory_format=torch.channels_last)
     if chosen.is_on("fused group norm"):
         from utils.group_norm import fuse_group_norms  # needs Triton, which CPU builds of torch lack
-        for part in (vae.decoder, vae.encoder):
-            fuse_group_norms(part)
+        count = fuse_group_norms(vae.decoder) + fuse_group_norms(vae.encoder)
+        techniques["fused group norm"] = Decision(True, f"{count} norms of the VAE")
     if args.vae_tiling:
         enable_tiling(vae)
     # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.
