@@ -30,9 +30,10 @@ ROOT = Path(__file__).parent
 
 FUSED, CHANNELS, FA3, QUANT = OFF = [
     "--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
-EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess"]
+VAE = "--disable_fused_vae"
+EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
 QUICK = ["--disable_inductor_tuning_flags"]
-UNFUSED = ["--disable_fused_kernels"]
+UNFUSED = ["--disable_fused_kernels", VAE]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
 
 CKPTS = {name: f"black-forest-labs/FLUX.1-{full}" for name, full in
@@ -44,22 +45,24 @@ LADDER = {
     "1_eager": EAGER + OFF,
     "2_compile": QUICK + OFF,
     "3_projections": QUICK + OFF[1:],
-    "4_channels_last": QUICK + OFF[2:],
-    "5_fa3": QUICK + OFF[3:],
+    "4_channels_last": [*QUICK, *OFF[2:], VAE],
+    "5_fa3": [*QUICK, *OFF[3:], VAE],
     "6_float8": QUICK + UNFUSED,
     "7_flags": UNFUSED,
     "8_fused": QUICK,
 }
 ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
 
-# 8_fused less one technique, and less the fused kernels where they need it. Without float8 it is 5_fa3, without the
-# fused kernels alone 6_float8.
+# 8_fused less one technique, and less what needs it.
 WITHOUT = {
     "without_compile": [*QUICK, "--compile_export_mode", "disabled"],
     "without_cudagraphs": [*QUICK, "--disable_cudagraphs"],
     "without_gpu_postprocess": [*QUICK, "--disable_gpu_postprocess"],
     "without_channels_last": [*QUICK, CHANNELS],
+    "without_fused_vae": [*QUICK, VAE],
     "without_projections": [*QUICK, FUSED],
+    "without_fused_kernels": [*QUICK, "--disable_fused_kernels"],
+    "without_quant": [*QUICK, QUANT],
     "without_fa3": [*QUICK, FA3],
 }
 CACHES = {
@@ -67,7 +70,7 @@ CACHES = {
     "cache_yaml": [*QUICK, "--cache_dit_config", "cache_config.yaml"],
 }
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
-FLOAT8 = {f"float8_{kind}": [*QUICK, "--quant_granularity", kind] for kind in ("row", "tensor")}
+FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
             for name in ("fa3", "fa3_bf16", "_native_cudnn", "native")}
 # 8_fused is batch 1 at 1024x1024.
@@ -85,6 +88,7 @@ TINY = {
     "export": [*COMPILED, FA3, QUANT, "--compile_export_mode", "export_aoti"],
     "projections": [*EAGER, CHANNELS, FA3, QUANT],
     "channels_last": [*EAGER, FUSED, FA3, QUANT],
+    "fused_vae": [*EAGER[:-1], FUSED, FA3, QUANT],
     "cudagraphs": [*EAGER[:2], *OFF],
     "int8": [*COMPILED, FA3, "--quant_dtype", "int8"],
     "float8_row": [*COMPILED, FA3, "--quant_dtype", "float8", "--quant_granularity", "row"],
@@ -108,7 +112,6 @@ TWINS = {"cache_defaults": "all_defaults"}
 ROWS = {
     "schnell": LADDER | {
         "8_fused": [*QUICK, "--kernels"],
-        "9_group_norm": [*QUICK, "--enable_fused_group_norm"],
         "kernels_unfused": [*QUICK, *UNFUSED, "--kernels", "--runs", "1"],
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],

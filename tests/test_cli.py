@@ -103,7 +103,7 @@ REFUSED_BY_THE_MODEL = [
     (["--ckpt", "tiny-flux", "--quant_dtype", "float8"], "8.9"),
     (["--ckpt", "tiny-flux", "--quant_dtype", "int8", "--compile_export_mode", "disabled"], "only when compiled"),
     (["--ckpt", "tiny-flux", "--quant_granularity", "row", "--compile_export_mode", "disabled"], "only when compiled"),
-    (["--ckpt", "tiny-flux", "--strict"], "--strict: attention.*--disable_fa3"),
+    (["--ckpt", "tiny-flux", "--strict"], "--strict: fused VAE .*no GPU.* --disable_fused_vae,"),
     (["--ckpt", "someone/a-model", "--random_weights"], "knows no architecture called 'a-model'"),
     (["--ckpt", "FLUX.1-dev", "--random_weights", "2x4"], "2\\+4"),
 ]

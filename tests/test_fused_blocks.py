@@ -9,12 +9,13 @@ from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import attention, fused_blocks, fused_kernels
+from utils import attention, fused_blocks, fused_kernels, pipeline_utils
 from utils.benchmark_utils import create_parser
-from utils.fused_blocks import Float8Linear, Modulations, follow_schedule, fuse_blocks
+from utils.fused_blocks import Float8Linear, FusedDoubleBlock, Modulations, follow_schedule, fuse_blocks
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import quantize_transformer
+from utils.techniques import Decision
 
 CPU = torch.device("cpu")
 CASES = {
@@ -86,6 +87,27 @@ def test_fused_steps_are_as_near_to_float32_as_unfused_ones(load, argv, float8_o
     assert count == 10 * config.num_layers + 4 * config.num_single_layers
     assert not [name for name, module in pipeline.transformer.named_modules()
                 if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name]
+
+
+def test_the_recipe_puts_them_in(load, monkeypatch):
+    """`optimize` as on a Hopper GPU, down to the pictures: near eager's, and the same the second time."""
+    plan = pipeline_utils.plan
+
+    def on_hopper(*given):
+        chosen = plan(*given)
+        chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
+        for name in ("attention", "quantisation", "fused kernels"):
+            chosen.decisions[name] = Decision(True, "")
+        return chosen
+
+    pipeline, args = load("--ckpt", "tiny-flux", "--compile_export_mode", "disabled")
+    latents = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images]
+    monkeypatch.setattr(pipeline_utils, "plan", on_hopper)
+    pipeline = pipeline_utils.optimize(pipeline, args)
+    assert all(type(block) is FusedDoubleBlock for block in pipeline.transformer.transformer_blocks)
+    latents += [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
+    assert 0.001 < relative(latents[1], latents[0]) < 0.2 and torch.equal(*latents[1:])
+    assert "Linears" in pipeline.techniques["quantisation"].how
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def test_gpu_pixels_equal_the_cpus():
 @pytest.mark.parametrize("argv", [
     [],
     ["--num_images_per_prompt", "2"],
-    ["--disable_fused_kernels", "--enable_fused_group_norm"],
+    ["--disable_fused_kernels", "--disable_fused_vae"],
     ["--attention_backend", "native", "--quant_granularity", "tensor"],
     ["--quant_dtype", "int8", "--attention_backend", "_native_cudnn", "--text_encoder_quant"],
     ["--disable_bf16", "--num_images_per_prompt", "2"],

@@ -73,13 +73,14 @@ def test_fused_kernels_where_they_run(argv, why, monkeypatch):
     assert "sm_90" in decide(L20).decisions["fused kernels"].how
 
 
-def test_fused_group_norm_is_asked_for(monkeypatch):
+def test_the_fused_vae_where_it_runs(monkeypatch):
     monkeypatch.setattr(techniques, "find_spec", lambda name: True)
-    assert not decide(H100).is_on("fused group norm")
-    assert decide(L20, "--enable_fused_group_norm").is_on("fused group norm")
-    for hardware, argv in ((CPU, []), (H100, ["--disable_channels_last"])):
-        with pytest.raises(RecipeError, match="needs a GPU, Triton and channels_last"):
-            decide(hardware, "--enable_fused_group_norm", *argv)
+    for hardware in (H100, L20, A100):
+        assert decide(hardware).is_on("fused VAE")
+    for flag in ("--disable_fused_vae", "--disable_channels_last"):
+        assert flag in decide(H100, flag, "--strict").decisions["fused VAE"].how
+    assert decide(CPU).decisions["fused VAE"] == (False, "no GPU")
+    assert not decide(MI300).is_on("fused VAE")
 
 
 def test_packages_are_refused_where_they_crash():

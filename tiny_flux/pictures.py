@@ -64,7 +64,8 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
     start = time.perf_counter()
     for i, text in enumerate(texts):
         steps = []
-        images += pipeline(**call_kwargs(pipeline, args, prompt=text, seed=args.seed + i),
+        kwargs = call_kwargs(pipeline, args, prompt=text, seed=args.seed + i)
+        images += pipeline(**kwargs, latents=noise(pipeline, kwargs),
                            callback_on_step_end=latent_recorder(steps)).images
         latents.append(torch.cat(steps))
         if pipeline.techniques["step cache"].on:
@@ -73,6 +74,14 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
     facts = {"seconds": seconds, "cached_steps": sum(cached) / len(cached) if cached else None,
              "techniques": {key: decision._asdict() for key, decision in pipeline.techniques.items()}}
     return Drawn(images, torch.stack(latents), {}), facts
+
+
+def noise(pipeline, kwargs: dict) -> Tensor:
+    """What the pipeline would start from in bf16, in any dtype: up to torch 2.11 a seed's numbers depend on it."""
+    latents, *_ = pipeline.prepare_latents(1, pipeline.transformer.config.in_channels // 4, kwargs["height"],
+                                           kwargs["width"], torch.bfloat16, pipeline._execution_device,
+                                           kwargs["generator"])
+    return latents
 
 
 def origin(argv: list[str], count: int, device: str) -> dict:

@@ -102,8 +102,8 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--disable_bf16", action="store_true", help="compute in float32")
     recipe.add_argument("--disable_fused_projections", action="store_true", help="three GEMMs for q, k, v, not one")
     recipe.add_argument("--disable_channels_last", action="store_true", help="NCHW convolutions in the VAE")
-    recipe.add_argument("--enable_fused_group_norm", action="store_true",
-                        help="the VAE's GroupNorm and SiLU on Triton kernels; not yet measured, hence not the default")
+    recipe.add_argument("--disable_fused_vae", action="store_true",
+                        help="no Triton kernels for the VAE's norms, and its attention through PyTorch")
     recipe.add_argument("--attention_backend", metavar="NAME",
                         help="fa3 (default on Hopper: fp8, scaled), fa3_bf16, fa3_unscaled (the predecessors' cast, to "
                         "compare), aiter (default on ROCm: fp8), or a name of diffusers' dispatcher (native, "

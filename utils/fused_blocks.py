@@ -229,8 +229,9 @@ class Modulations(torch.nn.Module):
         singles = made[:, at:].view(len(x), self.singles, 3, self.width).float()
         both = [row_length(doubles, *parts) for parts in ((SHIFT, SCALE), (MLP_SHIFT, MLP_SCALE))]
         lengths = [torch.stack(both, 2).flatten(1), row_length(singles, SHIFT, SCALE)]
-        # bf16 rounds by up to 2^-9: up is safe.
+        # bf16 rounds by up to 2^-9: up is safe. Each row of the table begins where 16 bytes can be loaded at once.
         lengths = (torch.cat(lengths, 1) * (1 + 2**-8)).to(made.dtype)
+        lengths = F.pad(lengths, (0, -lengths.shape[1] % 16))
         return torch.cat([made, lengths, self.last(x).to(made.dtype)], dim=1).unflatten(0, (steps, -1))
 
     def product(self, x: Tensor) -> Tensor:

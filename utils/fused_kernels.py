@@ -34,7 +34,8 @@ EPS = 1e-6  # of every norm in FLUX.1
 # What e4m3's rounding may add to a bound that was made from exact values: half a step, 2^-4.
 ROUNDING = 1 + 2**-4
 BLOCK_M = 128
-FAST_TANH = not triton.knobs.runtime.interpret  # Triton's interpreter, for tests on a CPU, knows no assembly
+# Triton's interpreter, for tests on a CPU, knows no assembly.
+NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 def use_torch_memory(device: torch.device) -> None:
@@ -45,6 +46,13 @@ def use_torch_memory(device: torch.device) -> None:
 # --- LayerNorm, modulation, gates, casts: a program is a row, token s of batch item b ---
 
 @triton.jit
+def _to_e4m3_kernel(x, MAX: tl.constexpr):
+    if not NATIVE:  # the GPU's own conversion does that
+        x = tl.minimum(tl.maximum(x, -MAX), MAX)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
 def _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D: tl.constexpr):
     """Where a row of all tokens is read, where it is written, and where its modulation begins."""
     b = row // S
@@ -52,11 +60,11 @@ def _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, tab
     if s < T:
         at = (b * T + s) * D
         source, new = text + at, new_text + at
-        modulation = table + b * table_stride + tl.load(offsets)
+        modulation = table + b * table_stride + tl.multiple_of(tl.load(offsets), 16)
     else:
         at = (b * (S - T) + s - T) * D
         source, new = image + at, new_image + at
-        modulation = table + b * table_stride + tl.load(offsets + 1)
+        modulation = table + b * table_stride + tl.multiple_of(tl.load(offsets + 1), 16)
     return source, new, modulation
 
 
@@ -136,14 +144,14 @@ def _cast_kernel(x, out, tensor_scales, out_stride, D: tl.constexpr, BLOCK: tl.c
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     value = tl.load(x + row * D + i, i < D, 0.).to(tl.float32) / tl.load(tensor_scales)
-    tl.store(out + row * out_stride + i, tl.minimum(tl.maximum(value, -MAX), MAX).to(tl.float8e4nv), i < D)
+    tl.store(out + row * out_stride + i, _to_e4m3_kernel(value, MAX), i < D)
 
 
 # --- fp8 products that finish their tile ---
 
 @triton.jit
-def _tanh(x, FAST: tl.constexpr):
-    if FAST:  # one instruction, good to 2^-11: finer than the e4m3 that follows
+def _tanh(x):
+    if NATIVE:  # one instruction, good to 2^-11: finer than the e4m3 that follows
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
                                          pack=1)
     return 2 * tl.sigmoid(2 * x) - 1
@@ -154,7 +162,7 @@ def _product_kernel(
         x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, out_stride, part_stride,
         N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
         GROUP: tl.constexpr, PROGRAMS: tl.constexpr, QKV: tl.constexpr, SCALE: tl.constexpr, STREAMS: tl.constexpr,
-        D: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr, FAST: tl.constexpr):
+        D: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr):
     """x (M, K) w (STREAMS N, K)^T, scaled by row and column, plus bias; then, in registers, QK-norm and rotation, or
     GELU; e4m3. Of two streams the rows below T have the first N rows of w.
 
@@ -183,8 +191,8 @@ def _product_kernel(
         r = m + tl.arange(0, BLOCK_M)
         c = stream * N + n + tl.arange(0, BLOCK_N)
         inside = r < M
-        value = total * tl.load(x_scale + r, inside, 0.)[:, None] * tl.load(w_scale + c)[None, :]
-        value = value + tl.load(bias + c).to(tl.float32)[None, :]
+        value = total * tl.load(x_scale + r, inside, 0.)[:, None]
+        value = value * tl.load(w_scale + c)[None, :] + tl.load(bias + c).to(tl.float32)[None, :]
         if QKV:
             part = n // D  # q, k or v: BLOCK_N divides D
             is_v = part == 2
@@ -199,13 +207,11 @@ def _product_kernel(
             c_ = tl.where(is_v, 1., tl.load(cos + angle, inside[:, None], 0.).to(tl.float32))[:, None, :]
             s_ = tl.where(is_v, 0., tl.load(sin + angle, inside[:, None], 0.).to(tl.float32))[:, None, :]
             value = tl.reshape(tl.join(even * c_ - odd * s_, odd * c_ + even * s_), (BLOCK_M, BLOCK_N))
-            value = tl.minimum(tl.maximum(value, -MAX), MAX).to(tl.float8e4nv)
-            out_tiles.store([part, m, n - part * D], tl.reshape(value, (1, BLOCK_M, BLOCK_N)))
+            out_tiles.store([part, m, n - part * D], tl.reshape(_to_e4m3_kernel(value, MAX), (1, BLOCK_M, BLOCK_N)))
         else:
-            value = 0.5 * value * (1 + _tanh(0.7978845608 * value * (1 + 0.044715 * value * value), FAST))
-            value = value * (1 / tl.load(tensor_scales + 4 * (SCALE + stream)))
-            value = tl.minimum(tl.maximum(value, -MAX), MAX).to(tl.float8e4nv)
-            out_tiles.store([m, n], value)
+            half = value * (0.5 / tl.load(tensor_scales + 4 * (SCALE + stream)))
+            value = half + half * _tanh(value * (0.7978845608 + 0.0356774081 * value * value))
+            out_tiles.store([m, n], _to_e4m3_kernel(value, MAX))
 
 
 def _ranges(tokens: int, text_tokens: int, streams: int) -> list[tuple[int, int, int]]:
@@ -236,7 +242,7 @@ def adaln(text: Tensor, image: Tensor, table: Tensor, offsets: Tensor, bounds: T
     Args:
         text, image: (B, T, D) and (B, I, D), bf16.
         table: (B, *) bf16, every modulation of the step and the bounds of their rows' lengths.
-        offsets: (4,) int64: where text's and image's modulation begin in it, and their lengths.
+        offsets: (4,) int64: where text's and image's modulation begin in it, multiples of 16, and their lengths.
         bounds: (2, 2 + 2 H) float32, of text and image: |w| and |b| of the MLP's widest row, then of v's in each head.
         qk_scale: (2,) float32, static scales of q and k.
         shift, scale: which D values of a modulation these are; length: which of its lengths.
@@ -332,7 +338,7 @@ def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: T
             wrap_triton(_product_kernel)[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], out[b, row:, D:], tensor_scales, bias,
                 bias, bias, bias, rows, text_tokens, D + N, 0, N, K, *tiles.values(), False, 1 + stream,
-                w[own].shape[0] // N, N, 16, EPS, E4M3_MAX, FAST_TANH, num_warps=8, num_stages=3)
+                w[own].shape[0] // N, N, 16, EPS, E4M3_MAX, num_warps=8, num_stages=3)
     return out
 
 
@@ -361,7 +367,7 @@ def qkv_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Te
             wrap_triton(_product_kernel)[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], flat[0, b, row:], descale, cos[row:],
                 sin[row:], norms[stream:], descale[b], rows, text_tokens, D, flat.stride(0), N, K, *tiles.values(),
-                True, 0, w[own].shape[0] // N, D, D // heads, EPS, E4M3_MAX, FAST_TANH, num_warps=8, num_stages=3)
+                True, 0, w[own].shape[0] // N, D, D // heads, EPS, E4M3_MAX, num_warps=8, num_stages=3)
     return out
 
 

@@ -90,17 +90,16 @@ def optimize(pipeline, args, log: StageLog | None = None):
     # cuDNN's convolutions on tensor cores want NHWC; converting in between costs more than the convolutions gain.
     if chosen.is_on("channels_last"):
         vae.to(memory_format=torch.channels_last)
-    if chosen.is_on("fused group norm"):
-        from utils.group_norm import fuse_group_norms  # needs Triton, which CPU builds of torch lack
-        count = fuse_group_norms(vae.decoder) + fuse_group_norms(vae.encoder)
-        techniques["fused group norm"] = Decision(True, f"{count} norms of the VAE")
+    if chosen.is_on("fused VAE"):
+        from utils.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
+        techniques["fused VAE"] = Decision(True, "{} norms, {} attentions".format(*fuse_vae(vae)))
     if args.vae_tiling:
         enable_tiling(vae)
     # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.
     fused = chosen.is_on("fused kernels")
     if fused:
         from utils.fused_blocks import follow_schedule, fuse_blocks  # needs Triton, which CPU builds of torch lack
-    if chosen.attention_backend in attention.BACKENDS and not fused:
+    elif chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
         with diffusers_backend("native"):  # on leaving, the process-wide default is what it was

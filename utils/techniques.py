@@ -107,12 +107,11 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                "one GEMM for q, k, v; the separate copies freed")
     default_on("channels_last", args.disable_channels_last, "--disable_channels_last", None, "VAE")
 
-    if args.enable_fused_group_norm and (hardware.device == "cpu" or not find_spec("triton")
-                                         or args.disable_channels_last):
-        raise RecipeError("--enable_fused_group_norm needs a GPU, Triton and channels_last: drop it, or "
-                          "--disable_channels_last.")
-    on["fused group norm"] = Decision(args.enable_fused_group_norm, "VAE" if args.enable_fused_group_norm else
-                                      "--enable_fused_group_norm not given")
+    unwanted = "not with --disable_channels_last" if args.disable_channels_last else "--disable_fused_vae"
+    obstacle = ("no GPU" if hardware.device == "cpu" else "not tried on ROCm" if hardware.is_rocm else
+                None if find_spec("triton") else "Triton is not installed")
+    default_on("fused VAE", args.disable_fused_vae or args.disable_channels_last, unwanted, obstacle,
+               "GroupNorm with SiLU; attention as two products")
 
     compiles = default_on("compile", args.compile_export_mode == "disabled", "--compile_export_mode disabled",
                           "--offload group hooks into every layer" if args.offload == "group" else
@@ -122,7 +121,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
     unwanted = "--disable_fused_kernels" if args.disable_fused_kernels else _unfused_by_choice(args)
-    if default_on("fused kernels", bool(unwanted), unwanted, _fusion_obstacle(hardware, chosen, configs),
+    if default_on("fused kernels", bool(unwanted), unwanted or "--disable_fused_kernels",
+                  _fusion_obstacle(hardware, chosen, configs),
                   "LayerNorm, modulation, QK-norm, rotation, GELU, casts to e4m3; modulations of all steps at once"):
         on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
         if compiles:

@@ -1,4 +1,4 @@
-"""The VAE's GroupNorm and SiLU in Triton against PyTorch's, in Triton's interpreter and on a GPU."""
+"""The VAE's norms in Triton against PyTorch's, in Triton's interpreter and on a GPU; its attention; the whole VAE."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ from conftest import relative
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import group_norm, random_weights
-from utils.group_norm import fuse_group_norms, group_norm_silu, group_norm_silu_reference
+from utils import fused_vae, random_weights
+from utils.fused_vae import fuse_vae, group_norm, group_norm_reference
+from utils.pipeline_utils import fuse_projections
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks=[
@@ -30,47 +31,58 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape, groups", [((2, 32, 9, 7), 8), ((1, 128, 11, 13), 32), ((1, 64, 1, 1), 32)])
 @pytest.mark.parametrize("mean, size", [(0, 1), (100, 0.1), (0, 0)], ids=["normal", "far off zero", "constant"])
-def test_group_norm_silu(device, shape, groups, mean, size, monkeypatch):
+def test_group_norm(device, shape, groups, mean, size, monkeypatch):
     """Statistics far from zero, whose variance a difference of sums would lose; tails of tiles and of chunks."""
-    monkeypatch.setattr(group_norm, "CHUNKS", 3)
-    monkeypatch.setattr(group_norm, "TILE", 512)
+    monkeypatch.setattr(fused_vae, "CHUNKS", 3)
+    monkeypatch.setattr(fused_vae, "TILE", 512)
     generator = torch.Generator().manual_seed(0)
     x = mean + size * torch.randn(shape, generator=generator)
-    weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
+    weight, bias, offset = (torch.randn(shape[1], generator=generator) for _ in range(3))
     for silu in (True, False):
-        args = x, weight, bias, groups, 1e-6, silu
-        found = (group_norm_silu(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)).cpu()
-                 if device == "cuda" else group_norm_silu._init_fn(*args))
-        expected = group_norm_silu_reference(x.double(), weight.double(), bias.double(), groups, 1e-6, silu)
-        reference = torch.nn.functional.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-6)
-        reference = torch.nn.functional.silu(reference) if silu else reference
-        assert relative(expected, reference) < 2e-3 and relative(found, reference) < 2e-3
-        assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == x.dtype
+        for before in (None, offset):
+            args = x, before, weight, bias, groups, 1e-6, silu
+            found = (group_norm(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)).cpu()
+                     if device == "cuda" else group_norm._init_fn(*args))
+            double = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+            expected = group_norm_reference(*double)
+            shifted = double[0] if before is None else double[0] + double[1][:, None, None]
+            reference = torch.nn.functional.group_norm(shifted, groups, *double[2:4], 1e-6)
+            reference = torch.nn.functional.silu(reference) if silu else reference
+            assert relative(expected, reference) < 2e-3 and relative(found, reference) < 2e-3
+            assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == x.dtype
 
 
+@pytest.mark.parametrize("fused_projections", [False, True])
 @torch.no_grad()
-def test_a_fused_vae_is_the_same_function():
-    """FLUX.1's own decoder and encoder, narrowed: every norm that a SiLU follows is fused, attention's is not."""
+def test_a_fused_vae_is_the_same_function(fused_projections, monkeypatch):
+    """FLUX.1's own decoder and encoder, narrowed: every norm, both attentions, with scores in more than one part."""
+    monkeypatch.setattr(fused_vae, "QUERIES", 20)
     torch.manual_seed(0)
     config = random_weights.architecture("FLUX.1-schnell")["vae"] | {
         "block_out_channels": (32, 64, 64, 64), "sample_size": 64}
     from diffusers import AutoencoderKL
     vae = AutoencoderKL(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
     vae.to(memory_format=torch.channels_last)
+    for module in vae.modules():  # PyTorch's start would be 1 and 0
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.normal_(module.weight, 1), torch.nn.init.normal_(module.bias)
     latents, image = torch.randn(2, 16, 6, 8), torch.randn(1, 3, 48, 64)
     expected = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
-    count = fuse_group_norms(vae.decoder) + fuse_group_norms(vae.encoder)
-    assert count == norms - 2 and sum(isinstance(m, torch.nn.GroupNorm) for m in vae.modules()) == 2
+    if fused_projections:
+        fuse_projections(vae)
+    assert fuse_vae(vae) == (norms, 2)
+    assert not any(isinstance(module, (torch.nn.GroupNorm, torch.nn.SiLU)) for module in vae.modules())
     found = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) < 1e-5
 
 
 def test_sizes_that_the_kernels_do_not_take_stay(build):
-    """tiny-flux's 96 channels in 8 groups of 12."""
-    decoder = build("tiny-flux").vae.decoder
-    block = decoder.mid_block.resnets[0]
+    """96 channels in 8 groups of 12."""
+    vae = build("tiny-flux").vae
+    block = vae.decoder.mid_block.resnets[0]
     block.norm1 = torch.nn.GroupNorm(8, 96)
-    fuse_group_norms(decoder)
+    fuse_vae(vae)
     assert isinstance(block.norm1, torch.nn.GroupNorm) and isinstance(block.nonlinearity, torch.nn.SiLU)
+    assert block.conv1.bias is not None
