@@ -9,7 +9,7 @@ import sys
 from report.records import RESULTS, ROOT, newest
 
 PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
-MARKERS = re.compile(r"(<!-- (results|quality|judge):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (results|quality|judge|kernels|tried):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
     "1_eager": "bf16, eager (diffusers)",
@@ -130,9 +130,43 @@ def judge_table(machine: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What a kernel's name begins with or holds.
+KINDS = {"matrix products": ("nvjet", "_product_kernel"), "attention": ("flash::",)}
+
+
+def kernel_table(where: str) -> str:
+    """The markdown table of the kernels of one step, without and with the fused kernels: `where` is <gpu>/<suite>."""
+    files = {name: newest(RESULTS / where, row) for name, row in (("unfused", "kernels_unfused"), ("fused", "8_fused"))}
+    rows = {kind: [] for kind in [*KINDS, "everything else", "all"]}
+    for _, record in files.values():
+        kernels = record["step_kernels"]
+        for kind, column in rows.items():
+            own = [kernel for kernel in kernels if kind in ("all", _kind(kernel["name"]))]
+            column.append(f"{sum(kernel['ms'] for kernel in own):.1f} ({sum(kernel['launches'] for kernel in own)})")
+    heads = [f"[{name}](results/{where}/{path.name})" for name, (path, _) in files.items()]
+    lines = ["| milliseconds (launches) | " + " | ".join(heads) + " |", "|---" * 3 + "|"]
+    return "\n".join(lines + [f"| {kind} | " + " | ".join(column) + " |" for kind, column in rows.items()]) + "\n"
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "everything else")
+
+
+def tried_table(gpu: str) -> str:
+    """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
+    def shown(values):
+        return ", ".join(f"{value:.2f}" for value in values)
+
+    lines = ["| tried and not kept | of | ms with it | ms without |", "|---" * 4 + "|"]
+    lines += [f"| {one['what']} | {one['of']} | {shown(one['ms'])} | {shown(one['without_ms'])} |"
+              for one in json.loads((RESULTS / gpu / "tried.json").read_text())["tried"]]
+    return "\n".join(lines) + "\n"
+
+
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
-    makers = {"results": table, "quality": quality_table, "judge": judge_table}
+    makers = {"results": table, "quality": quality_table, "judge": judge_table, "kernels": kernel_table,
+              "tried": tried_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 

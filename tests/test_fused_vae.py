@@ -76,6 +76,9 @@ def test_a_fused_vae_is_the_same_function(fused_projections, monkeypatch):
     found = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) < 1e-5
+    torch._dynamo.reset()
+    compiled = torch.compile(vae.decoder, fullgraph=True, backend="eager")  # the recipe allows no graph break
+    assert relative(compiled(latents), vae.decoder(latents)) < 1e-6
 
 
 def test_sizes_that_the_kernels_do_not_take_stay(build):

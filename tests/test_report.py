@@ -116,6 +116,16 @@ def test_the_same_results_give_the_same_files(results):
     assert {name: (folder / name).read_bytes() for name in DRAWN} == before
 
 
+def test_kernels_by_kind():
+    """Of the committed results: each part adds up to the whole, and the fused step has no other kinds of kernel."""
+    cells = [line.split(" | ") for line in tables.kernel_table("h100/schnell").splitlines()[2:]]
+    for column in (1, 2):
+        shown = [float(line[column].split()[0]) for line in cells]
+        assert abs(sum(shown[:-1]) - shown[-1]) < 0.2 and min(shown) > 1
+    assert tables._kind("void cutlass::device_kernel<flash::x>") == "attention"
+    assert tables._kind("_adaln_kernel") == "everything else"
+
+
 def test_pareto_front():
     costs, errors = [1.0, 2.0, 3.0, 2.0, 4.0], [5.0, 3.0, 3.0, 4.0, 1.0]
     assert charts.pareto(costs, errors) == [0, 1, 4]
