@@ -48,6 +48,7 @@ def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, devic
         "text": normal(1, text, width).bfloat16(), "image": normal(1, image, width).bfloat16(),
         "y": normal(1, tokens, width).bfloat16(), "table": table,
         "offsets": torch.tensor([0, 6 * width, 12 * width, 12 * width + 2], device=device),
+        "gates": torch.tensor([2 * width, 8 * width], device=device),
         "bounds": torch.full((2, 2 + 2 * heads), 1.1, device=device),
         "qk_scale": torch.tensor([0.03, 0.03], device=device),
         "x": x, "x_scale": x_scale, "cos": angle.cos().half(), "sin": angle.sin().half(),
@@ -86,7 +87,11 @@ def calls(given: dict) -> list[dict]:
     plane = tokens * width
     for block, streams in (("single", 1), ("double", 2)):
         joint = streams == 1
-        add("adaln", block, k.adaln, (text, image, *common, 0, 1, 0, joint), 0, 3 * plane)
+        if joint:
+            add("residual_adaln", block, k.residual_adaln,
+                (text, image, given["y"], given["gates"], *common, 0, 1, 0, joint), 0, 7 * plane)
+        else:
+            add("adaln", block, k.adaln, (text, image, *common, 0, 1, 0, joint), 0, 3 * plane)
         qkv = stacked("qkv", streams)
         add("qkv_product", block, k.qkv_product,
             (x, given["x_scale"], *qkv, given["norms"][-streams:], *rope, t, streams),
@@ -103,14 +108,15 @@ def calls(given: dict) -> list[dict]:
             add("cast_attention", block, k.cast_attention, (given["y"], given["scales"]), 0, 3 * plane)
             add("products, attention's out", block, k.products,
                 (x, given["scales"], [0, 0], *lists("out", 2), t), 2 * plane * width, 3 * plane + 2 * width**2)
-            add("residual_adaln", block, k.residual_adaln, (text, image, given["y"], *common, 2, 3, 4, 1), 0, 7 * plane)
+            add("residual_adaln", block, k.residual_adaln,
+                (text, image, given["y"], given["gates"], *common, 3, 4, 1, joint), 0, 7 * plane)
             add("gelu_product", block, k.gelu_product, (x, given["x_scale"], *up, given["scales"], t, 2, None),
                 2 * plane * mlp, plane + tokens * mlp + up[0].numel())
             add("products, MLP's down", block, k.products,
                 (given["hidden"], given["scales"], [1, 2], *lists("down", 2), t), 2 * plane * mlp,
                 2 * plane + tokens * mlp + 2 * width * mlp)
-        add("gated_residual", block, k.gated_residual,
-            (text, image, given["y"], given["table"], given["offsets"], 2), 0, 6 * plane)
+        add("gated_residual", block, k.gated_residual, (text, image, given["y"], given["gates"], given["table"]), 0,
+            6 * plane)
     q, key, v = given["q"]
     descale = given["descale"].unbind(1)
     found.append({"kernel": "attention", "block": "both", "flops": 4 * tokens * plane, "bytes": 5 * plane,

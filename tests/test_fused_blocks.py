@@ -11,7 +11,14 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from utils import attention, fused_blocks, fused_kernels, pipeline_utils
 from utils.benchmark_utils import create_parser
-from utils.fused_blocks import Float8Linear, FusedDoubleBlock, Modulations, follow_schedule, fuse_blocks
+from utils.fused_blocks import (
+    Float8Linear,
+    FusedDoubleBlock,
+    Modulations,
+    follow_schedule,
+    fuse_blocks,
+    leave_sums,
+)
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import quantize_transformer
@@ -108,6 +115,21 @@ def test_the_recipe_puts_them_in(load, monkeypatch):
     latents += [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
     assert 0.001 < relative(latents[1], latents[0]) < 0.2 and torch.equal(*latents[1:])
     assert "Linears" in pipeline.techniques["quantisation"].how
+
+
+@torch.no_grad()
+def test_sums_left_to_the_next_block_are_the_same_sums(load):
+    """Bit by bit, and only the last block makes its own."""
+    pipeline, args = load("--ckpt", "tiny-flux-dev")
+    fuse(pipeline)
+    inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+    expected = pipeline.transformer(**inputs)[0]
+    leave_sums(pipeline.transformer)
+    left = []
+    for block in [*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks]:
+        block.register_forward_hook(lambda module, given, found: left.append(isinstance(found[0], tuple)))
+    assert torch.equal(pipeline.transformer(**inputs)[0], expected)
+    assert all(left[:-1]) and not left[-1] and len(left) > 2
 
 
 @torch.no_grad()

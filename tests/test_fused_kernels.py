@@ -98,9 +98,11 @@ def test_adaln(device, shape):
         assert_near(found, expected, device, [0.01, 1e-4, 1e-5, 1e-5])
         zeros = [x[0][0, case.T] for x in (found, expected)]  # x is zero there, its LayerNorm the shift alone
         assert_near(zeros[:1], zeros[1:], device, [0.02])
-    found, expected = run(kernels.residual_adaln, device, case.text, case.image, case.y, *common, 2, 3, 4, 0)
-    assert_near(found, expected, device, [0.003, 0.003, 0.02, 0.003, 1e-5])
-    found, expected = run(kernels.gated_residual, device, case.text, case.image, case.y, *common[:2], 5)
+        gates = torch.tensor([2, 8]) * case.D  # another block's: nothing but the table says where
+        found, expected = run(kernels.residual_adaln, device, case.text, case.image, case.y, gates, *common, 3, 4, 0,
+                              joint)
+        assert_near(found, expected, device, [0.003, 0.003, 0.02, 0.003, 1e-5, 1e-5])
+    found, expected = run(kernels.gated_residual, device, case.text, case.image, case.y, gates, case.table)
     assert_near(found, expected, device, [0.003, 0.003])
 
 
@@ -185,7 +187,7 @@ def test_the_kernel_table_runs_every_op_of_both_blocks():
     # 64 tokens, 128 wide, 256 in the MLP, by hand.
     assert by_name["single", "qkv_product"]["flops"] == 2 * 64 * 128 * 384
     assert by_name["single", "products, out"]["flops"] == 2 * 64 * 384 * 128
-    assert by_name["single", "adaln"]["bytes"] == 64 * 128 * (2 + 1)
+    assert by_name["double", "adaln"]["bytes"] == 64 * 128 * (2 + 1)
     assert by_name["double", "residual_adaln"]["bytes"] == 64 * 128 * (2 + 2 + 2 + 1)
     assert by_name["both", "attention"]["flops"] == 4 * 64 * 64 * 128
     assert len(table.alternatives(given)) == 10

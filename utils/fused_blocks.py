@@ -1,15 +1,16 @@
 """FLUX's two kinds of block on the fused kernels, and the modulations of a whole image in one product.
 
     single block                                      double block, text and image side by side
-    adaln           LayerNorm, modulation -> e4m3     adaln
+    residual_adaln  LayerNorm, modulation -> e4m3     residual_adaln
     qkv_product     QK-norm, rotation -> e4m3         qkv_product
     attention       FlashAttention-3, fp8             attention
     gelu_product    [attention | GELU] -> e4m3        cast_attention, products
     products        by cuBLAS                         residual_adaln, gelu_product, products
-    gated_residual                                    gated_residual
 
 A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
-it. Only `temb` is another: the modulations of all blocks, of which each knows its place.
+it. Only `temb` is another: the modulations of all blocks, of which each knows its place. And where no cache looks in
+between, a block leaves its last sum to the LayerNorm of the next one, which reads it anyway (`leave_sums`): what it
+gives as text is then (text, y, gates) with x + gate * y yet to be made.
 """
 
 import torch
@@ -87,7 +88,24 @@ def _norms(pairs: list[tuple], device: torch.device) -> Tensor:
     return torch.stack([torch.stack([q, k, torch.ones_like(q)]) for q, k in rows]).to(device)
 
 
-class FusedSingleBlock(torch.nn.Module):
+class _Block(torch.nn.Module):
+    """How both kinds begin and end."""
+
+    leaves_sum = False
+
+    def first_adaln(self, text, image: Tensor, table: Tensor, joint: bool) -> tuple[Tensor, ...]:
+        """text and image, complete, and what `adaln` makes of them."""
+        common = table, self.offsets, self.bounds, self.qk_scale, SHIFT, SCALE, 0, joint
+        if isinstance(text, tuple):
+            text, y, gates = text
+            return residual_adaln(text, image, y, gates, *common)
+        return text, image, *adaln(text, image, *common)
+
+    def last_sum(self, text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor) -> tuple:
+        return ((text, y, gates), image) if self.leaves_sum else gated_residual(text, image, y, gates, table)
+
+
+class FusedSingleBlock(_Block):
     """A FluxSingleTransformerBlock with fused projections, on the fused kernels, with weights of its own.
 
     Args:
@@ -102,22 +120,21 @@ class FusedSingleBlock(torch.nn.Module):
         self.out = Float8Linear([block.proj_out], False, device)
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
         self.register_buffer("offsets", torch.tensor([offset, offset, length, length], device=device))
+        self.register_buffer("gates", self.offsets[:2] + GATE * attn.query_dim)
         self.register_buffer("bounds", product_bounds(self.mlp, self.qkv, attn.heads).repeat(2, 1))
         self.register_buffer("qk_scale", torch.stack([norm_scale(attn.norm_q), norm_scale(attn.norm_k)]).to(device))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
-        text, image = encoder_hidden_states, hidden_states
-        x, x_scale, descale, scales = adaln(text, image, temb, self.offsets, self.bounds, self.qk_scale, SHIFT, SCALE,
-                                            0, True)
+        text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, True)
         q, k, v = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *image_rotary_emb, descale, 0, 1).unbind()
         attended = attention(q, k, v, *descale.unbind(1), "fa3").flatten(2)
         hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, attended)
         y = products(hidden, scales, [0], *self.out.operands(), 0)
-        return gated_residual(text, image, y, temb, self.offsets, GATE)
+        return self.last_sum(text, image, y, self.gates, temb)
 
 
-class FusedDoubleBlock(torch.nn.Module):
+class FusedDoubleBlock(_Block):
     """A FluxTransformerBlock with fused projections, on the fused kernels, with weights of its own, text's before
     image's.
 
@@ -138,24 +155,25 @@ class FusedDoubleBlock(torch.nn.Module):
         self.register_buffer("norms", _norms(norms, device))
         self.register_buffer("offsets", torch.tensor([text_offset, image_offset, text_length, image_length],
                                                      device=device))
+        self.register_buffer("gates", self.offsets[:2] + GATE * attn.query_dim)
+        self.register_buffer("mlp_gates", self.offsets[:2] + MLP_GATE * attn.query_dim)
         self.register_buffer("bounds", product_bounds(self.up, self.qkv, attn.heads))
         qk_scale = [norm_scale(*both) for both in zip(*norms, strict=True)]
         self.register_buffer("qk_scale", torch.stack(qk_scale).to(device))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
-        text, image, tokens = encoder_hidden_states, hidden_states, encoder_hidden_states.shape[1]
-        x, x_scale, descale, scales = adaln(text, image, temb, self.offsets, self.bounds, self.qk_scale, SHIFT, SCALE,
-                                            0, False)
+        text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, False)
+        tokens = text.shape[1]
         q, k, v = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *image_rotary_emb, descale, tokens,
                               2).unbind()
         attended = attention(q, k, v, *descale.unbind(1), "fa3").flatten(2)
         y = products(cast_attention(attended, scales), scales, [0, 0], *self.out.operands(), tokens)
-        text, image, x, x_scale, scales = residual_adaln(text, image, y, temb, self.offsets, self.bounds, self.qk_scale,
-                                                         GATE, MLP_SHIFT, MLP_SCALE, 1)
+        text, image, x, x_scale, _, scales = residual_adaln(text, image, y, self.gates, temb, self.offsets, self.bounds,
+                                                            self.qk_scale, MLP_SHIFT, MLP_SCALE, 1, False)
         hidden = gelu_product(x, x_scale, *self.up.operands(), scales, tokens, 2, None)
         y = products(hidden, scales, [1, 2], *self.down.operands(), tokens)
-        return gated_residual(text, image, y, temb, self.offsets, MLP_GATE)
+        return self.last_sum(text, image, y, self.mlp_gates, temb)
 
 
 class Modulations(torch.nn.Module):
@@ -312,6 +330,14 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device) -> in
     transformer.pos_embed = Rotation(transformer.pos_embed)
     return len(doubles) + len(singles) + sum(module.count for module in transformer.modules()
                                              if isinstance(module, Float8Linear))
+
+
+def leave_sums(transformer: FluxTransformer2DModel) -> None:
+    """Has every fused block but the last leave its last sum to the next. Not for a step cache, which reads what blocks
+    give and skips some."""
+    *blocks, _ = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for block in blocks:
+        block.leaves_sum = True
 
 
 def follow_schedule(pipeline) -> None:

@@ -53,37 +53,40 @@ def _to_e4m3_kernel(x, MAX: tl.constexpr):
 
 
 @triton.jit
-def _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D: tl.constexpr):
-    """Where a row of all tokens is read, where it is written, and where its modulation begins."""
+def _own_stream(row, text, image, new_text, new_image, table, offsets, gates, T, S, table_stride, D: tl.constexpr):
+    """Where a row of all tokens is read, where it is written, and where its modulation and its gate begin."""
     b = row // S
     s = row % S
     if s < T:
         at = (b * T + s) * D
         source, new = text + at, new_text + at
         modulation = table + b * table_stride + tl.multiple_of(tl.load(offsets), 16)
+        gate = table + b * table_stride + tl.multiple_of(tl.load(gates), 16)
     else:
         at = (b * (S - T) + s - T) * D
         source, new = image + at, new_image + at
         modulation = table + b * table_stride + tl.multiple_of(tl.load(offsets + 1), 16)
-    return source, new, modulation
+        gate = table + b * table_stride + tl.multiple_of(tl.load(gates + 1), 16)
+    return source, new, modulation, gate
 
 
 @triton.jit
 def _adaln_kernel(
-        text, image, y, new_text, new_image, table, offsets, out, row_scale, bounds, qk_scale, descale, tensor_scales,
-        T, S, B, table_stride, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
-        GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, LENGTH: tl.constexpr, JOINT: tl.constexpr,
+        text, image, y, new_text, new_image, table, offsets, gates, out, row_scale, bounds, qk_scale, descale,
+        tensor_scales, T, S, B, table_stride, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+        HEADS_BLOCK: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, LENGTH: tl.constexpr, JOINT: tl.constexpr,
         RESIDUAL: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr, ROUNDING: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < D
-    source, new, modulation = _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D)
+    source, new, modulation, own_gate = _own_stream(row, text, image, new_text, new_image, table, offsets, gates, T, S,
+                                                    table_stride, D)
     # All loads before the first reduction, which waits for the others: their latencies are what a row takes.
     x = tl.load(source + i, mask, 0.).to(tl.float32)
     scale = tl.load(modulation + SCALE * D + i, mask, 0.)
     shift = tl.load(modulation + SHIFT * D + i, mask, 0.)
     if RESIDUAL:
-        gate = tl.load(modulation + GATE * D + i, mask, 0.).to(tl.float32)
+        gate = tl.load(own_gate + i, mask, 0.).to(tl.float32)
         x = (x + gate * tl.load(y + row * D + i, mask, 0.).to(tl.float32)).to(tl.bfloat16)
         tl.store(new + i, x, mask)
         x = x.to(tl.float32)
@@ -128,14 +131,15 @@ def _adaln_kernel(
 
 
 @triton.jit
-def _residual_kernel(text, image, y, new_text, new_image, table, offsets, T, S, table_stride, D: tl.constexpr,
-                     BLOCK: tl.constexpr, GATE: tl.constexpr):
+def _residual_kernel(text, image, y, new_text, new_image, table, gates, T, S, table_stride, D: tl.constexpr,
+                     BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < D
-    source, new, modulation = _own_stream(row, text, image, new_text, new_image, table, offsets, T, S, table_stride, D)
+    source, new, _, own_gate = _own_stream(row, text, image, new_text, new_image, table, gates, gates, T, S,
+                                           table_stride, D)
     x = tl.load(source + i, mask, 0.).to(tl.float32)
-    gate = tl.load(modulation + GATE * D + i, mask, 0.).to(tl.float32)
+    gate = tl.load(own_gate + i, mask, 0.).to(tl.float32)
     tl.store(new + i, (x + gate * tl.load(y + row * D + i, mask, 0.).to(tl.float32)).to(tl.bfloat16), mask)
 
 
@@ -252,27 +256,30 @@ def adaln(text: Tensor, image: Tensor, table: Tensor, offsets: Tensor, bounds: T
         (B, T + I, D) e4m3; its scales (B, T + I); descale (B, 3, H), for each head of q, k and v; tensor_scales (3, 4),
         of which the first column counts: for attention's output, text's GELU, image's; if joint all three the same.
     """
-    found, args = _adaln_operands(text, image, None, table, offsets, bounds, qk_scale, 0, shift, scale, length, joint)
+    found, args = _adaln_operands(text, image, None, table, offsets, offsets, bounds, qk_scale, shift, scale, length,
+                                  joint)
     wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=8)
     return found[2:]
 
 
 @triton_op("flux_faster::residual_adaln", mutates_args=())
-def residual_adaln(text: Tensor, image: Tensor, y: Tensor, table: Tensor, offsets: Tensor, bounds: Tensor,
-                   qk_scale: Tensor, gate: int, shift: int, scale: int, length: int
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`adaln` of x + gate * y, with y (B, T + I, D) bf16.
+def residual_adaln(text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor, offsets: Tensor,
+                   bounds: Tensor, qk_scale: Tensor, shift: int, scale: int, length: int, joint: bool
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`adaln` of x + gate * y.
+
+    Args:
+        y: (B, T + I, D), bf16. gates: (2,) int64: where in the table text's and image's gate begin, multiples of 16.
 
     Returns:
-        The sum: text (B, T, D), image (B, I, D), bf16; then what `adaln` gives, without descale.
+        The sum: text (B, T, D), image (B, I, D), bf16; then what `adaln` gives.
     """
-    found, args = _adaln_operands(text, image, y, table, offsets, bounds, qk_scale, gate, shift, scale, length, False)
+    found, args = _adaln_operands(text, image, y, table, offsets, gates, bounds, qk_scale, shift, scale, length, joint)
     wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=8)
-    new_text, new_image, out, row_scale, _, tensor_scales = found
-    return new_text, new_image, out, row_scale, tensor_scales
+    return found
 
 
-def _adaln_operands(text, image, y, table, offsets, bounds, qk_scale, gate, shift, scale, length, joint
+def _adaln_operands(text, image, y, table, offsets, gates, bounds, qk_scale, shift, scale, length, joint
                     ) -> tuple[tuple[Tensor, ...], tuple]:
     """The results of both, yet to be written (without y the first two are the inputs), and the kernel's arguments. The
     launch is each op's own: by its source torch's compile cache knows which kernels an op has."""
@@ -283,23 +290,22 @@ def _adaln_operands(text, image, y, table, offsets, bounds, qk_scale, gate, shif
     descale = text.new_empty(B, 3, heads, dtype=torch.float32)
     tensor_scales = text.new_empty(3, 4, dtype=torch.float32)
     new_text, new_image = (torch.empty_like(text), torch.empty_like(image)) if adds else (text, image)
-    args = (text, image, y if adds else text, new_text, new_image, table, offsets, out, row_scale, bounds, qk_scale,
-            descale, tensor_scales, T, tokens, B, table.stride(0), D, triton.next_power_of_2(D), heads,
-            triton.next_power_of_2(heads), gate, shift, scale, length, joint, adds, EPS, E4M3_MAX, ROUNDING)
+    args = (text, image, y if adds else text, new_text, new_image, table, offsets, gates, out, row_scale, bounds,
+            qk_scale, descale, tensor_scales, T, tokens, B, table.stride(0), D, triton.next_power_of_2(D), heads,
+            triton.next_power_of_2(heads), shift, scale, length, joint, adds, EPS, E4M3_MAX, ROUNDING)
     return (new_text, new_image, out, row_scale, descale, tensor_scales), args
 
 
 @triton_op("flux_faster::gated_residual", mutates_args=())
-def gated_residual(text: Tensor, image: Tensor, y: Tensor, table: Tensor, offsets: Tensor, gate: int
-                   ) -> tuple[Tensor, Tensor]:
-    """x + gate * y: text (B, T, D) and image (B, I, D), bf16; y (B, T + I, D)."""
+def gated_residual(text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate * y: text (B, T, D) and image (B, I, D), bf16. The others as in `residual_adaln`."""
     text, image, table = text.contiguous(), image.contiguous(), table.contiguous()
     B, T, D = text.shape
     tokens = T + image.shape[1]
     new_text, new_image = torch.empty_like(text), torch.empty_like(image)
     wrap_triton(_residual_kernel)[(B * tokens,)](
-        text, image, y, new_text, new_image, table, offsets, T, tokens, table.stride(0), D, triton.next_power_of_2(D),
-        gate, num_warps=4)
+        text, image, y, new_text, new_image, table, gates, T, tokens, table.stride(0), D, triton.next_power_of_2(D),
+        num_warps=4)
     return new_text, new_image
 
 
@@ -438,17 +444,15 @@ def adaln_reference(text, image, table, offsets, bounds, qk_scale, shift, scale,
 
 
 @residual_adaln.register_kernel("cpu")
-def residual_adaln_reference(text, image, y, table, offsets, bounds, qk_scale, gate, shift, scale, length):
-    text, image = gated_residual_reference(text, image, y, table, offsets, gate)
-    out, row_scale, _, scales = adaln_reference(text, image, table, offsets, bounds, qk_scale, shift, scale, length,
-                                                False)
-    return text, image, out, row_scale, scales
+def residual_adaln_reference(text, image, y, gates, table, offsets, bounds, qk_scale, shift, scale, length, joint):
+    text, image = gated_residual_reference(text, image, y, gates, table)
+    return text, image, *adaln_reference(text, image, table, offsets, bounds, qk_scale, shift, scale, length, joint)
 
 
 @gated_residual.register_kernel("cpu")
-def gated_residual_reference(text, image, y, table, offsets, gate):
+def gated_residual_reference(text, image, y, gates, table):
     D, parts = text.shape[-1], y.split([text.shape[1], image.shape[1]], 1)
-    gates = (table[:, None, int(at) + gate * D:int(at) + (gate + 1) * D].float() for at in offsets[:2])
+    gates = (table[:, None, int(at):int(at) + D].float() for at in gates)
     return tuple((x.float() + gate * part.float()).to(x.dtype)
                  for x, gate, part in zip((text, image), gates, parts, strict=True))
 

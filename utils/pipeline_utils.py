@@ -98,7 +98,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
     # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.
     fused = chosen.is_on("fused kernels")
     if fused:
-        from utils.fused_blocks import follow_schedule, fuse_blocks  # needs Triton, which CPU builds of torch lack
+        # These need Triton, which CPU builds of torch lack.
+        from utils.fused_blocks import follow_schedule, fuse_blocks, leave_sums
     elif chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
@@ -130,6 +131,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
             techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them.
+    if fused and not chosen.cache:
+        leave_sums(transformer)
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
     if chosen.is_on("compile") and not exports:
