@@ -15,16 +15,17 @@ import PIL.Image
 import pytest
 
 import gen_image
-from utils import many_prompts
-from utils.benchmark_utils import RecipeError, check_args
+from utils import many_prompts, pipeline_utils
+from utils.benchmark_utils import RecipeError, check_args, images_per_call
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made, read_prompts
 
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--disable_quant", "--num_inference_steps", "1"]
-TEXTS = ["3d frog on a navy background", "3d cat on a teal background", "a dog", "3d frog on a navy background", "a key"]
-# Of 255. Batches add up in another order: 3.3 is the largest difference of a pixel's mean here, in bf16.
-PIXEL_BOUND = 0.5
+FROG = "3d frog on a navy background"
+TEXTS = [FROG, "3d cat on a teal background", "a dog", FROG, "a key"]
+# Mean difference of a pixel, of 255. On one CPU thread there was none, on two 0.08 at most (and 1 for any one pixel).
+PIXEL_BOUND = 0.3
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_batch_is_the_images_one_by_one(folder, run, capsys):
     for name in names:
         assert read_parameters(f"batch/{name}") == read_parameters(f"alone/{name}")
         assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
-    assert np.abs(pixels(f"batch/{names[0]}") - pixels(f"batch/{names[3]}")).mean() > 10, "their seeds differ"
+    assert np.abs(pixels(f"batch/{names[0]}") - pixels(f"batch/{names[3]}")).mean() > 4, "their seeds differ"
     shown = capsys.readouterr().err
     assert "done: 5 of 5 images" in shown and "a minute" in shown and "s left" in shown
 
@@ -162,7 +163,7 @@ def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
 
 def test_several_processes_for_one_prompt_are_refused(make_args, monkeypatch):
     monkeypatch.setattr(many_prompts, "PartialState", lambda **_: types.SimpleNamespace(num_processes=2))
-    with pytest.raises(RecipeError, match="2 processes for one prompt.*--prompts-file"):
+    with pytest.raises(RecipeError, match=r"2 processes for one prompt.*--prompts-file"):
         many_prompts.join_processes(make_args())
 
 
@@ -186,9 +187,10 @@ def test_bad_lines_are_named_and_the_others_are_made(folder, run, capsys):
     assert sorted(path.name for path in folder.glob("*.png")) == ["x_000_42.png", "x_001_7.png", "x_004_9.png"]
     shown = capsys.readouterr().err.splitlines()
     assert [line.partition(" line ")[2] for line in shown if "left out" in line] == [
-        "4 is left out: not JSON (Expecting value at character 1)", "5 is left out: not UTF-8 text (invalid start byte)"]
+        "4 is left out: not JSON (Expecting value at character 1)",
+        "5 is left out: not UTF-8 text (invalid start byte)"]
     assert [line for line in shown if "longer than" in line] == [
-        "1 prompts are longer than the 64 tokens that are read, the first in line 6: their ends have no effect."]
+        "1 of 3 prompts longer than the 64 tokens that are read, the first in line 6: the ends have no effect."]
 
 
 @pytest.mark.parametrize("line, why", [
@@ -227,6 +229,19 @@ def test_the_manifest_never_goes_into_the_prompts(make_args, folder):
     (folder / "pictures.jsonl").write_text('{"prompt": "a cat"}')
     with pytest.raises(RecipeError, match="choose another --output-file"):
         check_args(make_args("--prompts-file", "pictures.jsonl", "--output-file", "./pictures.png"))
+
+
+def test_the_warm_up_is_of_the_batch(build, make_args, folder, monkeypatch):
+    batches, pipeline = [], build("tiny-flux-dev")
+    pipeline.transformer.register_forward_pre_hook(
+        lambda m, a, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
+    args = make_args("--ckpt", "tiny-flux-dev", "--prompts-file", "prompts.txt", "--batch_size", "3",
+                     "--num_images_per_prompt", "2", "--negative_prompt", "blue", "--true_cfg_scale", "3",
+                     "--disable_quant", "--disable_bf16", "--disable_inductor_tuning_flags")
+    assert images_per_call(args) == 6
+    pipeline_utils.optimize(pipeline, args)
+    assert batches == [6, 6]
 
 
 def test_repeated_prompts_are_encoded_once(folder, run, monkeypatch):

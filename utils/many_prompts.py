@@ -124,8 +124,8 @@ def warn_of_long_prompts(pipeline, prompts: list[Prompt], max_sequence_length: i
     tokens = pipeline.tokenizer_2([prompt.text for prompt in prompts]).input_ids
     long = [prompt.line for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > max_sequence_length]
     if long:
-        print(f"{len(long)} prompts are longer than the {max_sequence_length} tokens that are read, the first in line "
-              f"{long[0]}: their ends have no effect.", file=sys.stderr)
+        print(f"{len(long)} of {len(prompts)} prompts longer than the {max_sequence_length} tokens that are read, the "
+              f"first in line {long[0]}: the ends have no effect.", file=sys.stderr)
 
 
 class Progress:
