@@ -7,6 +7,7 @@ line of JSON an image; where an image was made again, its last line counts.
 
 import hashlib
 import json
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,16 +39,25 @@ class Request(NamedTuple):
     path: Path
 
 
-def join_processes(args) -> PartialState:
+def join_processes(args) -> PartialState | None:
     """This process's place among those of `accelerate launch`, its GPU made the current one. Only the first one talks.
+    Without --prompts-file None, since it takes a call of nvidia-smi.
 
     Raises:
         RecipeError: several processes for one prompt.
     """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if not args.prompts_file:
+        if launched > 1:
+            raise RecipeError(f"{launched} processes for one prompt: give many with --prompts-file, or start "
+                              "gen_image.py without accelerate launch.")
+        return None
+    if launched == 1:
+        # On several RTX 40 cards with an old driver accelerate refuses to start without these, for the sake of NCCL,
+        # which a single process does not use. `accelerate launch` sets them itself.
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
     processes = PartialState(cpu=args.device == "cpu")
-    if processes.num_processes > 1 and not args.prompts_file:
-        raise RecipeError(f"{processes.num_processes} processes for one prompt: give many with --prompts-file, or "
-                          "start gen_image.py without accelerate launch.")
     args.quiet = args.quiet or not processes.is_main_process
     return processes
 
@@ -144,8 +154,10 @@ class Progress:
         self.read += len(gained)
         self.done += gained.count(b"\n")
         rate = self.done / (time.perf_counter() - self.start)
-        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
-        return f"{self.done} of {self.total} images, {rate * 60:.1f} a minute{left}"
+        text = f"{self.done} of {self.total} images, {rate * 60:.1f} a minute"
+        if 0 < self.done < self.total:
+            text += f", {timedelta(seconds=round((self.total - self.done) / rate))} to go"
+        return text
 
 
 def write_images(images: list, requests: list[Request], common: dict, seconds: float, manifest: Path) -> None:
