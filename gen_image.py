@@ -3,7 +3,7 @@
     python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
 """
 
-from pathlib import Path
+import sys
 
 from utils.benchmark_utils import (
     RecipeError,
@@ -14,7 +14,8 @@ from utils.benchmark_utils import (
     spare_the_garbage_collector,
 )
 from utils.images import image_parameters, numbered_path, save_image
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, with_embeddings
+from utils.many_prompts import join_processes, make_images, read_prompts
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 
 
 def main():
@@ -23,42 +24,26 @@ def main():
     for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [args.prompt]
+    processes = join_processes(args)
+    prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
+    for complaint in complaints:
+        processes.print(complaint, file=sys.stderr)
     log = StageLog(args.quiet)
 
     with log.stage("load"):
         pipeline = load_pipeline(args)
     pipeline = optimize(pipeline, args, log)
     spare_the_garbage_collector()
+    if prompts:
+        return make_images(pipeline, args, prompts, processes, log)
 
-    embeddings = {}
-    for index, prompt in enumerate(prompts):
-        first_seed = args.seed + index * args.num_images_per_prompt
-        kwargs = call_kwargs(pipeline, args, prompt=prompt, seed=first_seed)
-        with log.stage("image"):
-            images = pipeline(**with_embeddings(pipeline, kwargs, embeddings)).images
-        for i, image in enumerate(images):
-            seed = first_seed + i
-            if args.prompts_file:
-                path = numbered_path(args.output_file, index, seed)
-            elif len(images) > 1:
-                path = numbered_path(args.output_file, i, seed)
-            else:
-                path = args.output_file
-            save_image(image, path, image_parameters(args, kwargs, pipeline.techniques, prompt, seed))
-            log.line(f"wrote {path}")
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a file that are not blank."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"--prompts-file {path} is not UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise RecipeError(f"--prompts-file {path} holds no prompt: write one a line.")
-    return prompts
+    kwargs = call_kwargs(pipeline, args)
+    with log.stage("image"):
+        images = pipeline(**kwargs).images
+    for i, image in enumerate(images):
+        path = numbered_path(args.output_file, i, args.seed + i) if len(images) > 1 else args.output_file
+        save_image(image, path, image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed + i))
+        log.line(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ REFUSED_BY_ARGUMENTS = [
     (["--num_inference_steps", "0"], "at least 1"),
     (["--num_images_per_prompt", "0"], "at least 1"),
     (["--runs", "0"], "at least 1"),
+    (["--batch_size", "2"], "add --prompts-file"),
+    (["--batch_size", "0", "--prompts-file", "README.md"], "at least 1"),
     (["--seed", "-1"], "--seed -1"),
     (["--seed", str(2**64)], "2\\^63"),
     (["--true_cfg_scale", "0.5"], "1 \\(off\\) or more"),

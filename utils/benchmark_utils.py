@@ -83,7 +83,10 @@ def create_parser() -> argparse.ArgumentParser:
     image = parser.add_argument_group("image")
     image.add_argument("--prompt", help="text prompt; without, one that the model can draw")
     image.add_argument("--prompts-file", metavar="FILE",
-                       help="one prompt a line; one image each, named by index and seed")
+                       help="one prompt a line, or JSON with prompt and seed (.jsonl); images are named by index and "
+                       "seed, and those that are there already are not made again")
+    image.add_argument("--batch_size", type=int, metavar="B",
+                       help="prompts of --prompts-file in one call: 1; more images a minute, more memory")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
     image.add_argument("--true_cfg_scale", type=float, default=1.0,
                        help="classifier-free guidance with the negative prompt: twice the work a step")
@@ -94,7 +97,7 @@ def create_parser() -> argparse.ArgumentParser:
     image.add_argument("--width", type=int, help="pixels, a multiple of 16; default: what the model was trained for")
     image.add_argument("--num_inference_steps", type=int,
                        help="denoising steps; default by model: 4 schnell, 28 dev, 28 Kontext")
-    image.add_argument("--num_images_per_prompt", type=int, default=1, help="batch size; image i has seed + i")
+    image.add_argument("--num_images_per_prompt", type=int, default=1, help="image i has seed + i")
     image.add_argument("--seed", type=int, default=42, help="of the first image, drawn on the CPU: the same anywhere")
     image.add_argument("--output-file", default="output.png", help=f"image path, {', '.join(IMAGE_SUFFIXES)}")
 
@@ -174,7 +177,8 @@ def check_args(args: argparse.Namespace) -> None:
         refuse(size is not None and (size <= 0 or size % 16),
                f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
                f"The nearest that works: {max(16, round((size or 0) / 16) * 16)}.")
-    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("runs", 1), ("warmup", 0)):
+    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1),
+                        ("runs", 1), ("warmup", 0)):
         value = getattr(args, name)
         refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
     refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed}: it must be from 0 to 2^63 - 1.")
@@ -191,6 +195,9 @@ def check_args(args: argparse.Namespace) -> None:
            "--negative_prompt has no effect without true classifier-free guidance: add --true_cfg_scale, e.g. 4.0.")
     refuse(args.true_cfg_scale > 1 and args.negative_prompt is None,
            f"--true_cfg_scale {args.true_cfg_scale} needs --negative_prompt ('' will do).")
+    refuse(args.batch_size is not None and not args.prompts_file,
+           f"--batch_size {args.batch_size} is how many prompts of a file go into one call: add --prompts-file. "
+           "Several images of one prompt: --num_images_per_prompt.")
     refuse(args.prompts_file and args.trace_file, "--trace-file records one image: it does not go with --prompts-file.")
 
     refuse(args.disable_quant and (args.quant_dtype != "auto" or args.quant_granularity),
@@ -240,9 +247,22 @@ def check_args(args: argparse.Namespace) -> None:
            f"Choose from {', '.join(IMAGE_SUFFIXES)}.")
     refuse(is_path and output.resolve() == Path(args.image).expanduser().resolve(),
            f"--output-file {args.output_file} would overwrite --image: choose another name.")
+    manifest = manifest_path(output)
+    refuse(args.prompts_file and manifest.resolve() == Path(args.prompts_file).expanduser().resolve(),
+           f"--prompts-file {args.prompts_file} is where the list of images made goes: choose another --output-file.")
     for name in ("output_file", "trace_file", "output_json", "ceilings"):
         if getattr(args, name):
             make_writable_parent(getattr(args, name), "--" + name.replace("_", "-"))
+
+
+def images_per_call(args: argparse.Namespace) -> int:
+    """The batch of one pipeline call."""
+    return (args.batch_size or 1) * args.num_images_per_prompt
+
+
+def manifest_path(output_file: str | Path) -> Path:
+    """Where the images of --prompts-file are listed, beside them."""
+    return Path(output_file).expanduser().with_suffix(".jsonl")
 
 
 def make_writable_parent(path: str, flag: str) -> None:
@@ -278,8 +298,8 @@ def exit_with_reason(main):
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory ({str(error).splitlines()[0]}). What helps, in this order: "
-              "--text_encoder_quant, --vae_tiling, fewer --num_images_per_prompt, a smaller --height and --width, "
-              "--offload model, --offload group.", file=sys.stderr)
+              "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
+              "--height and --width, --offload model, --offload group.", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

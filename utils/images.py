@@ -1,6 +1,7 @@
 """Images in and out: the reference image, 8-bit pixels made on the GPU, and files that say how they were made."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -74,11 +75,16 @@ def image_parameters(args, kwargs: dict, techniques: dict, prompt: str, seed: in
         kwargs: of the pipeline call (`call_kwargs`).
         techniques: name to (on, how), as `optimize` leaves them on the pipeline.
     """
-    names = ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale")
-    return {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
-            "image": args.image, "random_weights": args.random_weights is not None,
-            "techniques": {name: how for name, (on, how) in techniques.items() if on},
-            **{name: kwargs[name] for name in names if name in kwargs}}
+    names = ("height", "width", "num_inference_steps", "guidance_scale")
+    parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
+                  "image": args.image, "random_weights": args.random_weights is not None,
+                  "techniques": {name: how for name, (on, how) in techniques.items() if on},
+                  **{name: kwargs[name] for name in names}}
+    if "negative_prompt" in kwargs:
+        parameters |= {"negative_prompt": args.negative_prompt, "true_cfg_scale": args.true_cfg_scale}
+    if "image" in kwargs:
+        parameters["image_sha256"] = hashlib.sha256(kwargs["image"].tobytes()).hexdigest()
+    return parameters
 
 
 def save_image(image: PIL.Image.Image, path: str | Path, parameters: dict) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from tiny_flux import presets
 from utils import aoti, attention, random_weights, step_cache
-from utils.benchmark_utils import RecipeError, StageLog
+from utils.benchmark_utils import RecipeError, StageLog, images_per_call
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
 from utils.cuda_graph import CUDAGraphed
 from utils.images import GPUImageProcessor, load_reference, reference_size
@@ -116,7 +116,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         if args.text_encoder_quant:
             quantize_text_encoder(pipeline.text_encoder_2, device)
     if args.offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
+        # diffusers' default is GPU 0, whatever the current one is.
+        pipeline.enable_model_cpu_offload(gpu_id=torch.cuda.current_device(), device=device)
     elif args.offload == "group":
         pipeline.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
                                       offload_type="leaf_level", use_stream=True)
@@ -157,7 +158,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         steps = chosen.settings.num_inference_steps if chosen.cache else 1
         with log.stage("compile" if chosen.is_on("compile") and not exports else "record"):
             show_progress(pipeline, False)
-            pipeline(**call_kwargs(pipeline, args, num_inference_steps=steps))
+            # With embeddings, as for a file of prompts, whose prompts are encoded one at a time.
+            pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))
             show_progress(pipeline, not args.quiet)
     return pipeline
 
@@ -166,23 +168,35 @@ def show_progress(pipeline, shown: bool) -> None:
     pipeline.set_progress_bar_config(desc="denoising", disable=not shown)
 
 
-def call_kwargs(pipeline, args, prompt: str | None = None, seed: int | None = None,
+def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int | list[int] | None = None,
                 num_inference_steps: int | None = None) -> dict:
     """The arguments of one pipeline call: the only place where they are made, for warm-up, timing, trace and images.
 
     Holds generators, which a call uses up: make new ones for each call, outside what is timed.
+
+    Args:
+        prompt: one, for --num_images_per_prompt images, or a list of one an image. By default --prompt; with
+            --prompts-file as many of it as its batches hold.
+        seed: of the first image, or a list of one an image. By default --seed.
     """
     settings = image_settings(args, configs_of(pipeline))
-    seed = args.seed if seed is None else seed
+    if prompt is None:
+        prompt = [args.prompt] * images_per_call(args) if args.prompts_file else args.prompt
+    batched = isinstance(prompt, list)
+    count = len(prompt) if batched else args.num_images_per_prompt
+    if not isinstance(seed, list):
+        first = args.seed if seed is None else seed
+        seed = list(range(first, first + count))
     kwargs = dict(
-        prompt=args.prompt if prompt is None else prompt,
+        prompt=prompt,
         height=settings.height, width=settings.width,
         num_inference_steps=num_inference_steps or settings.num_inference_steps,
         guidance_scale=settings.guidance_scale, max_sequence_length=settings.max_sequence_length,
-        num_images_per_prompt=args.num_images_per_prompt,
-        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(args.num_images_per_prompt)])
+        num_images_per_prompt=1 if batched else count,
+        generator=[torch.Generator("cpu").manual_seed(one) for one in seed])
     if args.true_cfg_scale > 1:
-        kwargs |= dict(negative_prompt=args.negative_prompt, true_cfg_scale=args.true_cfg_scale)
+        kwargs |= dict(negative_prompt=[args.negative_prompt] * count if batched else args.negative_prompt,
+                       true_cfg_scale=args.true_cfg_scale)
     if settings.model.needs_image:
         kwargs |= _reference_kwargs(load_reference(args.image), settings.width, settings.height)
     return kwargs
@@ -200,24 +214,33 @@ def _reference_kwargs(image, width: int, height: int) -> dict:
 @torch.no_grad()
 def with_embeddings(pipeline, kwargs: dict, cache: dict) -> dict:
     """`kwargs` with the prompts replaced by their embeddings; the last few of them stay in `cache` and are not encoded
-    again. (A dev prompt's take 4 MiB of GPU memory, and a file may hold thousands.)"""
+    again. (A dev prompt's take 4 MiB of GPU memory, and a file may hold thousands.)
+
+    A batch's prompts are encoded one by one: however many of them are in `cache`, the encoders see one shape.
+    """
     kwargs = dict(kwargs)
     images = kwargs.pop("num_images_per_prompt")
     for prefix in ("", "negative_"):
-        if (prompt := kwargs.pop(f"{prefix}prompt", None)) is None:
+        if (prompts := kwargs.pop(f"{prefix}prompt", None)) is None:
             continue
-        if prompt in cache:
-            cache[prompt] = cache.pop(prompt)
-        else:
-            if len(cache) >= MAX_EMBEDDINGS:
-                cache.pop(next(iter(cache)))
-            embeds, pooled, _ = pipeline.encode_prompt(
-                prompt=prompt, prompt_2=None, num_images_per_prompt=images,
-                max_sequence_length=kwargs["max_sequence_length"])
-            cache[prompt] = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        names = {"prompt_embeds": f"{prefix}prompt_embeds", "pooled_prompt_embeds": f"{prefix}pooled_prompt_embeds"}
-        kwargs |= {names[name]: tensor for name, tensor in cache[prompt].items()}
+        encoded = [_encode(pipeline, prompt, images, kwargs["max_sequence_length"], cache)
+                   for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        for name, parts in zip(("prompt_embeds", "pooled_prompt_embeds"), zip(*encoded, strict=True), strict=True):
+            kwargs[prefix + name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return kwargs
+
+
+def _encode(pipeline, prompt: str, images: int, max_sequence_length: int, cache: dict) -> tuple:
+    """(embeddings (images, tokens, D), pooled (images, P)) of a prompt; `cache` forgets what was used longest ago."""
+    if prompt in cache:
+        cache[prompt] = cache.pop(prompt)
+    else:
+        if len(cache) >= MAX_EMBEDDINGS:
+            cache.pop(next(iter(cache)))
+        embeds, pooled, _ = pipeline.encode_prompt(prompt=prompt, prompt_2=None, num_images_per_prompt=images,
+                                                   max_sequence_length=max_sequence_length)
+        cache[prompt] = embeds, pooled
+    return cache[prompt]
 
 
 def split_lora(lora: str) -> tuple[str, float]:

@@ -17,7 +17,7 @@ from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from utils import attention, step_cache
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import RecipeError, images_per_call
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 
 GIB = 2**30
@@ -288,7 +288,7 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
         "text encoders": count["text_encoder_2"] * in_t5 + count["text_encoder"] * plain,
         "VAE": count["vae"] * plain,
     }
-    megapixels = chosen.settings.height * chosen.settings.width / 2**20 * args.num_images_per_prompt
+    megapixels = chosen.settings.height * chosen.settings.width / 2**20 * images_per_call(args)
     working = (1.5 if args.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
     if args.offload != "none":
         build_on = "cpu"

@@ -1,0 +1,258 @@
+"""A file of prompts: batches and processes change no picture, and nothing that is done is done again."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import gen_image
+from utils import many_prompts, pipeline_utils
+from utils.benchmark_utils import RecipeError, check_args, images_per_call
+from utils.images import read_parameters, save_image
+from utils.many_prompts import is_made, read_prompts
+
+ROOT = Path(__file__).parent.parent
+EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--disable_quant", "--num_inference_steps", "1"]
+FROG = "3d frog on a navy background"
+TEXTS = [FROG, "3d cat on a teal background", "a dog", FROG, "a key"]
+# Mean difference of a pixel, of 255. On one CPU thread there was none, on two 0.08 at most (and 1 for any one pixel).
+PIXEL_BOUND = 0.3
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """gen_image.py on prompts.txt; returns the batch of each of the transformer's steps."""
+    def call(*argv, ckpt="tiny-flux", file="prompts.txt"):
+        batches, optimize = [], gen_image.optimize
+
+        def watched(pipeline, *args):
+            pipeline = optimize(pipeline, *args)
+            pipeline.transformer.register_forward_pre_hook(
+                lambda m, a, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True)
+            return pipeline
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gen_image, "optimize", watched)
+            patch.setattr(sys, "argv", ["gen_image.py", "--ckpt", ckpt, "--prompts-file", file, *EAGER, *argv])
+            gen_image.main()
+        return batches
+    return call
+
+
+def pixels(path):
+    return np.asarray(PIL.Image.open(path)).astype(float)
+
+
+def lines_of(manifest):
+    return [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+
+
+def test_a_batch_is_the_images_one_by_one(folder, run, capsys):
+    assert run("--output-file", "alone/x.png") == [1] * 5
+    assert run("--output-file", "batch/x.png", "--batch_size", "2") == [2] * 3, "the last batch is filled up"
+    names = [f"x_{i:03d}_{42 + i}.png" for i in range(5)]
+    for kind in ("alone", "batch"):
+        assert sorted(path.name for path in (folder / kind).iterdir()) == ["x.jsonl", *names]
+    for name in names:
+        assert read_parameters(f"batch/{name}") == read_parameters(f"alone/{name}")
+        assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
+    assert np.abs(pixels(f"batch/{names[0]}") - pixels(f"batch/{names[3]}")).mean() > 4, "their seeds differ"
+    shown = capsys.readouterr().err
+    assert "done: 5 of 5 images" in shown and "a minute" in shown and ", 0:00:0" in shown
+
+    listed = lines_of("batch/x.jsonl")
+    assert [(line["file"], line["prompt"], line["seed"]) for line in listed] == [
+        (name, text, 42 + i) for i, (name, text) in enumerate(zip(names, TEXTS, strict=True))]
+    for line in listed:
+        assert line["sha256"] == hashlib.sha256((folder / "batch" / line["file"]).read_bytes()).hexdigest()
+        assert line["seconds"] > 0 and line["num_inference_steps"] == 1
+
+
+@pytest.mark.parametrize("ckpt, argv", [
+    ("tiny-flux-dev", ["--negative_prompt", "blue", "--true_cfg_scale", "3"]),
+    ("tiny-kontext", ["--image", "photo.png"]),
+    ("tiny-flux", ["--num_images_per_prompt", "2"]),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_whatever_goes_with_a_prompt_goes_with_a_batch(folder, run, ckpt, argv):
+    (folder / "prompts.txt").write_text("3d frog on a navy background\n3d cat\n3d key\n")
+    PIL.Image.linear_gradient("L").convert("RGB").save("photo.png")
+    run(*argv, "--output-file", "alone/x.png", ckpt=ckpt)
+    per_prompt = 2 if "--num_images_per_prompt" in argv else 1
+    passes = 2 if "--negative_prompt" in argv else 1
+    assert run(*argv, "--output-file", "batch/x.png", "--batch_size", "2", ckpt=ckpt) == [2 * per_prompt] * 2 * passes
+    names = sorted(path.name for path in (folder / "batch").glob("*.png"))
+    assert names == [f"x_{i // per_prompt:03d}_{42 + i}.png" for i in range(3 * per_prompt)]
+    for name in names:
+        assert read_parameters(f"batch/{name}") == read_parameters(f"alone/{name}")
+        assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
+
+
+def test_what_is_done_is_skipped_and_what_is_asked_otherwise_is_made_again(folder, run, capsys):
+    """Killed in the middle, run again, then a changed prompt, a changed reference and a foreign file."""
+    command = [sys.executable, str(ROOT / "gen_image.py"), "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt",
+               "--output-file", "x.png", *EAGER]
+    (folder / "prompts.txt").write_text("\n".join(TEXTS * 8))
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("x_*.png"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("x_*.png")}
+    assert 3 <= len(before) < 40
+    assert abs(len(lines_of("x.jsonl")) - len(before)) <= 1, "at most one was killed between file and line"
+
+    assert len(run("--output-file", "x.png")) == 40 - len(before)
+    assert f"{len(before)} of 40 images are there, made with the same parameters: skipped" in capsys.readouterr().err
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("x_*.png")}
+    assert len(after) == 40 and before.items() <= after.items()
+    assert all(pixels(name).shape == (128, 128, 3) for name in after)
+
+    (folder / "prompts.txt").write_text("\n".join(["something else", *(TEXTS * 8)[1:]]))
+    (folder / "x_001_43.png").write_bytes(b"no image")
+    PIL.Image.new("RGB", (8, 8)).save("x_002_44.png")
+    assert len(run("--output-file", "x.png")) == 3
+    assert read_parameters("x_000_42.png")["prompt"] == "something else"
+    assert [line["file"] for line in lines_of("x.jsonl")[-3:]] == ["x_000_42.png", "x_001_43.png", "x_002_44.png"]
+    assert run("--output-file", "x.png", "--batch_size", "3") == [], "the batch is no parameter of a picture"
+
+
+def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
+    """As `accelerate launch` starts them; --multi_gpu is what starts more than one on a CPU as well."""
+    run("--output-file", "one/x.png", "--batch_size", "2")
+    (folder / "launched.py").write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import gen_image; from utils import many_prompts\n"
+        "write = many_prompts.write_images\n"
+        "def noted(images, requests, *rest):\n"
+        "    open(f'by_{os.environ[\"RANK\"]}', 'a').write(f'{len(images)} ')\n"
+        "    write(images, requests, *rest)\n"
+        "many_prompts.write_images = noted\n"
+        "gen_image.exit_with_reason(gen_image.main)\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+              "launched.py", "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt", *EAGER]
+    (folder / "two").mkdir()
+    (folder / "two" / "x_001_43.png").write_bytes((folder / "one" / "x_001_43.png").read_bytes())
+    done = subprocess.run([*launch, "--output-file", "two/x.png", "--batch_size", "2"], capture_output=True, text=True,
+                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 of 5 images are there") == 1 and "done: 4 of 4 images" in done.stderr
+    assert [(folder / f"by_{rank}").read_text() for rank in (0, 1)] == ["2 ", "2 "]
+    assert sorted(line["file"] for line in lines_of("two/x.jsonl")) == [
+        f"x_{i:03d}_{42 + i}.png" for i in (0, 2, 3, 4)]
+    for path in (folder / "one").glob("*.png"):
+        assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
+
+
+def test_several_processes_for_one_prompt_are_refused(make_args, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"2 processes for one prompt.*--prompts-file"):
+        many_prompts.join_processes(make_args())
+
+
+def test_a_failed_write_surfaces_and_what_was_written_stays(folder, run, monkeypatch):
+    def full_disk(image, path, parameters):
+        if path.name == "x_001_43.png":
+            raise OSError(28, "No space left on device")
+        save_image(image, path, parameters)
+
+    monkeypatch.setattr(many_prompts, "save_image", full_disk)
+    with pytest.raises(RecipeError, match=r"cannot write x_001_43.png \(No space left on device\)"):
+        run("--output-file", "x.png")
+    assert [line["file"] for line in lines_of("x.jsonl")] == ["x_000_42.png"]
+
+
+def test_bad_lines_are_named_and_the_others_are_made(folder, run, capsys):
+    (folder / "p.jsonl").write_bytes(
+        b'{"prompt": "a cat"}\n\n{"prompt": "a dog", "seed": 7}\nno json\n{"prompt": "\xff"}\n{"prompt": "' +
+        b"long " * 200 + b'", "seed": 9}\n')
+    run("--output-file", "x.png", "--quiet", file="p.jsonl")
+    assert sorted(path.name for path in folder.glob("*.png")) == ["x_000_42.png", "x_001_7.png", "x_004_9.png"]
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.partition(" line ")[2] for line in shown if "left out" in line] == [
+        "4 is left out: not JSON (Expecting value at character 1)",
+        "5 is left out: not UTF-8 text (invalid start byte)"]
+    assert [line for line in shown if "longer than" in line] == [
+        "1 of 3 prompts longer than the 64 tokens that are read, the first in line 6: the ends have no effect."]
+
+
+@pytest.mark.parametrize("line, why", [
+    ('["a cat"]', "not of the form"), ('{"text": "a cat"}', "not of the form"), ('{"prompt": " "}', "not of the form"),
+    ('{"prompt": "a cat", "seed": -1}', "its seed is -1"), ('{"prompt": "a cat", "seed": true}', "its seed is true"),
+    ('{"prompt": "a cat", "seed": 1e3}', "its seed is 1000.0"), ('{"prompt": "\\ud800"}', "not UTF-8"),
+    ("[" * 100_000, "recursion"), ('{"prompt": "a cat", "tag": "pet"}', None),
+])
+def test_lines_of_json(tmp_path, line, why):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "first"}}\n{line}\n')
+    prompts, complaints = read_prompts(str(tmp_path / "p.jsonl"))
+    assert [prompt.text for prompt in prompts] == (["first"] if why else ["first", "a cat"])
+    assert [why in complaint and "line 2" in complaint for complaint in complaints] == ([True] if why else [])
+
+
+def test_lines_of_text(tmp_path):
+    """Line breaks are \\n alone; a bad line keeps its number, so that mending it renames no other image."""
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffa café\x0bau lait\r\n\u3000\n".encode() + b"caf\xe9\na dog")
+    prompts, complaints = read_prompts(str(path))
+    assert [(prompt.line, prompt.index, prompt.text) for prompt in prompts] == [
+        (1, 0, "a café\x0bau lait"), (4, 2, "a dog")]
+    assert len(complaints) == 1 and "line 3 is left out: not UTF-8" in complaints[0]
+
+
+def test_exported_or_loaded_packages_make_the_same_picture(tmp_path):
+    def made(how, scale=1.0):
+        return {"techniques": {"compile": how, "bf16": "weights"}, "guidance_scale": scale}
+    save_image(PIL.Image.new("RGB", (8, 8)), tmp_path / "x.jpg", made("exported abc, 3.1 MB"))
+    assert is_made(tmp_path / "x.jpg", made("loaded abc"))
+    assert not is_made(tmp_path / "x.jpg", made("loaded abc", 2.0))
+    assert not is_made(tmp_path / "x.jpg", {"techniques": {"bf16": "weights"}, "guidance_scale": 1.0})
+
+
+def test_the_manifest_never_goes_into_the_prompts(make_args, folder):
+    (folder / "pictures.jsonl").write_text('{"prompt": "a cat"}')
+    with pytest.raises(RecipeError, match="choose another --output-file"):
+        check_args(make_args("--prompts-file", "pictures.jsonl", "--output-file", "./pictures.png"))
+
+
+def test_the_warm_up_is_of_the_batch(build, make_args, folder, monkeypatch):
+    batches, pipeline = [], build("tiny-flux-dev")
+    pipeline.transformer.register_forward_pre_hook(
+        lambda m, a, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
+    args = make_args("--ckpt", "tiny-flux-dev", "--prompts-file", "prompts.txt", "--batch_size", "3",
+                     "--num_images_per_prompt", "2", "--negative_prompt", "blue", "--true_cfg_scale", "3",
+                     "--disable_quant", "--disable_bf16", "--disable_inductor_tuning_flags")
+    assert images_per_call(args) == 6
+    pipeline_utils.optimize(pipeline, args)
+    assert batches == [6, 6]
+
+
+def test_repeated_prompts_are_encoded_once(folder, run, monkeypatch):
+    encoded, load = [], gen_image.load_pipeline
+
+    def watched(args):
+        pipeline = load(args)
+        encode = pipeline.encode_prompt
+        monkeypatch.setattr(pipeline, "encode_prompt", lambda **kwargs: (
+            encoded.append(kwargs["prompt"]) if kwargs.get("prompt") else None, encode(**kwargs))[1])
+        return pipeline
+
+    monkeypatch.setattr(gen_image, "load_pipeline", watched)
+    run("--output-file", "x.png", "--batch_size", "2")
+    assert encoded == list(dict.fromkeys(TEXTS))
