@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from utils import step_cache
 from utils.benchmark_utils import (
     RecipeError,
     StageLog,
@@ -20,7 +21,8 @@ from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, with_embe
 def main():
     args = create_parser().parse_args()
     check_args(args)
-    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings"):
+    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings",
+                 "force_cache"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
     prompts = read_prompts(args.prompts_file) if args.prompts_file else [args.prompt]
@@ -37,6 +39,8 @@ def main():
         kwargs = call_kwargs(pipeline, args, prompt=prompt, seed=first_seed)
         with log.stage("image"):
             images = pipeline(**with_embeddings(pipeline, kwargs, embeddings)).images
+        if pipeline.techniques["step cache"].on:
+            log.line(step_cache.last_image(pipeline, kwargs["num_inference_steps"]))
         for i, image in enumerate(images):
             seed = first_seed + i
             if args.prompts_file:

@@ -161,7 +161,8 @@ class TwoProducts:
     """Attention processor: softmax(q k^T / sqrt(C)) v with scores in float32, some thousand rows at a time, for one
     head of any size."""
 
-    def __call__(self, attn: Attention, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+    def __call__(self, attn: Attention, x: Tensor, encoder_hidden_states=None, attention_mask=None,
+                 temb=None) -> Tensor:
         """x (B, C, H, W), and the result, which has x added to it."""
         tokens = attn.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (attn.to_qkv(tokens).chunk(3, dim=-1) if attn.fused_projections else
