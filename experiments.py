@@ -65,10 +65,10 @@ WITHOUT = {
     "without_quant": [*QUICK, QUANT],
     "without_fa3": [*QUICK, FA3],
 }
-CACHES = {
-    "cache_default": [*QUICK, "--enable_cache_dit"],
-    "cache_yaml": [*QUICK, "--cache_dit_config", "cache_config.yaml"],
-}
+PRESETS = ("safe", "balanced", "fast", "extreme")
+# With random weights a residual says nothing: timed is the cost of all steps cached that may be.
+CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
+    f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS}
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
@@ -100,8 +100,10 @@ TINY = {
     "fused": [*EAGER, CHANNELS, "--quant_dtype", "float8"],
     "text_encoder_quant": [*EAGER, *OFF, "--text_encoder_quant"],
     "cache": [*EAGER, *OFF, "--enable_cache_dit"],
-    "steps_20": [*EAGER, *OFF, "--num_inference_steps", "20"],
-    "steps_14": [*EAGER, *OFF, "--num_inference_steps", "14"],
+    "cache_yaml": [*EAGER, *OFF, "--cache_dit_config", "cache_config.yaml"],
+} | {f"cache_{name}": [*EAGER, *OFF, "--cache_preset", name] for name in PRESETS} | {
+    # 24, 20, 16 and 13 steps compute about the blocks that the presets compute of this model.
+    f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {
     "all_defaults": QUICK,
     "cache_defaults": [*QUICK, "--enable_cache_dit"],
     "other_seed": [*EAGER, *OFF, "--seed", "1000"],

@@ -5,6 +5,7 @@
 
 import sys
 
+from utils import step_cache
 from utils.benchmark_utils import (
     RecipeError,
     StageLog,
@@ -21,7 +22,8 @@ from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 def main():
     args = create_parser().parse_args()
     check_args(args)
-    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings"):
+    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings",
+                 "force_cache"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
     processes = join_processes(args)
@@ -40,6 +42,8 @@ def main():
     kwargs = call_kwargs(pipeline, args)
     with log.stage("image"):
         images = pipeline(**kwargs).images
+    if pipeline.techniques["step cache"].on:
+        log.line(step_cache.last_image(pipeline, kwargs["num_inference_steps"]))
     for i, image in enumerate(images):
         path = numbered_path(args.output_file, i, args.seed + i) if len(images) > 1 else args.output_file
         save_image(image, path, image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed + i))

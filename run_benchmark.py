@@ -50,7 +50,8 @@ def main():
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
     if args.kernels and args.device != "cuda":
         raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
-    if args.step_error and (args.enable_cache_dit or args.cache_dit_config or args.offload != "none"):
+    caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config
+    if args.step_error and (caches or args.offload != "none"):
         raise RecipeError("--step_error calls the transformer by itself, which step caches and --offload do not allow.")
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
@@ -101,6 +102,7 @@ def main():
         "step_kernels": kernels, "cold_start_s": log.seconds,
         "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
+        "residual_diffs": step_cache.residual_diffs(pipeline) if pipeline.techniques["step cache"].on else None,
         "image_std": float(np.asarray(image).std()),
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
     }
@@ -207,6 +209,8 @@ def report(record: dict) -> None:
         print("warning: the image is of one colour; NaN in the pipeline turns it black")
     if record["cached_steps"] is not None:
         print(f"cached steps: {record['cached_steps']}")
+        print("residual differences: " + (", ".join(f"{step} {value:.3f}" for step, value in
+                                                    record["residual_diffs"].items()) or "none was looked at"))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,30 @@ def drift(names: list[str], curves: list[list[float]]) -> str:
         return svg(figure)
 
 
+def caches(names: list[str], cached: list[list[float]], diffs: list[dict[str, float]]) -> str:
+    """Residual differences of each step, one line a row, if any; below, one strip a row: the share of images in which a
+    step was cached, from blank to full colour. Steps count from 1, as in `drift`."""
+    compared = any(diffs)
+    with matplotlib.rc_context(STYLE):
+        heights = [2.0] * compared + [0.32 * len(names) + 0.3]
+        figure = Figure((WIDTH, sum(heights) + 0.5))
+        *above, below = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for i, (name, shares, found) in enumerate(zip(names, cached, diffs, strict=True)):
+            colour = COLOURS[i % len(COLOURS)]
+            for axes in above if found else []:
+                axes.plot([int(step) + 1 for step in found], list(found.values()), ".-", lw=1, ms=4, color=colour)
+            below.barh(i, len(shares), 0.45, left=0.5, facecolor="none", edgecolor=colour, lw=0.5)
+            for step, share in enumerate(shares, 1):
+                if share:
+                    below.barh(i, 1, 0.45, left=step - 0.5, color=colour, alpha=share, lw=0)
+            below.text(0.5, i - 0.27, name, va="bottom", fontsize=8)
+        for axes in above:
+            axes.set(ylabel="residual difference", ylim=(0, None))
+        below.set(xlabel="step", ylim=(len(names) - 0.6, -0.8), yticks=[])
+        below.spines.left.set_visible(False)
+        return svg(figure)
+
+
 def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list[list[str]], prompts: list[str],
                   path: Path) -> None:
     """Rows are switches, columns prompts, the metric under each picture; WebP, on white."""

@@ -123,6 +123,12 @@ def speed_section(folder: Path, suite: str, title: str, pictures: list[Path]) ->
                 [record["step_relative_error"] * 100 for record in known.values()], "seconds an image",
                 "step error, %", higher_is_better=False),
             f"{title}: seconds against the error of a step; the Pareto front is joined", pictures))
+    cached = [(name, [float(i in record["cached_steps"]) for i in range(record["settings"]["num_inference_steps"])],
+               record.get("residual_diffs") or {})
+              for name, _, record in read(folder, tables.GROUPS["caches"]) if record["cached_steps"]]
+    if cached:
+        drawn = charts.caches(*map(list, zip(*cached, strict=True)))
+        images.append(picture(folder.parent / f"{suite}_cache.svg", drawn, f"{title}: {CACHES_ALT}", pictures))
     note = ("Random weights at full size: speed and memory are the model's, pixels mean nothing. Step error: relative "
             "error of one transformer step against float32 on the same weights. TFLOP/s: the products of a step over "
             "its time" + ("; ceiling: the time that they take at this GPU's measured rates, over the time that they "
@@ -130,6 +136,8 @@ def speed_section(folder: Path, suite: str, title: str, pictures: list[Path]) ->
     return {"title": title, "note": note, "groups": groups, "images": images, "failed": failed(folder, tables.NAMES)}
 
 
+CACHES_ALT = ("residual differences of the steps in which they decide, and below the steps that were cached, the "
+              "darker the more often")
 SPEED_HEAD = ["", "seconds (min–max)", "×", "encode ms", "step ms", "decode ms", "TFLOP/s", "of ceiling", "step error",
               "GiB", "first image s"]
 
@@ -158,8 +166,8 @@ def optional(value: float | None, form: str) -> str:
 
 # --- pictures of the small trained model ---
 
-QUALITY_HEAD = ["", "PSNR, all words given (min)", "PSNR, words left open (min)", "SSIM", "latents, median (max)",
-                "black, not finite", "LPIPS", "CLIP score", "judge, top 5", "seconds"]
+QUALITY_HEAD = ["", "steps", "PSNR, all words given (min)", "PSNR, words left open (min)", "SSIM",
+                "latents, median (max)", "black, not finite", "LPIPS", "CLIP score", "judge, top 5", "seconds"]
 
 
 def quality_section(folder: Path, pictures: list[Path]) -> dict | None:
@@ -182,6 +190,11 @@ def quality_section(folder: Path, pictures: list[Path]) -> dict | None:
     if curves:
         images.append(picture(folder.parent / "tiny_drift.svg", charts.drift(*map(list, zip(*curves, strict=True))),
                               "error of the latents after each step against eager bf16", pictures))
+    cached = [(name, record["cached_share"], record["residual_diffs"]) for name, _, record in rows
+              if record.get("cached_share")]
+    if cached:
+        images.append(picture(folder.parent / "tiny_cache.svg", charts.caches(*map(list, zip(*cached, strict=True))),
+                              CACHES_ALT, pictures))
     if sheet := contact_sheet(folder, rows):
         pictures.append(sheet)
         images.append(inlined(sheet, "pictures of each row, PSNR against eager below each"))
@@ -211,7 +224,8 @@ def psnr_text(part: dict) -> str:
 
 def quality_cells(name: str, file: str, record: dict) -> list:
     latents, broken, scores = (record.get(key) for key in ("latents", "broken", "perceptual"))
-    return [{"text": name, "link": f"tiny/{file}"}, psnr_text(record["given"]), psnr_text(record["open"]),
+    return [{"text": name, "link": f"tiny/{file}"}, tables.computed_steps(record),
+            psnr_text(record["given"]), psnr_text(record["open"]),
             f"{(record['given']['ssim'] + record['open']['ssim']) / 2:.3f}",
             f"{latents['median']:.2%} ({latents['max']:.2%})" if latents else "–",
             f"{broken['black']:.0%}, {broken['not_finite']:.0%}" if broken else "–",

@@ -23,6 +23,8 @@ NAMES = {
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
 }
 
+CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}
+
 # Rows beside the ladder, each group after what it is compared with.
 FULL = {"8_fused": "all but inductor flags"}
 GROUPS = {
@@ -38,7 +40,7 @@ GROUPS = {
         "without_quant": "without float8, and so without fused kernels",
         "without_fused_kernels": "without fused kernels",
     },
-    "caches": FULL | {"cache_default": "step cache F12B12", "cache_yaml": "step cache of cache_config.yaml"},
+    "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES,
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
@@ -93,8 +95,16 @@ QUALITY = {
     "text_encoder_quant": "T5 in int8",
     "cache": "step cache, F2B2",
     "cache_defaults": "all defaults and the step cache",
+    "cache_yaml": "step cache of cache_config.yaml",
+    "cache_safe": CACHES["cache_safe"],
+    "steps_24": "24 steps",
+    "cache_balanced": CACHES["cache_balanced"],
     "steps_20": "20 steps",
+    "cache_fast": CACHES["cache_fast"],
+    "steps_16": "16 steps",
     "steps_14": "14 steps",
+    "cache_extreme": CACHES["cache_extreme"],
+    "steps_13": "13 steps",
     "unfused": "float8 row + FA3 fp8",
     "fused": "the same on fused kernels",
     "all_defaults": "all defaults",
@@ -104,19 +114,29 @@ QUALITY = {
 
 def quality_table(machine: str) -> str:
     """The markdown table of results/<machine>/tiny/*.json, in the order of `QUALITY`."""
-    lines = ["| against eager bf16 | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | judge, top 5 |",
-             "|---" * 5 + "|"]
+    lines = ["| against eager bf16 | steps | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | "
+             "judge, top 5 |", "|---" * 6 + "|"]
     for stem, name in QUALITY.items():
         if not (result := newest(RESULTS / machine / "tiny", stem)):
             continue
         path, record = result
         given, left_open = record["given"], record["open"]
         lines.append("| " + " | ".join([
-            f"[{name}](results/{machine}/tiny/{path.name})",
+            f"[{name}](results/{machine}/tiny/{path.name})", computed_steps(record),
             *("the same" if part["identical"] == 1 else f"{part['psnr_mean']:.1f} ({part['psnr_min']:.1f})"
               for part in (given, left_open)),
             f"{(given['ssim'] + left_open['ssim']) / 2:.3f}", f"{record['judge']['top5'] * 100:.0f} %"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def computed_steps(record: dict) -> str:
+    """The blocks computed for a picture of tiny-flux-dev, in steps that compute them all."""
+    if record.get("computed_steps") is not None:
+        return f"{record['computed_steps']:.1f}"
+    if record.get("cached_steps") is not None:
+        return "–"  # measured before it was recorded
+    argv = record["argv"]
+    return argv[argv.index("--num_inference_steps") + 1] if "--num_inference_steps" in argv else "28"
 
 
 def judge_table(machine: str) -> str:

@@ -44,6 +44,13 @@ def test_a_row_against_its_reference(run, tmp_path, monkeypatch):
     assert other["given"]["psnr_mean"] < 60 and other["latents"]["by_step"] is None and other["twin"] is None
 
 
+def test_what_a_row_says_of_its_step_cache():
+    found = pictures.per_step([[1, 2], [2]], [{1: 0.1, 2: 0.2}, {1: 0.5, 2: 0.1}], 4)
+    assert found["cached_share"] == [0, 0.5, 1, 0]
+    assert found["residual_diffs"] == {1: pytest.approx(0.3), 2: pytest.approx(0.15)}
+    assert pictures.per_step([], [], 4) == {"cached_share": None, "residual_diffs": None}
+
+
 def test_pictures_of_other_versions_are_no_reference(tmp_path):
     image, made = PIL.Image.new("RGB", (8, 8), "red"), pictures.origin(PLAIN, 1, "cpu")
     drawn = pictures.Drawn([image], torch.ones(1, 2, 4, 3, dtype=torch.bfloat16), made)

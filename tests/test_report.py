@@ -14,7 +14,7 @@ import experiments
 from report import charts, page, records, tables
 
 DRAWN = ("schnell_ladder.svg", "schnell_stages.svg", "schnell_quality.svg", "tiny_quality.svg", "tiny_drift.svg",
-         "contact_sheet.webp")
+         "tiny_cache.svg", "dev_cache.svg", "contact_sheet.webp")
 
 
 def speed(seconds: float, error: float) -> dict:
@@ -33,7 +33,8 @@ def speed(seconds: float, error: float) -> dict:
 
 def pictures(psnr: float, error: float) -> dict:
     part = {"psnr_mean": psnr, "psnr_min": psnr - 9, "ssim": 0.9, "identical": float(psnr == 100)}
-    return {"given": part, "open": part, "prompts": 6, "seconds": 3.0, "judge": {"top5": 1.0}, "twin": None,
+    return {"argv": ["--num_inference_steps", "2"], "given": part, "open": part, "prompts": 6, "seconds": 3.0,
+            "judge": {"top5": 1.0}, "twin": None,
             "latents": {"median": error, "max": 2 * error, "by_step": [error / 2, error]},
             "broken": {"black": 0.0, "not_finite": 0.0},
             "perceptual": {"lpips": None, "clip_score": None, "not_available": {"lpips": "LPIPS needs weights"}},
@@ -48,7 +49,10 @@ def results(tmp_path, monkeypatch):
                "schnell/6_float8": speed(0.4, 0.017), "schnell/6_float8.2": speed(0.32, 0.017),
                "schnell/7_flags": {"error": "timeout", "output_end": ["still <autotuning>"]},
                "tiny/eager": pictures(100, 0.0), "tiny/compile": pictures(52, 0.01), "tiny/int8": pictures(42, 0.03),
-               "tiny/cache": pictures(40, 0.02) | {"twin": {"argv": ["--x"], **pictures(44, 0.01)}},
+               "dev/cache_fast": speed(0.3, None) | {"cached_steps": [2], "residual_diffs": {}},
+               "tiny/cache": pictures(40, 0.02) | {
+                   "cached_steps": 0.5, "computed_steps": 1.56, "cached_share": [0.0, 0.5],
+                   "residual_diffs": {"1": 0.08}, "twin": pictures(44, 0.01) | {"argv": ["--x"]}},
                "ceilings": {"matmul": {"a": {"bf16": 700.0}}, "attention": {"sdpa_cudnn": 600.0}}}
     for name, record in written.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +99,17 @@ def test_charts_say_what_the_results_say(results):
         xml.etree.ElementTree.fromstring(text)
         assert charts.INK not in text and "currentColor" in text and "prefers-color-scheme:dark" in text
     assert PIL.Image.open(folder / "contact_sheet.webp").width > 100
+
+
+def test_the_blocks_of_a_step_cache_are_counted_in_steps(results):
+    folder, text = results
+    cells = re.findall(r"<td>(?:<a [^>]*>)?([^<]*)", text)
+    assert cells[cells.index("step cache, F2B2") + 1] == "1.6" and cells[cells.index("int8, compiled") + 1] == "2"
+    compared, forced = ((folder / f"{name}_cache.svg").read_text() for name in ("tiny", "dev"))
+    assert "step cache, F2B2" in compared and "residual difference" in compared
+    assert "step cache, fast" in forced and "residual difference" not in forced
+    assert tables.computed_steps({"argv": [], "cached_steps": 8.0}) == "–"
+    assert tables.computed_steps({"argv": [], "cached_steps": None}) == "28"
 
 
 def test_strips_of_other_prompts_are_left_out(results):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 import types
 
@@ -15,6 +16,7 @@ from utils.benchmark_utils import RecipeError
 from utils.images import read_parameters
 from utils.pipeline_utils import call_kwargs
 from utils.quality import capture_step
+from utils.step_cache import preset
 
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
 
@@ -125,9 +127,26 @@ def test_a_step_cache_is_reported(run, tmp_path, capsys):
         *EAGER[:-1], "6")
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["cached_steps"] and record["techniques"]["step cache"]["on"]
+    assert record["residual_diffs"] == {}  # a threshold of 1 or more compares nothing
     assert record["roofline"]["tflops"] is None
     with pytest.raises(RecipeError, match="--step_error"):
         run(run_benchmark, "--ckpt", "tiny-flux-dev", "--cache_dit_config", "c.yaml", "--step_error", *EAGER[:-1], "6")
+
+
+def test_cached_steps_and_residual_differences_of_an_image(run, tmp_path, capsys):
+    argv = ["--ckpt", "tiny-flux-dev", "--cache_preset", "fast", *EAGER[:-1], "14"]
+    run(run_benchmark, "--runs", "1", "--warmup", "0", *argv)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["cached_steps"] and set(map(str, record["cached_steps"])) <= set(record["residual_diffs"])
+    run(run_benchmark, "--runs", "1", "--warmup", "0", "--force_cache", *argv)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["residual_diffs"] == {}
+    assert [i for i in range(14) if i not in record["cached_steps"]] == [
+        i for i, one in enumerate(preset("fast", 14, 8).steps_computation_mask) if one == "1"]
+    run(gen_image, *argv)
+    assert re.search(r"^cached \d+ of 14 steps: \d+", capsys.readouterr().err, re.MULTILINE)
+    with pytest.raises(RecipeError, match="--force_cache is for run_benchmark"):
+        run(gen_image, *argv, "--force_cache")
 
 
 def test_the_error_of_a_step_is_over_the_pictures_own_tokens(build, make_args, tmp_path):

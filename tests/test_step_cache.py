@@ -1,5 +1,6 @@
 """The step cache's options are checked by us: cache-dit ignores keys it does not know and accepts what cannot work."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import relative
 from utils import step_cache
 from utils.benchmark_utils import RecipeError
 from utils.pipeline_utils import call_kwargs, optimize
-from utils.step_cache import CacheOptions, check, from_yaml, scaled
+from utils.step_cache import PRESETS, CacheOptions, check, computed_share, forced, from_yaml, pattern, preset, scaled
 
 ALWAYS = "Fn_compute_blocks: 1\nBn_compute_blocks: 1\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
 
@@ -35,8 +36,14 @@ def test_the_shipped_file_is_what_it_says():
                                   "cache_config:\n  max_warmup_steps: 3\n  taylorseer_order: 2",
                                   "cache_type: DBCache\nmax_warmup_steps: 3\ntaylorseer_order: 2"])
 def test_old_names_and_both_layouts_mean_what_they_say(tmp_path, text):
-    found = from_yaml(write(tmp_path, text))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = from_yaml(write(tmp_path, text))
     assert (found.max_warmup_steps, found.taylorseer_order) == (3, 2)
+    assert [str(one.message).split(": ", 1)[1] for one in told] == ([
+        "taylorseer_kwargs: n_derivatives is called taylorseer_order since cache-dit 1.0, and was read as that.",
+        "warmup_steps is called max_warmup_steps since cache-dit 1.0, and was read as that."]
+        if "kwargs" in text else [])
 
 
 @pytest.mark.parametrize("text, said", [
@@ -50,6 +57,7 @@ def test_old_names_and_both_layouts_mean_what_they_say(tmp_path, text):
     ("cache_config:", "belong below cache_config"),
     ("taylorseer_kwargs: {order: 3}", "n_derivatives alone"),
     ("taylorseer_kwargs: [1]", "n_derivatives alone"),
+    ("steps_computation_mask: 1100", "reads as a number"),
 ])
 def test_files_that_cannot_be_meant(tmp_path, text, said):
     with pytest.raises(RecipeError, match=said):
@@ -79,6 +87,54 @@ def test_values_that_mean_nothing(options):
         check(CacheOptions(**options), 28, 57)
 
 
+@pytest.mark.parametrize("text", ["'110100'", "[1, 1, 0, 1, 0, 0]"])
+def test_masks_in_files(tmp_path, text):
+    found = from_yaml(write(tmp_path, f"max_warmup_steps: 2\nsteps_computation_mask: {text}\n"
+                                      "steps_computation_policy: static"))
+    assert found.steps_computation_mask == "110100" and found.steps_computation_policy == "static"
+    check(found, 6, 57)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"steps_computation_mask": "110"}, "has 3 steps and the image takes 28"),
+    ({"steps_computation_mask": "0" + "1" * 27}, "starts with 1"),
+    ({"steps_computation_mask": "1" * 28}, "some of both"),
+    ({"steps_computation_mask": "12" * 14}, "some of both"),
+    ({"steps_computation_policy": "static"}, "give one"),
+    ({"steps_computation_policy": "medium"}, "dynamic or static, not medium"),
+])
+def test_masks_that_cannot_be_meant(options, said):
+    with pytest.raises(RecipeError, match=said):
+        check(CacheOptions(**options), 28, 57)
+
+
+def test_presets_are_in_the_order_of_their_names():
+    """The shares are those of --help and of the table in README.md."""
+    assert [f"{computed_share(preset(name, 28, 57), 28, 57):.0%}" for name in PRESETS] == ["69%", "54%", "40%", "30%"]
+    assert list(PRESETS) == ["safe", "balanced", "fast", "extreme"]
+    assert all(preset(name, 28, 57) == PRESETS[name] for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_other_steps_and_blocks(name):
+    for steps, blocks in ((50, 57), (20, 57), (9, 8), (28, 8), (28, 3)):
+        found = preset(name, steps, blocks)
+        assert len(found.steps_computation_mask) == steps and found.steps_computation_mask[-1] == "1"
+        assert found.Bn_compute_blocks == 0 and found.Fn_compute_blocks == max(
+            1, round(PRESETS[name].Fn_compute_blocks * blocks / 57))
+        check(found, steps, blocks)
+    with pytest.raises(RecipeError, match="4: nothing could be cached"):
+        check(preset(name, 4, 57), 4, 57)
+
+
+def test_the_cheapest_pattern_of_limits():
+    assert pattern(step_cache.DEFAULT, 28) == "1" * 8 + "0" * 8 + "1" * 12
+    assert pattern(CacheOptions(1, 0, 0, max_cached_steps=-1), 5) == "10000"
+    assert pattern(CacheOptions(1, 0, 4, 2, -1, 2), 10) == "1010010010"
+    masked = CacheOptions(1, 0, 8, max_cached_steps=2, steps_computation_mask="110100")
+    assert pattern(masked, 6) == "110101" and pattern(forced(masked, 6), 6) == "110101"
+
+
 def test_options_that_can():
     check(step_cache.DEFAULT, 9, 25)
 
@@ -90,6 +146,48 @@ def args_with_cache(make_args, tmp_path, *argv):
 
 def final_latents(pipeline, args):
     return pipeline(**call_kwargs(pipeline, args), output_type="latent").images
+
+
+@pytest.mark.parametrize("options", [
+    CacheOptions(1, 0, 4, 2, -1, 2, 100.0), CacheOptions(1, 1, 2, 1, 3, -1, 100.0),
+    CacheOptions(1, 0, 2, 1, -1, 1, 100.0, steps_computation_mask="1101001000"),
+    forced(CacheOptions(2, 1, 3, 1, 4, 2, 0.0, True, taylorseer_order=2), 10)])
+def test_the_pattern_is_what_cache_dit_does(build, make_args, options):
+    pipeline = build("tiny-flux-dev")
+    step_cache.enable(pipeline, options, separate_cfg=False)
+    final_latents(pipeline, make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", "10"))
+    cached = step_cache.cached_steps(pipeline)
+    assert "".join("01"[step not in cached] for step in range(10)) == pattern(options, 10) and cached
+    blocks, always = 8, options.Fn_compute_blocks + options.Bn_compute_blocks
+    assert step_cache.last_image_steps(pipeline, 10) == pytest.approx(10 - len(cached) * (1 - always / blocks))
+    assert step_cache.last_image(pipeline, 10) == f"cached {len(cached)} of 10 steps: {' '.join(map(str, cached))}"
+    assert step_cache.residual_diffs(pipeline) == {}  # none decided
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_starts_anew_with_every_image(build, make_args, name):
+    """TaylorSeer's derivatives and the residuals of one image must not reach the next."""
+    args = make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", "14", "--compile_export_mode", "disabled",
+                     "--cache_preset", name)
+    pipeline = optimize(build("tiny-flux-dev"), args)
+    first = final_latents(pipeline, args)
+    compared = step_cache.residual_diffs(pipeline)
+    assert compared and all(0 < value < 10 for value in compared.values())
+    assert all(compared[step] < PRESETS[name].residual_diff_threshold for step in step_cache.cached_steps(pipeline))
+    pipeline(**call_kwargs(pipeline, args, prompt="another", seed=7), output_type="latent")
+    assert torch.equal(final_latents(pipeline, args), first) and step_cache.residual_diffs(pipeline) == compared
+
+
+def test_pipelines_with_different_caches_do_not_disturb_each_other(build, make_args):
+    args = make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", "10")
+    alone = {}
+    for name in ("safe", "extreme"):
+        pipeline = build("tiny-flux-dev")
+        step_cache.enable(pipeline, forced(preset(name, 10, 8), 10), separate_cfg=False)
+        alone[name] = pipeline, final_latents(pipeline, args), step_cache.cached_steps(pipeline)
+    assert alone["safe"][2] != alone["extreme"][2]
+    for pipeline, latents, cached in alone.values():
+        assert torch.equal(final_latents(pipeline, args), latents) and step_cache.cached_steps(pipeline) == cached
 
 
 @pytest.mark.parametrize("argv", [[], ["--num_images_per_prompt", "2"],

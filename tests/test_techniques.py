@@ -152,6 +152,17 @@ def test_the_cache_says_that_it_was_scaled():
     assert said.startswith("DBCache F2B2, warm-up 8") and said.endswith("(F12B12 in proportion to 8 blocks)")
 
 
+def test_a_preset_says_its_name_its_options_and_what_they_leave():
+    said = decide(H100, "--cache_preset", "fast", configs=DEV).decisions["step cache"].how
+    assert said == ("fast, at least 40% computed: DBCache F1B0, warm-up 6, at most any cached, threshold 0.2, "
+                    "TaylorSeer order 1, mask 1111110100010000100000100001")
+    forced = decide(H100, "--cache_preset", "fast", "--force_cache", configs=DEV).decisions["step cache"].how
+    assert forced.endswith("mask 1111110100010000100000100001, whatever the residuals")
+    small = DEV | {"transformer": DEV["transformer"] | {"num_layers": 3, "num_single_layers": 5}}
+    said = decide(H100, "--cache_preset", "safe", configs=small).decisions["step cache"].how
+    assert said.startswith("safe, at least 69%") and said.endswith("(F8B0 in proportion to 8 blocks)")
+
+
 def test_offload_switches_graphs_off():
     assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
     group = decide(H100, "--offload", "group")

@@ -11,6 +11,7 @@ a switch engages and whether it breaks something; it does not show which method 
 import argparse
 import json
 import random
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def prompts(count: int) -> tuple[list[str], list[judge.Wanted]]:
 def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
     """One picture a prompt, as gen_image.py makes them, and what the record says of it."""
     pipeline = optimize(load_pipeline(args), args)
-    images, latents, cached = [], [], []
+    images, latents, cached, compared, computed = [], [], [], [], []
     start = time.perf_counter()
     for i, text in enumerate(texts):
         steps = []
@@ -69,11 +70,25 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
                            callback_on_step_end=latent_recorder(steps)).images
         latents.append(torch.cat(steps))
         if pipeline.techniques["step cache"].on:
-            cached.append(len(step_cache.cached_steps(pipeline)))
+            cached.append(step_cache.cached_steps(pipeline))
+            compared.append(step_cache.residual_diffs(pipeline))
+            computed.append(step_cache.last_image_steps(pipeline, len(steps)))
     seconds = time.perf_counter() - start
-    facts = {"seconds": seconds, "cached_steps": sum(cached) / len(cached) if cached else None,
+    facts = {"seconds": seconds, "cached_steps": sum(map(len, cached)) / len(cached) if cached else None,
+             "computed_steps": sum(computed) / len(computed) if computed else None,
+             **per_step(cached, compared, len(steps)),
              "techniques": {key: decision._asdict() for key, decision in pipeline.techniques.items()}}
     return Drawn(images, torch.stack(latents), {}), facts
+
+
+def per_step(cached: list[list[int]], compared: list[dict[int, float]], steps: int) -> dict:
+    """Of a step cache: the share of pictures in which each step was cached, and the median of each step's residual
+    differences over the pictures in which one was taken."""
+    if not cached:
+        return {"cached_share": None, "residual_diffs": None}
+    taken = {step: [one[step] for one in compared if step in one] for step in range(steps)}
+    return {"cached_share": [sum(step in one for one in cached) / len(cached) for step in range(steps)],
+            "residual_diffs": {step: statistics.median(values) for step, values in taken.items() if values}}
 
 
 def noise(pipeline, kwargs: dict) -> Tensor:

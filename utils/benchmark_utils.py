@@ -123,6 +123,9 @@ def create_parser() -> argparse.ArgumentParser:
                         help="T5 in int8, weights only: 9.5 -> 4.9 GB (lossy; off by default)")
     recipe.add_argument("--enable_cache_dit", action="store_true",
                         help="step cache: DBCache F12B12, 8 warm-up steps, 8 cached at most, threshold 0.12 (lossy)")
+    recipe.add_argument("--cache_preset", choices=["safe", "balanced", "fast", "extreme"],
+                        help="step cache that computes at least 69, 54, 40 or 30 %% of the blocks of FLUX.1's 28 "
+                        "steps (lossy, the more so the fewer)")
     recipe.add_argument("--cache_dit_config", metavar="FILE",
                         help="step cache from a yaml file, such as cache_config.yaml (lossy)")
     recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
@@ -148,6 +151,9 @@ def create_parser() -> argparse.ArgumentParser:
     report.add_argument("--runs", type=int, help="timed images: 10 (run_benchmark.py)")
     report.add_argument("--step_error", action="store_true",
                         help="also measure one step's relative error against float32 (run_benchmark.py)")
+    report.add_argument("--force_cache", action="store_true",
+                        help="cache every step that the step cache may, whatever its residual: what that pattern costs "
+                        "with --random_weights, whose residuals mean nothing (run_benchmark.py)")
     report.add_argument("--kernels", action="store_true",
                         help="also list the GPU kernels of one denoising step (run_benchmark.py)")
     report.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
@@ -225,11 +231,17 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.compile_scope == "whole" and args.offload != "none",
            f"--offload {args.offload} hooks into the transformer, which then cannot be compiled as one whole: use "
            "--compile_scope blocks.")
-    refuse(args.offload == "model" and (args.enable_cache_dit or args.cache_dit_config),
+    caches = [flag for flag, given in (("--enable_cache_dit", args.enable_cache_dit),
+                                       ("--cache_preset", args.cache_preset),
+                                       ("--cache_dit_config", args.cache_dit_config)) if given]
+    refuse(len(caches) > 1, f"{' and '.join(caches)} are step caches of different options: give one of them.")
+    refuse(args.force_cache and not caches,
+           "--force_cache is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
+    refuse(args.offload == "model" and caches,
            "--offload model takes its hooks off after each image, and the step cache with them: use --offload group.")
-    refuse(args.compile_scope == "whole" and (args.enable_cache_dit or args.cache_dit_config),
+    refuse(args.compile_scope == "whole" and caches,
            "a step cache decides in Python between blocks, so the transformer cannot be compiled as one whole: "
-           "use --compile_scope blocks with --enable_cache_dit.")
+           f"use --compile_scope blocks with {caches and caches[0]}.")
     not_on_hub = args.random_weights or args.ckpt.startswith("tiny-") or Path(args.ckpt).expanduser().is_dir()
     refuse(args.revision and not_on_hub,
            f"--revision {args.revision} is of a checkpoint on the Hub: drop it, or give a Hub id as --ckpt.")

@@ -3,8 +3,12 @@
 Between two denoising steps the blocks' residuals change little. DBCache computes the first F blocks, compares their
 residual with the last computed step's and, where it moved less than a threshold, reuses the middle blocks' result and
 computes the last B blocks on top (https://github.com/vipshop/cache-dit). Lossy: it changes the image.
+
+A steps computation mask says which steps may be cached at all: 1 is computed, 0 is decided by the residual ("dynamic")
+or always cached ("static").
 """
 
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -26,16 +30,33 @@ class CacheOptions:
     enable_taylorseer: bool = False
     enable_encoder_taylorseer: bool = True
     taylorseer_order: int = 1
+    steps_computation_mask: str = ""  # one 0 or 1 a step; empty: no mask
+    steps_computation_policy: str = "dynamic"
 
     def __str__(self) -> str:
-        taylor = f", TaylorSeer order {self.taylorseer_order}" if self.enable_taylorseer else ""
-        return (f"DBCache F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}, warm-up {self.max_warmup_steps}, at most "
-                f"{'any' if self.max_cached_steps < 0 else self.max_cached_steps} cached, threshold "
-                f"{self.residual_diff_threshold}{taylor}")
+        static = self.steps_computation_policy == "static"
+        parts = [f"DBCache F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}"]
+        if not static:
+            most, row = self.max_cached_steps, self.max_continuous_cached_steps
+            parts += [f"warm-up {self.max_warmup_steps}", f"at most {'any' if most < 0 else most} cached"]
+            parts += [f"{row} in a row"] * (row >= 0) + [f"threshold {self.residual_diff_threshold}"]
+        parts += [f"TaylorSeer order {self.taylorseer_order}"] * self.enable_taylorseer
+        parts += [f"mask {self.steps_computation_mask}"] * bool(self.steps_computation_mask)
+        return ", ".join(parts + ["whatever the residuals"] * static)
 
 
 DEFAULT = CacheOptions()
 FLUX_BLOCKS = 19 + 38
+
+# From nearly every block to hardly any. The masks are cache-dit's own for 28 steps (its steps_mask: slow, medium, fast,
+# ultra), which compute the first steps, where the picture is laid out, and the last; F and thresholds are those of its
+# published runs on FLUX.1-dev: F8B0 0.08, F1B0 0.08 to 0.12, F1B0 0.20, F1B0 0.30, all with TaylorSeer of order 1.
+PRESETS = {
+    "safe": CacheOptions(8, 0, 8, 1, -1, -1, 0.08, True, steps_computation_mask="1111111101110011100110010001"),
+    "balanced": CacheOptions(1, 0, 6, 1, -1, -1, 0.12, True, steps_computation_mask="1111110110001100011000110001"),
+    "fast": CacheOptions(1, 0, 6, 1, -1, -1, 0.2, True, steps_computation_mask="1111110100010000100000100001"),
+    "extreme": CacheOptions(1, 0, 4, 1, -1, -1, 0.3, True, steps_computation_mask="1111001000001000000100000001"),
+}
 
 # Names of cache-dit before 1.0, which 1.x ignores in silence.
 RENAMED = {"warmup_steps": "max_warmup_steps"}
@@ -68,12 +89,19 @@ def from_yaml(path: str) -> CacheOptions:
             raise RecipeError(f"--cache_dit_config {path}: taylorseer_kwargs knows n_derivatives alone; "
                               "today's name is taylorseer_order.")
         found["taylorseer_order"] = taylor["n_derivatives"]
+        _tell_renamed(path, "taylorseer_kwargs: n_derivatives", "taylorseer_order")
     known = {field.name: field.type for field in fields(CacheOptions)}
     options = {}
     for key, value in found.items():
         name = RENAMED.get(key, key)
+        if name != key:
+            _tell_renamed(path, key, name)
         if name not in known:
             raise RecipeError(f"--cache_dit_config {path}: unknown key '{key}'. Known keys: {', '.join(known)}.")
+        if name == "steps_computation_mask" and isinstance(value, list):  # as cache-dit writes it
+            value = "".join(map(str, value))
+        elif name == "steps_computation_mask" and isinstance(value, int):
+            raise RecipeError(f"--cache_dit_config {path}: {key} reads as a number: put it in quotes, or in brackets.")
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             raise RecipeError(f"--cache_dit_config {path}: {key}: {value!r} is not of type {known[name].__name__}.")
         options[name] = value
@@ -82,12 +110,64 @@ def from_yaml(path: str) -> CacheOptions:
     return CacheOptions(**defaults | options)
 
 
+def _tell_renamed(path: str, old: str, new: str) -> None:
+    # A warning is shown once, however often a program reads the file.
+    warnings.warn(f"--cache_dit_config {path}: {old} is called {new} since cache-dit 1.0, and was read as that.",
+                  stacklevel=3)
+
+
 def scaled(options: CacheOptions, blocks: int) -> CacheOptions:
     """`options` with F and B in proportion to a model of fewer than FLUX.1's blocks, where as given they leave none."""
-    if options.Fn_compute_blocks + options.Bn_compute_blocks < blocks:
-        return options
-    return replace(options, **{name: max(1, round(getattr(options, name) * blocks / FLUX_BLOCKS))
-                               for name in ("Fn_compute_blocks", "Bn_compute_blocks")})
+    fits = options.Fn_compute_blocks + options.Bn_compute_blocks < blocks
+    return options if fits else in_proportion(options, blocks)
+
+
+def in_proportion(options: CacheOptions, blocks: int) -> CacheOptions:
+    """`options` with as large a share of a model's blocks in F and B as they are of FLUX.1's; what is there stays 1."""
+    first, last = (max(1, round(count * blocks / FLUX_BLOCKS)) if count else 0
+                   for count in (options.Fn_compute_blocks, options.Bn_compute_blocks))
+    return replace(options, Fn_compute_blocks=first, Bn_compute_blocks=last)
+
+
+def preset(name: str, steps: int, blocks: int) -> CacheOptions:
+    """A preset for another number of steps or blocks: its mask stretched, its last step computed, F in proportion."""
+    options = PRESETS[name]
+    mask = options.steps_computation_mask
+    mask = "".join(mask[i * len(mask) // steps] for i in range(steps - 1)) + "1"
+    return replace(in_proportion(options, blocks), steps_computation_mask=mask)
+
+
+def pattern(options: CacheOptions, steps: int) -> str:
+    """The steps of an image none of whose residuals passes the threshold, 1 computed, 0 cached: the fewest that these
+    options ever compute. It follows cache-dit's order of decisions."""
+    mask, found = options.steps_computation_mask, ""
+    for step in range(steps):
+        row = len(found) - len(found.rstrip("0"))
+        warm_up = step < options.max_warmup_steps and step % options.warmup_interval == 0
+        computed = mask[step] == "1" if mask else step == 0 or warm_up
+        if options.steps_computation_policy == "dynamic":
+            computed |= (0 <= options.max_cached_steps <= found.count("0")
+                         or 0 <= options.max_continuous_cached_steps <= row)
+        found += "1" if computed else "0"
+    return found
+
+
+def forced(options: CacheOptions, steps: int) -> CacheOptions:
+    """`options` that cache every step which they allow, whatever its residual says, through SCM's static policy.
+
+    For timing: the cost of a pattern of cached steps, the same for every image, on weights whose residuals mean
+    nothing. Such a step costs what a cached step costs, F and B blocks and the cached residual or TaylorSeer's
+    prediction, but for the decision itself: two residuals compared, a mean over one tensor of hidden states and a wait
+    for the GPU.
+    """
+    return replace(options, steps_computation_mask=pattern(options, steps), steps_computation_policy="static")
+
+
+def computed_share(options: CacheOptions, steps: int, blocks: int) -> float:
+    """The share of an image's blocks that is computed if every step that may be cached is: the least that it costs."""
+    always = (options.Fn_compute_blocks + options.Bn_compute_blocks) / blocks
+    found = pattern(options, steps)
+    return (found.count("1") + found.count("0") * always) / steps
 
 
 def check(options: CacheOptions, steps: int, blocks: int) -> None:
@@ -105,8 +185,19 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
     if steps <= options.max_warmup_steps:
         raise RecipeError(
             f"the step cache warms up for {options.max_warmup_steps} steps and the image takes {steps}: nothing could "
-            "be cached. Drop --enable_cache_dit (for schnell's 4 steps there is nothing to gain), or use a model of "
+            "be cached. Drop the step cache (for schnell's 4 steps there is nothing to gain), or use a model of "
             "more steps, or a --cache_dit_config with a smaller max_warmup_steps.")
+    mask = options.steps_computation_mask
+    if options.steps_computation_policy not in ("dynamic", "static"):
+        raise RecipeError(f"steps_computation_policy is dynamic or static, not {options.steps_computation_policy}.")
+    if options.steps_computation_policy == "static" and not mask:
+        raise RecipeError("steps_computation_policy: static caches what steps_computation_mask says: give one.")
+    if mask and (set(mask) != {"0", "1"} or mask[0] == "0"):
+        raise RecipeError(f"steps_computation_mask {mask}: it takes one 1 (computed) or 0 (may be cached) a step, some "
+                          "of both, and starts with 1, since the first step has nothing to reuse.")
+    if mask and len(mask) != steps:
+        raise RecipeError(f"steps_computation_mask has {len(mask)} steps and the image takes {steps}: give one of "
+                          f"{steps}, or --num_inference_steps {len(mask)}.")
     computed = options.Fn_compute_blocks + options.Bn_compute_blocks
     if computed >= blocks:
         raise RecipeError(
@@ -131,7 +222,9 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool) -> None:
     names = ("Fn_compute_blocks", "Bn_compute_blocks", "max_warmup_steps", "warmup_interval", "max_cached_steps",
              "max_continuous_cached_steps", "residual_diff_threshold")
     config = cache_dit.DBCacheConfig(**{name: getattr(options, name) for name in names},
-                                     enable_separate_cfg=separate_cfg)
+                                     enable_separate_cfg=separate_cfg,
+                                     steps_computation_mask=list(map(int, options.steps_computation_mask)) or None,
+                                     steps_computation_policy=options.steps_computation_policy)
     calibrator = None
     if options.enable_taylorseer:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(
@@ -140,7 +233,33 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool) -> None:
 
 
 def cached_steps(pipeline) -> list[int]:
-    """The steps of the last image whose middle blocks were taken from the cache."""
+    """The steps of the last image whose middle blocks were taken from the cache, from 0."""
+    return [int(step) for step in _summary(pipeline).cached_steps]
+
+
+def residual_diffs(pipeline) -> dict[int, float]:
+    """How far the first blocks' residual was from the last computed step's, of each step of the last image in which
+    that decided: mean |difference| over mean |residual|. With two calls a step, of the first."""
+    # Negative values stand for a comparison that was left out.
+    return {int(step): value for step, value in _summary(pipeline).residual_diffs.items() if value >= 0}
+
+
+def last_image_steps(pipeline, steps: int) -> float:
+    """The blocks computed for the last image, in steps that compute them all."""
+    found, blocks = _summary(pipeline), len(pipeline.transformer.transformer_blocks)
+    blocks += len(pipeline.transformer.single_transformer_blocks)
+    config = found.cache_options["cache_config"]
+    always = (config.Fn_compute_blocks + config.Bn_compute_blocks) / blocks
+    return steps - len(found.cached_steps) * (1 - always)
+
+
+def last_image(pipeline, steps: int) -> str:
+    """One line on which of the last image's steps were cached."""
+    found = cached_steps(pipeline)
+    return f"cached {len(found)} of {steps} steps" + (f": {' '.join(map(str, found))}" if found else "")
+
+
+def _summary(pipeline):
     import cache_dit
 
-    return [int(step) for step in cache_dit.summary(pipeline, logging=False)[0].cached_steps]
+    return cache_dit.summary(pipeline, logging=False)[0]

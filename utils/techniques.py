@@ -251,19 +251,26 @@ def _fusion_obstacle(hardware: Hardware, chosen: Plan, configs: dict) -> str | N
 
 
 def _choose_cache(args, configs: dict, chosen: Plan) -> None:
-    if not (args.enable_cache_dit or args.cache_dit_config):
-        chosen.decisions["step cache"] = Decision(False, "--enable_cache_dit not given")
+    if not (args.enable_cache_dit or args.cache_preset or args.cache_dit_config):
+        chosen.decisions["step cache"] = Decision(False, "neither --cache_preset nor --enable_cache_dit given")
         return
     if find_spec("cache_dit") is None:
         raise RecipeError("the step cache needs cache-dit: pip install cache-dit==1.5.3")
     blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
-    options = (step_cache.from_yaml(args.cache_dit_config) if args.cache_dit_config
-               else step_cache.scaled(step_cache.DEFAULT, blocks))
-    step_cache.check(options, chosen.settings.num_inference_steps, blocks)
-    chosen.cache = options
-    small = not args.cache_dit_config and options != step_cache.DEFAULT
-    chosen.decisions["step cache"] = Decision(
-        True, f"{options}" + (f" (F12B12 in proportion to {blocks} blocks)" if small else ""))
+    steps, name, of_large = chosen.settings.num_inference_steps, "", None
+    if args.cache_dit_config:
+        options = step_cache.from_yaml(args.cache_dit_config)
+    elif args.cache_preset:
+        options, of_large = step_cache.preset(args.cache_preset, steps, blocks), step_cache.PRESETS[args.cache_preset]
+        name = f"{args.cache_preset}, at least {step_cache.computed_share(options, steps, blocks):.0%} computed: "
+    else:
+        options, of_large = step_cache.scaled(step_cache.DEFAULT, blocks), step_cache.DEFAULT
+    step_cache.check(options, steps, blocks)
+    chosen.cache = step_cache.forced(options, steps) if args.force_cache else options
+    counts = of_large and (of_large.Fn_compute_blocks, of_large.Bn_compute_blocks)
+    small = counts and counts != (options.Fn_compute_blocks, options.Bn_compute_blocks)
+    chosen.decisions["step cache"] = Decision(True, f"{name}{chosen.cache}" + (
+        " (F{}B{} in proportion to {} blocks)".format(*counts, blocks) if small else ""))
 
 
 def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
