@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torchao.quantization.quant_api
@@ -46,6 +51,15 @@ def float8_on_cpu(monkeypatch):
     """torchao refuses float8 on a CPU although PyTorch computes it there, slowly."""
     monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda *_: None)
     monkeypatch.setattr(techniques.Hardware, "has_float8", True)
+
+
+def run_in_the_interpreter(file: str) -> None:
+    """Runs the tests of `file` whose names hold "interpreter" with Triton's kernels interpreted: a process of its own,
+    since Triton decides when it is imported."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-k", "interpreter", file],
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def relative(found, reference):

@@ -2,16 +2,16 @@
 
 On a CPU Triton's interpreter runs the very kernels, in a process of its own, since the variable that asks for it is
 read when they are made. Its cast to e4m3 loses the carry when a mantissa rounds up to the next power of two, so the
-bounds there are wide, and it knows no assembly (FAST_TANH is off).
+bounds there are wide, and it knows no assembly (NATIVE is off).
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -29,10 +29,7 @@ LARGE = [(1, 256, 1024, 3072, 24, 12288), (2, 77, 333, 384, 3, 1536), (1, 512, 4
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_kernels_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-k", "interpreter", __file__],
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 class Case:

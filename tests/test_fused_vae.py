@@ -1,13 +1,10 @@
 """The VAE's norms in Triton against PyTorch's, in Triton's interpreter and on a GPU; its attention; the whole VAE."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative
+from conftest import relative, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -22,10 +19,7 @@ DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_kernels_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-k", "interpreter", __file__],
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -130,10 +130,10 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if exports:
         with log.stage("packages"):
             techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
-    # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
-    # works from inside them.
     if fused and not chosen.cache:
         leave_sums(transformer)
+    # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
+    # works from inside them.
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
     if chosen.is_on("compile") and not exports:
