@@ -130,9 +130,9 @@ def bound(make_args, folder, monkeypatch):
 def step(bound):
     """A single block on its package, and the arguments of one call."""
     pipeline, args = bound()
-    units = [aoti.Unit("single", [pipeline.transformer.single_transformer_blocks[0]])]
-    aoti.capture(units, lambda: latents(pipeline, args))
-    return units[0].modules[0], units[0].arguments
+    block = pipeline.transformer.single_transformer_blocks[0]
+    [unit] = aoti.capture({"single": [block]}, lambda: latents(pipeline, args))
+    return block, unit.arguments
 
 
 def test_wrong_inputs_are_named_and_never_computed(step):

@@ -128,7 +128,6 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
         assert pipeline(**call_kwargs(pipeline, args)).images[0].size == (384, 256)
 
 
-@pytest.mark.skip(reason="packages crash when they are loaded on a GPU, torch 2.11: `plan` refuses them there")
 @pytest.mark.parametrize("argv", [[], ["--quant_granularity", "tensor", "--attention_backend", "native"]], ids=" ".join)
 def test_packages_in_a_cuda_graph_are_close_to_eager(argv, tmp_path):
     """Exported and loaded again, on 1 + 2 blocks of full width: the step against float32, no second copy of weights."""

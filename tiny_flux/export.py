@@ -1,6 +1,6 @@
 """From trained parts to a checkpoint that plain diffusers loads, a sheet of what it draws, and the curves of a log.
 
-    python -m tiny_flux.export tiny_flux/training.jsonl tiny_flux/losses.png    # needs matplotlib
+    python -m tiny_flux.export tiny_flux/training.jsonl tiny_flux/losses.webp    # needs matplotlib
 """
 
 import json
@@ -94,7 +94,7 @@ def draw_losses(log: Path, path: Path) -> None:
             axis.axvline(decay, color="gray", linewidth=0.8, linestyle=":")
         axis.set(title=f"{phase}: {own[-1]['loss']:.3f} after {own[-1]['seconds']:.0f} s", xlabel="step", yscale="log")
     axes[0].set_ylabel("loss")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, pil_kwargs={"lossless": True})
 
 
 if __name__ == "__main__":

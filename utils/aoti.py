@@ -1,4 +1,4 @@
-"""Packages: the compiled code of the blocks and the VAE, exported once, loaded in seconds, without weights.
+"""Packages: the compiled code of blocks, VAE and T5, exported once, loaded in seconds, without weights.
 
     python -m utils.aoti list                     # what is there, how big, does it fit this machine
     python -m utils.aoti verify                   # compare every file with its SHA-256
@@ -19,7 +19,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -51,38 +52,60 @@ class Unit:
     """Modules that run the same graph on weights of their own, and the arguments of one real call of the first."""
     name: str
     modules: list[torch.nn.Module]
-    arguments: dict = field(default_factory=dict)
+    arguments: dict
 
 
-def units_of(pipeline, tiling: bool, needs_image: bool) -> list[Unit]:
-    """What is packaged: both kinds of block, the VAE's decoder, and its encoder where pictures are read (Kontext).
+def packaged(pipeline, tiling: bool, needs_image: bool, text_encoder: bool) -> dict[str, list[torch.nn.Module]]:
+    """What is packaged: both kinds of block, the VAE's decoder, its encoder where pictures are read (Kontext), and T5's
+    blocks. What lies before and after the transformer's blocks is a few small kernels, no code worth a package.
 
     With tiling the VAE sees tiles of several sizes and stays as it is.
     """
-    units = [Unit("double", list(pipeline.transformer.transformer_blocks)),
-             Unit("single", list(pipeline.transformer.single_transformer_blocks))]
+    kinds = {"double": list(pipeline.transformer.transformer_blocks),
+             "single": list(pipeline.transformer.single_transformer_blocks)}
     if not tiling:
-        units.append(Unit("decoder", [pipeline.vae.decoder]))
+        kinds["decoder"] = [pipeline.vae.decoder]
         if needs_image:
-            units.append(Unit("encoder", [pipeline.vae.encoder]))
-    return units
+            kinds["encoder"] = [pipeline.vae.encoder]
+    if text_encoder:
+        kinds["t5"] = list(pipeline.text_encoder_2.encoder.block)
+    return kinds
 
 
-def capture(units: list[Unit], call: Callable[[], object]) -> None:
-    """Fills each unit's `arguments` from what `call` gives its first module: never written by hand, since the dtypes
-    and strides that diffusers passes are its own affair (guidance is float32 in a bf16 model)."""
-    def keep(unit, module, args, kwargs):
-        if not unit.arguments:
-            found = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-            unit.arguments = tree_map_only(torch.Tensor, lambda x: canonical(x.detach().clone()), found)
+def capture(kinds: dict[str, list[torch.nn.Module]], call: Callable[[], object]) -> list[Unit]:
+    """Sorts the modules of each kind by what `call` gives them, which decides their graph, and keeps what it gives the
+    first of each: never written by hand, since the dtypes and strides that diffusers passes are its own affair
+    (guidance is float32 in a bf16 model). T5's first block gets no position bias; fused blocks leave sums to the next,
+    but for the last."""
+    units: dict[tuple, Unit] = {}
 
-    handles = [unit.modules[0].register_forward_pre_hook(functools.partial(keep, unit), with_kwargs=True)
-               for unit in units]
+    def keep(kind, module, args, kwargs):
+        found = _bound(inspect.signature(module.forward), args, kwargs)
+        key = kind, getattr(module, "leaves_sum", False), *sorted(describe(found).items())
+        if key not in units:
+            same = sum(unit.name.startswith(kind) for unit in units.values())
+            units[key] = Unit(f"{kind}{same + 1 if same else ''}", [],
+                              tree_map_only(torch.Tensor, lambda x: canonical(x.detach().clone()), found))
+        if not any(module is other for other in units[key].modules):
+            units[key].modules.append(module)
+
+    handles = [module.register_forward_pre_hook(functools.partial(keep, kind), with_kwargs=True)
+               for kind, modules in kinds.items() for module in modules]
     try:
         call()
     finally:
         for handle in handles:
             handle.remove()
+    return list(units.values())
+
+
+def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
+    """All arguments by name, those that `**kwargs` takes among them."""
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
 
 
 def canonical(x: torch.Tensor) -> torch.Tensor:
@@ -113,11 +136,12 @@ def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    source = hashlib.sha256((Path(__file__).parent / "attention.py").read_bytes()).hexdigest()[:16]
+    sources = {name: hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:16]
+               for name in ("attention.py", "fused_kernels.py", "fused_blocks.py", "fused_vae.py")}
     models = {name: {k: repr(v) for k, v in sorted(getattr(pipeline, name).config.items()) if not k.startswith("_")}
               for name in ("transformer", "vae")}
     return {"models": models, "switches": switches, "versions": versions, "machine": machine(pipeline.device.type),
-            "attention.py": source, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
+            "sources": sources, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
 
 
 def machine(device: str) -> dict:
@@ -196,17 +220,37 @@ def export(units: list[Unit], folder: Path, key: str) -> None:
     for unit in units:
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
         path = folder / f"{unit.name}.pt2"
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
-            "aot_inductor.package_constants_in_so": False,
-            # Folding would write one scale a tensor into the code as a number: another block's is another number.
-            "joint_graph_constant_folding": False,
-            "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}})
+        with _scratch_memory_of_every_program():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
+                "aot_inductor.package_constants_in_so": False,
+                # Folding would write one scale a tensor into the code as a number: another block's is another number.
+                "joint_graph_constant_folding": False,
+                "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}})
         for module in {id(m): m for m in (unit.modules[0], unit.modules[-1])}.values():
             expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
             error = max(_relative(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
             if not error < BOUNDS[_tensors(expected)[0].dtype]:
                 raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
                                   "please report this, and use --compile_export_mode compile.")
+
+
+@contextmanager
+def _scratch_memory_of_every_program():
+    """Triton's programs each write the tile descriptors that they make into scratch memory of their own. AOTInductor of
+    torch 2.11 allocates what one program needs, for all of them; that of 2.13 what all need."""
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+    original = CUDADeviceOpOverrides.cpp_scratch
+
+    def cpp_scratch(self, idx, workspace, prefix=None):
+        if (found := original(self, idx, workspace, prefix)) and workspace.size and "grid_0" not in found[0][0]:
+            found[0][0] = found[0][0].replace("};", " * static_cast<int64_t>(grid_0) * grid_1 * grid_2};")
+        return found
+
+    CUDADeviceOpOverrides.cpp_scratch = cpp_scratch
+    try:
+        yield
+    finally:
+        CUDADeviceOpOverrides.cpp_scratch = original
 
 
 def _tensors(output) -> list[torch.Tensor]:
@@ -268,7 +312,7 @@ def _checked(unit: Unit, module: torch.nn.Module, runner: Callable) -> Callable:
 
     @functools.wraps(module.forward)
     def forward(*args, **kwargs):
-        arguments = dict(parameters.bind(*args, **kwargs).arguments)
+        arguments = _bound(parameters, args, kwargs)
         if (found := describe(arguments)) != expected:
             name = next(name for name in sorted(found | expected) if found.get(name) != expected.get(name))
             raise RecipeError(

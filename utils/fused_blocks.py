@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from utils.attention import attention, norm_scale
 from utils.fused_kernels import (
@@ -340,12 +341,13 @@ def leave_sums(transformer: FluxTransformer2DModel) -> None:
         block.leaves_sum = True
 
 
-def follow_schedule(pipeline) -> None:
-    """Has `Modulations` prepared before each call of the pipeline's transformer, whatever else is put around it."""
+def follow_schedule(pipeline) -> RemovableHandle:
+    """Has `Modulations` prepared before each call of the pipeline's transformer, whatever else is put around it, until
+    the handle is removed."""
     modulations = pipeline.transformer.time_text_embed
 
     def before(module, args, kwargs):
         modulations.prepare(kwargs["timestep"], kwargs.get("guidance"), kwargs["pooled_projections"],
                             pipeline.scheduler.timesteps, getattr(pipeline, "_current_timestep", None))
 
-    pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
+    return pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)

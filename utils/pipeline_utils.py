@@ -126,12 +126,12 @@ def optimize(pipeline, args, log: StageLog | None = None):
 
     if chosen.is_on("inductor flags"):
         set_inductor_tuning_flags()
-    exports = chosen.is_on("compile") and args.compile_export_mode == "export_aoti"
-    if exports:
-        with log.stage("packages"):
-            techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
     if fused and not chosen.cache:
         leave_sums(transformer)
+    exports = chosen.is_on("compile") and args.compile_export_mode == "export_aoti"
+    if exports:
+        with log.stage("packages"), follow_schedule(pipeline) if fused else nullcontext():
+            techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them.
     if chosen.cache:
@@ -315,12 +315,18 @@ def kernel_cache(cache_dir: str) -> Path:
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     """Exported code under the blocks and the VAE; see `utils.aoti`. Returns what was done."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
-    units = aoti.units_of(pipeline, args.vae_tiling, identify(configs_of(pipeline)).needs_image)
+    on_gpu = pipeline.device.type == "cuda"
+    if on_gpu:
+        always_mask(pipeline.text_encoder_2)
+    kinds = aoti.packaged(pipeline, args.vae_tiling, identify(configs_of(pipeline)).needs_image, on_gpu)
     show_progress(pipeline, False)
-    aoti.capture(units, lambda: pipeline(**call_kwargs(pipeline, args, num_inference_steps=1)))
+    units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
+                                                                                         num_inference_steps=1), {})))
     show_progress(pipeline, not args.quiet)
-    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
-        name: chosen.is_on(name) for name in ("fused projections", "channels_last", "inductor flags")}
+    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant,
+                "step cache": chosen.cache is not None} | {
+        name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
+                                              "text encoder quant", "inductor flags")}
     return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
                              args.package_from, log.line)
 
@@ -344,7 +350,14 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
 
 
 def compile_text_encoder(t5: torch.nn.Module, dynamic: bool | None) -> None:
-    """Marks T5's blocks for compilation: two graphs, for the block that computes the position bias and for the others.
+    """Marks T5's blocks for compilation: two graphs, of the block that makes the position bias and of the others."""
+    always_mask(t5)
+    for block in t5.encoder.block:
+        block.compile(fullgraph=True, dynamic=dynamic)
+
+
+def always_mask(t5: torch.nn.Module) -> None:
+    """Gives T5 a mask of zeros in every call.
 
     Without a mask transformers makes one of its own during a CUDA graph's recording and none otherwise, which would
     compile the blocks again in the middle of the recording. A mask of zeros keeps every call the same; the pipelines
@@ -356,5 +369,3 @@ def compile_text_encoder(t5: torch.nn.Module, dynamic: bool | None) -> None:
         return args, kwargs | {"attention_mask": mask}
 
     t5.register_forward_pre_hook(with_mask, with_kwargs=True)
-    for block in t5.encoder.block:
-        block.compile(fullgraph=True, dynamic=dynamic)

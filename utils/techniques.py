@@ -7,6 +7,7 @@ error with its cure; what is merely on by default is switched off where it canno
 import argparse
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -86,9 +87,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     if args.image and not model.needs_image:
         raise RecipeError(f"--image is for Kontext; {args.ckpt} draws from text alone. Drop it, or use "
                           "--ckpt black-forest-labs/FLUX.1-Kontext-dev (or tiny-kontext).")
-    if args.compile_export_mode == "export_aoti" and hardware.device == "cuda":
-        raise RecipeError("--compile_export_mode export_aoti: on a GPU (seen on an H100 with torch 2.11) the packages "
-                          "crash when they are loaded, for a reason not yet found. Use --compile_export_mode compile.")
+    if args.compile_export_mode == "export_aoti" and not args.use_cached_model and (obstacle := _package_obstacle()):
+        raise RecipeError(f"--compile_export_mode export_aoti: {obstacle}; or use --compile_export_mode compile.")
     chosen = Plan(settings, torch.float32 if args.disable_bf16 else torch.bfloat16)
     on = chosen.decisions
 
@@ -152,9 +152,23 @@ def _compiler_obstacle(hardware: Hardware) -> str | None:
             import triton  # noqa: F401
         except ImportError:
             return "Triton is not installed"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")):
-        return "no C++ compiler (Debian, Ubuntu: apt install g++)"
-    return None
+    return None if _cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
+
+
+def _cpp_compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++", "cl"))), None)
+
+
+def _package_obstacle() -> str | None:
+    """Without libstdc++.so a compiler links libstdc++.a into each package. Two copies of it in one process have two
+    ideas of a locale, and a package crashes when it is opened, in std::regex (seen with g++ 13.3)."""
+    if (compiler := _cpp_compiler()) is None:
+        return None
+    found = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
+    if found != "libstdc++.so":
+        return None
+    return (f"{compiler} finds no libstdc++.so, and packages with a libstdc++ of their own crash when they are opened. "
+            "Install it (Debian, Ubuntu: apt install libstdc++-13-dev, or the version of your g++)")
 
 
 def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, configs: dict) -> None:
