@@ -9,7 +9,7 @@ import sys
 from report.records import RESULTS, ROOT, newest
 
 PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
-MARKERS = re.compile(r"(<!-- (results|quality|judge|kernels|tried):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (results|quality|judge|kernels|roofline|tried):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
     "1_eager": "bf16, eager (diffusers)",
@@ -172,6 +172,31 @@ def _kind(name: str) -> str:
     return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "everything else")
 
 
+# The product of the same shape in results/kernels.py's `alternative` rows.
+PRODUCTS = {"qkv_product": "qkv", "gelu_product": "up", "gelu_product with attention": "up",
+            "products, out": "single out", "products, attention's out": "attention's out",
+            "products, MLP's down": "down"}
+
+
+def roofline_table(where: str) -> str:
+    """The markdown table of results/<gpu>/kernels.json for one model, `where` being <gpu>/<model>: what each kernel of
+    the fused blocks reaches, and cuBLAS with the same factors and nothing besides."""
+    gpu, model = where.split("/")
+    rows = json.loads((RESULTS / gpu / "kernels.json").read_text())["kernels"][model]
+    cublas = {row["kernel"].removeprefix("cuBLAS by ").replace(", ", ":", 1): row["ms"] for row in rows
+              if row["block"] == "alternative"}
+    lines = ["| kernel | block | ms | TFLOP/s | TB/s | error | cuBLAS by tensor, by row: ms |", "|---" * 7 + "|"]
+    for row in rows:
+        if row["block"] == "alternative":
+            continue
+        work = f"{row['tflops_per_s']:.0f}" if row["flops"] else "–"
+        product = PRODUCTS.get(row["kernel"])
+        other = ", ".join(f"{cublas[f'{kind}:{product}']:.3f}" for kind in ("tensor", "row")) if product else "–"
+        lines.append(f"| {row['kernel']} | {row['block']} | {row['ms']:.3f} | {work} | {row['tbytes_per_s']:.2f} | "
+                     f"{row['error'] * 100:.2f} % | {other} |")
+    return "\n".join(lines) + "\n"
+
+
 def tried_table(gpu: str) -> str:
     """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
     def shown(values):
@@ -186,7 +211,7 @@ def tried_table(gpu: str) -> str:
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
     makers = {"results": table, "quality": quality_table, "judge": judge_table, "kernels": kernel_table,
-              "tried": tried_table}
+              "roofline": roofline_table, "tried": tried_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 

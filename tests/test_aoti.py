@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import relative
 from utils import aoti, package_store
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.package_store import key_of, open_store, publish
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, settle_masks
 from utils.quantization import quantize_transformer
 
 CACHE = "Fn_compute_blocks: 1\nBn_compute_blocks: 0\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
@@ -82,6 +83,30 @@ def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch
         pixels = np.asarray(pipeline(**call_kwargs(pipeline, args)).images[0]).astype(int)
         assert np.abs(pixels - wanted[1]).mean() < 2
     assert "loaded" in pipeline.techniques["compile"].how and calls
+
+
+def test_packages_of_t5_equal_eager(build, tmp_path):
+    """Two graphs: the first block makes the position bias, the others are given it."""
+    t5 = build("tiny-flux").text_encoder_2
+    settle_masks(t5)
+    ids = torch.randint(0, 255, (2, 32))
+    with torch.no_grad():
+        expected = t5(ids)[0]
+        units = aoti.capture({"t5": list(t5.encoder.block)}, lambda: t5(ids))
+        assert [(unit.name, len(unit.modules)) for unit in units] == [("t5", 1), ("t5-2", len(t5.encoder.block) - 1)]
+        aoti.export(units, tmp_path, "k")
+        aoti.bind(units, tmp_path, "k")
+        torch.testing.assert_close(t5(ids)[0], expected)
+
+
+def test_every_program_gets_scratch_memory():
+    """What torch 2.11 leaves out; nothing is added to what 2.13 writes."""
+    from torch._inductor.codegen.common import TritonScratchWorkspace
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+    workspace = TritonScratchWorkspace(384, lambda: "uint8")
+    with aoti._scratch_memory_of_every_program():
+        [size, *_], name = CUDADeviceOpOverrides().cpp_scratch(7, workspace, "global_scratch")
+    assert re.search(r"384\)? \*.*grid_0.*grid_1.*grid_2", size) and size.count("grid_0") == 1 and name in size
 
 
 class Layer(torch.nn.Module):

@@ -283,10 +283,12 @@ def test_compiled_t5_is_the_same_function(build):
         for block in t5.encoder.block:
             block.compile = lambda **_: None
         compile_text_encoder(t5, None)
-        seen = []
+        seen, biases = [], []
         t5.encoder.register_forward_pre_hook(lambda m, a, k: seen.append(k["attention_mask"]), with_kwargs=True)
+        t5.encoder.block[0].register_forward_hook(lambda m, a, output: biases.append(output[1]))
         torch.testing.assert_close(t5(ids, output_hidden_states=False)[0], expected)
     assert seen[0].shape == (2, 1, 1, 32)
+    assert (biases[0] + seen[0]).is_contiguous()  # what fused attention kernels ask of a mask
 
 
 def test_the_tuning_flags_are_the_seeds(compiler):

@@ -141,6 +141,15 @@ def test_kernels_by_kind():
     assert tables._kind("_adaln_kernel") == "everything else"
 
 
+def test_kernels_beside_what_cublas_takes():
+    """Of the committed results: every product of the fused blocks has cuBLAS' times beside it, nothing else has."""
+    cells = [line.strip("| ").split(" | ") for line in tables.roofline_table("h100/schnell").splitlines()[2:]]
+    assert len(cells) == 14
+    for name, _, ms, *_, cublas in cells:
+        assert ("product" in name) == (cublas != "–"), name
+        assert cublas == "–" or all(0.5 < float(ms) / float(other) < 2 for other in cublas.split(", "))
+
+
 def test_pareto_front():
     costs, errors = [1.0, 2.0, 3.0, 2.0, 4.0], [5.0, 3.0, 3.0, 4.0, 1.0]
     assert charts.pareto(costs, errors) == [0, 1, 4]

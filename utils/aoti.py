@@ -84,7 +84,7 @@ def capture(kinds: dict[str, list[torch.nn.Module]], call: Callable[[], object])
         key = kind, getattr(module, "leaves_sum", False), *sorted(describe(found).items())
         if key not in units:
             same = sum(unit.name.startswith(kind) for unit in units.values())
-            units[key] = Unit(f"{kind}{same + 1 if same else ''}", [],
+            units[key] = Unit(f"{kind}-{same + 1}" if same else kind, [],
                               tree_map_only(torch.Tensor, lambda x: canonical(x.detach().clone()), found))
         if not any(module is other for other in units[key].modules):
             units[key].modules.append(module)
