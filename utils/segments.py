@@ -8,7 +8,11 @@
 
 To cache-dit first, middle and last are a transformer of two or three blocks. Of a segment it reads the inputs and the
 outputs alone (CachedBlocks_Pattern_Base of cache-dit 1.5.3): what it keeps from step to step are differences of them,
-tensors of its own.
+tensors of its own. All segments run in an image's first step, so that one image records them all.
+
+The decision compares the first blocks' residual with that of the last computed step and reads one number, for which the
+CPU waits: the GPU then has nothing to do until the next launch arrives. Steps that the mask or a limit decides compare
+nothing and wait for nothing.
 """
 
 from collections.abc import Callable

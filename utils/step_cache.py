@@ -217,8 +217,8 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     Args:
         separate_cfg: the pipeline calls the transformer twice a step (true classifier-free guidance): the two need
             caches of their own.
-        wrap: what to put around each segment of the transformer between which the cache decides, such as `CUDAGraphed`;
-            without it the transformer stays one module.
+        wrap: what to put around each of the transformer's segments between which the cache decides (`Segmented`), such
+            as `CUDAGraphed`. Without it the transformer stays in one piece.
     """
     import cache_dit
 
@@ -230,6 +230,7 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     if wrap:
         transformer = Segmented(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks, wrap)
         pipeline.transformer = transformer
+        # Each segment is a block to cache-dit, of which the first decides.
         target = cache_dit.BlockAdapter(
             pipe=pipeline, transformer=transformer, blocks=transformer.segments, blocks_name="segments",
             forward_pattern=cache_dit.ForwardPattern.Pattern_1, check_forward_pattern=True)
