@@ -9,11 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from utils import step_cache
+from utils import pipeline_utils, step_cache
 from utils.cuda_graph import InPlaceOf, signature
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.segments import Segmented
 from utils.step_cache import CacheOptions, forced, preset
+from utils.techniques import Decision
 
 STEPS = 10
 TAYLOR = {"enable_taylorseer": True, "taylorseer_order": 1}
@@ -199,3 +200,33 @@ def test_a_segmented_transformer_is_the_transformer_to_others(load):
     _, cached, _ = image(pipeline, args)
     assert len(segmented.segments) == 3, "cache-dit did not put them back"
     assert step_cache.last_image_steps(pipeline, STEPS) == STEPS - len(cached) / 2
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_the_recipe_puts_them_in(load, monkeypatch, fused):
+    """`optimize` as on a GPU, with and without --disable_cudagraphs: the same image."""
+    if fused:
+        pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    plan, found = pipeline_utils.plan, []
+    monkeypatch.setattr(pipeline_utils, "CUDAGraphed", lambda module, pool: Buffered(module))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def on_a_gpu(args, *rest):
+        chosen = plan(args, *rest)
+        chosen.decisions["CUDA graphs"] = Decision(not args.disable_cudagraphs, "")
+        if fused:
+            chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
+            for name in ("attention", "quantisation", "fused kernels"):
+                chosen.decisions[name] = Decision(True, "")
+        return chosen
+
+    monkeypatch.setattr(pipeline_utils, "plan", on_a_gpu)
+    for more in ([], ["--disable_cudagraphs"]):
+        pipeline, args = load("--ckpt", "tiny-flux-dev", "--compile_export_mode", "disabled", "--cache_preset",
+                              "extreme", *more)
+        pipeline = pipeline_utils.optimize(pipeline, args)
+        assert isinstance(pipeline.transformer, Segmented) == (not more)
+        assert isinstance(pipeline.text_encoder, Buffered) == (not more)
+        found.append(image(pipeline, args))
+        assert found[-1][1] and same(image(pipeline, args), found[-1])
+    assert same(*found)
