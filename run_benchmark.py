@@ -30,6 +30,7 @@ from utils.benchmark_utils import (
     summarize,
     write_json,
 )
+from utils.cuda_graph import recording_is_an_error
 from utils.images import image_parameters, save_image
 from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress
 from utils.quality import capture_step, float32_step, relative_error
@@ -70,15 +71,15 @@ def main():
     show_progress(pipeline, False)
     error = step_error(pipeline, args, step_inputs, reference) if args.step_error else None
 
-    # Whatever needs compiling has been compiled by now: from here on it is a fault of the recipe, not a cost.
-    with torch._dynamo.config.patch(error_on_recompile=True), log.stage("warm-up"):
+    # Whatever needs compiling or recording is done by now: from here on it is a fault of the recipe, not a cost.
+    with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error(), log.stage("warm-up"):
         for i in range(args.warmup):
             pipeline(**call_kwargs(pipeline, args))
             # Called from elsewhere the imports would not be in it, and with --step_error more than a start.
             if i == 0 and __name__ == "__main__" and not args.step_error:
                 synchronize(args.device)
                 log.seconds["process start to first image"] = time.time() - psutil.Process().create_time()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error():
         seconds, image = time_images(pipeline, args)
         memory.end_of("image")
         with watching_tokens(pipeline.transformer) as tokens:

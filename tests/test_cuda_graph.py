@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.cuda_graph import CUDAGraphed, signature
+from utils.cuda_graph import CUDAGraphed, recording_is_an_error, signature
 
 X = torch.randn(2, 3)
 
@@ -49,3 +49,14 @@ def test_attributes_are_the_modules_own():
     assert list(wrapped.modules()) == [wrapped]
     with pytest.raises(AttributeError):
         wrapped.nothing_of_this_name  # noqa: B018
+
+
+def test_a_module_of_buffers_alone():
+    assert CUDAGraphed(torch.nn.BatchNorm1d(3, affine=False)).dtype == torch.float32
+
+
+def test_recording_can_be_an_error():
+    wrapped = CUDAGraphed(torch.nn.Linear(4, 3))
+    with recording_is_an_error(), pytest.raises(RuntimeError, match="CUDA graph of Linear would be recorded"):
+        wrapped(torch.zeros(2, 4))
+    assert CUDAGraphed.may_record

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
-from utils import attention
+from utils import attention, step_cache
 from utils.attention import measured_scale, quantize_per_head
 from utils.benchmark_utils import create_parser
-from utils.cuda_graph import CUDAGraphed
+from utils.cuda_graph import CUDAGraphed, recording_is_an_error
 from utils.images import GPUImageProcessor
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quality import capture_step, float32_step, relative_error
@@ -126,6 +126,60 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
         found = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
         assert relative(found[0], eager) < 0.03 and torch.equal(*found)
         assert pipeline(**call_kwargs(pipeline, args)).images[0].size == (384, 256)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--cache_preset", "fast"],
+    ["--cache_preset", "fast", "--force_cache"],
+    ["--cache_preset", "fast", "--force_cache", "--disable_fused_kernels"],
+    ["--cache_preset", "fast", "--force_cache", "--num_images_per_prompt", "2", "--negative_prompt", "x",
+     "--true_cfg_scale", "2"],
+    ["--enable_cache_dit", "--force_cache"],
+], ids=" ".join)
+def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
+    """On 1 + 2 blocks of full width: the same images, one graph a segment, none of them recorded after the warm-up."""
+    argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
+            "--num_inference_steps", "12", "--disable_inductor_tuning_flags", "--cache-dir", str(tmp_path), *argv]
+    found, cached, diffs = [], [], []
+    for more in ([], ["--disable_cudagraphs"]):
+        torch._dynamo.reset()
+        args = create_parser().parse_args(argv + more)
+        pipeline = optimize(load_pipeline(args), args)
+        if "--force_cache" in argv:  # which asks the GPU for nothing
+            pipeline.transformer.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
+            pipeline.transformer.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"),
+                                                       always_call=True)
+        with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error():
+            repeats = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
+        assert torch.equal(*repeats)
+        found.append(repeats[0])
+        cached.append(step_cache.cached_steps(pipeline))
+        diffs.append(step_cache.residual_diffs(pipeline))
+        if not more:
+            parts = pipeline.transformer
+            parts = [parts.before, *(segment.blocks for segment in parts.segments), parts.after]
+            assert [len(part.recordings) for part in parts] == [1] * (5 if "--enable_cache_dit" in argv else 4)
+        del pipeline
+    assert cached[0] == cached[1] and relative(*found) < 0.01
+    if "--force_cache" in argv:
+        assert cached[0] and diffs == [{}, {}]
+    else:
+        assert diffs[0].keys() == diffs[1].keys() and diffs[0]
+
+
+@torch.no_grad()
+def test_segments_in_one_pool_do_not_overwrite_each_other():
+    """What a segment gave is still there after the others ran, in whatever order they run."""
+    pool = torch.cuda.graph_pool_handle()
+    modules = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).cuda()
+               for _ in range(3)]
+    graphed = [CUDAGraphed(module, pool) for module in modules]
+    for order in ((0, 1, 2), (0, 2), (2, 1, 0, 1), (0, 1, 2)):
+        x, kept = torch.randn(128, 64, device="cuda"), []
+        for i in order:
+            kept.append((i, x, graphed[i](x)))
+            x = x + kept[-1][2]
+        assert all(torch.equal(modules[i](given), y) for i, given, y in kept)
 
 
 @pytest.mark.parametrize("argv", [[], ["--quant_granularity", "tensor", "--attention_backend", "native"]], ids=" ".join)

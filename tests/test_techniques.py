@@ -134,10 +134,13 @@ def test_a_missing_library_is_an_error_only_when_asked_for(monkeypatch):
     assert not decide(H100, "--strict", "--disable_fa3").is_on("attention")
 
 
-def test_the_cache_takes_the_step_out_of_the_graph():
+def test_the_cache_decides_between_graphs():
     chosen = decide(H100, "--enable_cache_dit", configs=DEV)
     assert str(chosen.cache).startswith("DBCache F12B12, warm-up 8, at most 8 cached, threshold 0.12")
-    assert "not the step" in chosen.decisions["CUDA graphs"].how
+    assert chosen.decisions["CUDA graphs"].how.endswith("step in 5 segments, between which the cache decides")
+    chosen = decide(H100, "--cache_preset", "fast", configs=DEV)
+    assert "step in 4 segments" in chosen.decisions["CUDA graphs"].how
+    assert decide(H100, configs=DEV).decisions["CUDA graphs"].how.endswith(", step")
 
 
 def test_the_cache_says_that_it_was_scaled():

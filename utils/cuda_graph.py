@@ -2,6 +2,8 @@
 
 import sys
 from collections import OrderedDict
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -58,42 +60,18 @@ class _Recording:
         return tree_unflatten(copies, self.output_tree)
 
 
-class CUDAGraphed(torch.nn.Module):
-    """`module` behind CUDA graphs, one for each `signature` that it is called with.
-
-    Attributes that are not its own (config, cache_context, ...) are the module's. Weights must stay where they are: a
-    graph holds their addresses. Not for modules that wait for the GPU or decide by its results.
+class InPlaceOf(torch.nn.Module):
+    """Stands in the place of `module`: attributes that are not its own (config, cache_context, ...) are the module's.
 
     The module is no registered submodule: diffusers walks through all modules of all models about ten times an image
     to ask for their device, which takes longer than some of the work does once that is a single replay.
-
-    Args:
-        module: what to record. Its outputs may be any tree of tensors; the caller gets copies.
-        pool: a memory pool to share (`torch.cuda.graph_pool_handle()`). Sharing is safe because outputs are copied
-            out before anything else can be replayed on the stream.
-        max_graphs: above it the least recently used recording is dropped, with a line on stderr.
     """
 
-    def __init__(self, module: torch.nn.Module, pool=None, max_graphs: int = 8):
+    def __init__(self, module: torch.nn.Module):
         super().__init__()
         object.__setattr__(self, "module", module)
-        parameter = next(module.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.pool = pool
-        self.max_graphs = max_graphs
-        self.recordings: OrderedDict[tuple, _Recording] = OrderedDict()
-
-    def forward(self, *args, **kwargs):
-        key = signature(args, kwargs)
-        recording = self.recordings.get(key)
-        if recording is None:
-            if len(self.recordings) >= self.max_graphs:
-                print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} kinds of input, "
-                      "dropping the one unused for longest (recording again costs about a second)", file=sys.stderr)
-                self.recordings.popitem(last=False)
-            recording = self.recordings[key] = _Recording(self.module, args, kwargs, self.pool)
-        self.recordings.move_to_end(key)
-        return recording.replay(args, kwargs)
+        weight = next(chain(module.parameters(), module.buffers()))
+        self.device, self.dtype = weight.device, weight.dtype
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """diffusers asks for this after each image, to clear hooks that a recorded module cannot have."""
@@ -103,3 +81,51 @@ class CUDAGraphed(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["module"], name)
+
+
+class CUDAGraphed(InPlaceOf):
+    """`module` behind CUDA graphs, one for each `signature` that it is called with.
+
+    Weights must stay where they are: a graph holds their addresses. Not for modules that wait for the GPU or decide by
+    its results.
+
+    Args:
+        module: what to record. Its outputs may be any tree of tensors; the caller gets copies.
+        pool: a memory pool to share (`torch.cuda.graph_pool_handle()`). Sharing is safe because outputs are copied
+            out before anything else can be replayed on the stream.
+        max_graphs: above it the least recently used recording is dropped, with a line on stderr.
+    """
+
+    may_record = True  # see `recording_is_an_error`
+
+    def __init__(self, module: torch.nn.Module, pool=None, max_graphs: int = 8):
+        super().__init__(module)
+        self.pool = pool
+        self.max_graphs = max_graphs
+        self.recordings: OrderedDict[tuple, _Recording] = OrderedDict()
+
+    def forward(self, *args, **kwargs):
+        key = signature(args, kwargs)
+        recording = self.recordings.get(key)
+        if recording is None:
+            if not self.may_record:
+                raise RuntimeError(f"a CUDA graph of {type(self.module).__name__} would be recorded here: its "
+                                   f"{len(self.recordings)} recordings are of other inputs than {key}")
+            if len(self.recordings) >= self.max_graphs:
+                print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} kinds of input, "
+                      "dropping the one unused for longest (recording again costs about a second)", file=sys.stderr)
+                self.recordings.popitem(last=False)
+            recording = self.recordings[key] = _Recording(self.module, args, kwargs, self.pool)
+        self.recordings.move_to_end(key)
+        return recording.replay(args, kwargs)
+
+
+@contextmanager
+def recording_is_an_error():
+    """Within it `CUDAGraphed` raises RuntimeError instead of recording, as `error_on_recompile` does for compilation:
+    what is timed was recorded before."""
+    CUDAGraphed.may_record = False
+    try:
+        yield
+    finally:
+        CUDAGraphed.may_record = True

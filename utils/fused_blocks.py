@@ -333,12 +333,12 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device) -> in
                                              if isinstance(module, Float8Linear))
 
 
-def leave_sums(transformer: FluxTransformer2DModel) -> None:
-    """Has every fused block but the last leave its last sum to the next. Not for a step cache, which reads what blocks
-    give and skips some."""
-    *blocks, _ = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    for block in blocks:
-        block.leaves_sum = True
+def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 0) -> None:
+    """Has every fused block leave its last sum to the next, but for the last one and for those whose sums a step cache
+    reads: the last of the `first` blocks, and the last one before the `last` blocks."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for count, block in enumerate(blocks, 1):
+        block.leaves_sum = count not in (first, len(blocks) - last, len(blocks))
 
 
 def follow_schedule(pipeline) -> RemovableHandle:

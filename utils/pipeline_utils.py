@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,25 +127,28 @@ def optimize(pipeline, args, log: StageLog | None = None):
 
     if chosen.is_on("inductor flags"):
         set_inductor_tuning_flags()
-    if fused and not chosen.cache:
-        leave_sums(transformer)
+    if fused:
+        leave_sums(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
+                                  else (0, 0)))
     exports = chosen.is_on("compile") and args.compile_export_mode == "export_aoti"
     if exports:
         with log.stage("packages"), follow_schedule(pipeline) if fused else nullcontext():
             techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
+    graphed = None
+    if chosen.is_on("CUDA graphs"):
+        graphed = partial(CUDAGraphed, pool=torch.cuda.graph_pool_handle())
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
-    # works from inside them.
+    # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:
-        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1)
+        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
     if chosen.is_on("compile") and not exports:
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir)
-    if chosen.is_on("CUDA graphs"):
-        pool = torch.cuda.graph_pool_handle()
-        pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, pool)
-        pipeline.text_encoder_2 = CUDAGraphed(pipeline.text_encoder_2, pool)
-        vae.decoder = CUDAGraphed(vae.decoder, pool)
+    if graphed:
+        pipeline.text_encoder = graphed(pipeline.text_encoder)
+        pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
+        vae.decoder = graphed(vae.decoder)
         if not chosen.cache:
-            pipeline.transformer = CUDAGraphed(pipeline.transformer, pool)
+            pipeline.transformer = graphed(pipeline.transformer)
     if fused:
         follow_schedule(pipeline)  # outside the graph
     if chosen.is_on("GPU postprocess"):
@@ -324,7 +328,8 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
                                                                                          num_inference_steps=1), {})))
     show_progress(pipeline, not args.quiet)
     switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant,
-                "step cache": chosen.cache is not None} | {
+                "sums left": [getattr(block, "leaves_sum", False) for block in (
+                    *pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks)]} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
     return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,

@@ -9,12 +9,15 @@ or always cached ("static").
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from utils.benchmark_utils import RecipeError
+from utils.segments import Segmented
 
 
 @dataclass(frozen=True)
@@ -207,18 +210,31 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
             f"Fn_compute_blocks: 1 and Bn_compute_blocks: 0.")
 
 
-def enable(pipeline, options: CacheOptions, separate_cfg: bool) -> None:
+def enable(pipeline, options: CacheOptions, separate_cfg: bool,
+           wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None) -> None:
     """Switches cache-dit on for this pipeline alone.
 
     Args:
         separate_cfg: the pipeline calls the transformer twice a step (true classifier-free guidance): the two need
             caches of their own.
+        wrap: what to put around each of the transformer's segments between which the cache decides (`Segmented`), such
+            as `CUDAGraphed`. Without it the transformer stays in one piece.
     """
     import cache_dit
 
+    target = pipeline
+    pipeline.cache_options = options
     # cache-dit patches the pipeline's *class*; a class of its own keeps other pipelines of the process untouched.
     own = type(pipeline)
     pipeline.__class__ = type(own.__name__, (own,), {"__module__": own.__module__})
+    if wrap:
+        transformer = Segmented(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks, wrap)
+        pipeline.transformer = transformer
+        # Each segment is a block to cache-dit, of which the first decides.
+        target = cache_dit.BlockAdapter(
+            pipe=pipeline, transformer=transformer, blocks=transformer.segments, blocks_name="segments",
+            forward_pattern=cache_dit.ForwardPattern.Pattern_1, check_forward_pattern=True)
+        options = replace(options, Fn_compute_blocks=1, Bn_compute_blocks=min(1, options.Bn_compute_blocks))
     names = ("Fn_compute_blocks", "Bn_compute_blocks", "max_warmup_steps", "warmup_interval", "max_cached_steps",
              "max_continuous_cached_steps", "residual_diff_threshold")
     config = cache_dit.DBCacheConfig(**{name: getattr(options, name) for name in names},
@@ -229,7 +245,7 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool) -> None:
     if options.enable_taylorseer:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(
             taylorseer_order=options.taylorseer_order, enable_encoder_calibrator=options.enable_encoder_taylorseer)
-    cache_dit.enable_cache(pipeline, cache_config=config, calibrator_config=calibrator)
+    cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
 
 
 def cached_steps(pipeline) -> list[int]:
@@ -246,11 +262,9 @@ def residual_diffs(pipeline) -> dict[int, float]:
 
 def last_image_steps(pipeline, steps: int) -> float:
     """The blocks computed for the last image, in steps that compute them all."""
-    found, blocks = _summary(pipeline), len(pipeline.transformer.transformer_blocks)
-    blocks += len(pipeline.transformer.single_transformer_blocks)
-    config = found.cache_options["cache_config"]
-    always = (config.Fn_compute_blocks + config.Bn_compute_blocks) / blocks
-    return steps - len(found.cached_steps) * (1 - always)
+    blocks = len(pipeline.transformer.transformer_blocks) + len(pipeline.transformer.single_transformer_blocks)
+    always = (pipeline.cache_options.Fn_compute_blocks + pipeline.cache_options.Bn_compute_blocks) / blocks
+    return steps - len(cached_steps(pipeline)) * (1 - always)
 
 
 def last_image(pipeline, steps: int) -> str:

@@ -138,8 +138,9 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     obstacle = ("no GPU" if hardware.device == "cpu" else
                 f"--offload {args.offload} moves weights" if args.offload != "none" else None)
     default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,
-               "text encoders, VAE decoder" + (", step" if chosen.cache is None else
-                                               "; not the step: the cache decides between blocks"))
+               "text encoders, VAE decoder, step" + (
+                   f" in {5 if chosen.cache.Bn_compute_blocks else 4} segments, between which the cache decides"
+                   if chosen.cache else ""))
     default_on("GPU postprocess", args.disable_gpu_postprocess, "--disable_gpu_postprocess",
                "no GPU" if hardware.device == "cpu" else None, "8-bit pixels made on the GPU")
     on["offload"] = Decision(args.offload != "none", args.offload)
