@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from utils import attention, step_cache
+from utils import attention, parallel, step_cache
 from utils.benchmark_utils import RecipeError, images_per_call
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 
@@ -53,6 +53,7 @@ class Plan:
     attention_backend: str = "native"
     quant: tuple[str, str] | None = None  # (float8 | int8, row | tensor)
     cache: step_cache.CacheOptions | None = None
+    context_parallel: str | None = None  # ulysses | ring
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def is_on(self, name: str) -> bool:
@@ -133,6 +134,12 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
         raise RecipeError("--text_encoder_quant does not go with --offload group: its hooks know PyTorch's layers. "
                           "Use --offload model, or drop one of the two.")
     _choose_cache(args, configs, chosen)
+    if args.context_parallel:
+        chosen.context_parallel = parallel.choose(args.context_parallel, configs["transformer"],
+                                                  chosen.attention_backend)
+    on["context parallel"] = Decision(bool(args.context_parallel), "--context_parallel not given" if
+                                      not args.context_parallel else
+                                      f"{chosen.context_parallel}, {parallel.launched()} processes")
     default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
                None if compiles else "nothing is compiled", "conv_1x1_as_mm, coordinate descent, no epilogue fusion")
     obstacle = ("no GPU" if hardware.device == "cpu" else
