@@ -1,5 +1,6 @@
 """One image on several processes is that of one process; a dead one ends them all. On a CPU, over gloo."""
 
+import gc
 import json
 import os
 import subprocess
@@ -56,6 +57,14 @@ COMPILED = [*SCHNELL[:2], "--random_weights", "1+1", "--device", "cpu", "--quiet
             "--disable_inductor_tuning_flags"]
 
 
+# What is on by default on a Hopper GPU, at full width.
+FULL_WIDTH = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
+              "--disable_inductor_tuning_flags"]
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 def torchrun(folder, *command, processes=2, timeout=240):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            f"--nproc_per_node={processes}", *map(str, command)], cwd=folder, capture_output=True,
@@ -100,20 +109,20 @@ def test_two_processes_make_the_picture_of_one(name, shared, picture, monkeypatc
 
 def test_compiled_blocks_hold_the_exchanges(tmp_path, compiler, monkeypatch):
     """Whole graphs (`fullgraph`), one kind of block each: no exchange falls out of them."""
-    cases = {kind: {"argv": [*COMPILED, "--disable_bf16", "--context_parallel", kind]} for kind in ("ulysses", "ring")}
-    cases["fp8"] = {"argv": [*COMPILED, "--context_parallel", "ulysses"], "as_on_hopper": ["attention"]}
+    cases = {"ring": {"argv": [*COMPILED, "--disable_bf16", "--context_parallel", "ring"]},
+             "fp8": {"argv": [*COMPILED, "--context_parallel", "ulysses"], "as_on_hopper": ["attention"]}}
     done = run_cases(tmp_path, cases, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setattr(pipeline_utils, "plan", pipeline_utils.plan)
     found = torch.load(tmp_path / "out.pt")
-    for name, bound in (("ulysses", 1e-4), ("ring", 1e-4), ("fp8", 0.015)):
+    for name, bound in (("ring", 1e-4), ("fp8", 0.015)):
         alone = cases[name] | {"argv": [*cases[name]["argv"][:-2], "--compile_export_mode", "disabled"]}
         assert relative(found[name], shared_image.latents(**alone)) < bound, name
 
 
 def test_the_scripts_write_once(tmp_path):
     """Two pictures, which each process decodes one of, and one line of JSON."""
-    argv = [*SCHNELL, *FLOAT32[:-1], "--num_images_per_prompt", "2", "--context_parallel", "auto"]
+    argv = [*SCHNELL, *FLOAT32, "--num_images_per_prompt", "2", "--context_parallel", "auto"]
     argv.remove("--quiet")
     done = torchrun(tmp_path, ROOT / "gen_image.py", *argv)
     assert done.returncode == 0, done.stderr
@@ -138,14 +147,35 @@ def test_the_scripts_write_once(tmp_path):
     assert record["roofline"]["image_tokens"] == 64 and record["step_relative_error"] < 1e-5
 
 
+@pytest.mark.parametrize("argv", [
+    pytest.param([*SCHNELL, *EAGER], id="cpu"), pytest.param(FULL_WIDTH, id="gpu", marks=[pytest.mark.gpu, two_gpus])])
 @pytest.mark.parametrize("how, text", [("raises", "this process has had enough"), ("is killed", "Signal 9 (SIGKILL)"),
                                        ("is stuck", "Timeout (0:00:10)")])
-def test_a_dead_process_ends_them_all(tmp_path, how, text):
+def test_a_dead_process_ends_them_all(tmp_path, argv, how, text):
     start = time.monotonic()
-    done = run_cases(tmp_path, {"x": {"argv": [*SCHNELL, *EAGER, "--context_parallel", "auto"], "fails_on": 1,
-                                      "how": how}}, timeout=180)
+    done = run_cases(tmp_path, {"x": {"argv": [*argv, "--context_parallel", "auto"], "fails_on": 1, "how": how}})
     assert done.returncode != 0 and text in done.stderr and not (tmp_path / "out.pt").exists()
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 200
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_two_gpus_make_the_picture_of_one(tmp_path):
+    """1 + 2 blocks of full width with all that is on by default, CUDA graphs among it; without the fused kernels,
+    whose blocks are then compiled; and PyTorch's attention. The bound is that of one GPU against eager bf16."""
+    variants = [[kind, *more] for kind in ("ulysses", "ring") for more in (
+        [], ["--disable_fused_kernels"], ["--attention_backend", "native"],
+        ["--num_images_per_prompt", "2", "--negative_prompt", "red", "--true_cfg_scale", "2"])]
+    cases = {" ".join(argv): {"argv": [*FULL_WIDTH, "--cache-dir", str(tmp_path), "--context_parallel", *argv]}
+             for argv in variants}
+    done = run_cases(tmp_path, cases, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, errors = torch.load(tmp_path / "out.pt"), {}
+    for name, case in cases.items():
+        at = case["argv"].index("--context_parallel")
+        errors[name] = relative(found[name], shared_image.latents(case["argv"][:at] + case["argv"][at + 2:]))
+        gc.collect()
+    assert max(errors.values()) < 0.03, errors
 
 
 REFUSED = [
@@ -169,6 +199,7 @@ def test_several_processes_need_something_to_share(make_args, monkeypatch):
     with pytest.raises(RecipeError, match=r"2 processes for one prompt.*--prompts-file.*--context_parallel auto"):
         check_args(make_args())
     check_args(make_args("--context_parallel", "auto"))
+    check_args(make_args("--prompts-file", "README.md"))
     assert many_prompts.join_processes(make_args("--context_parallel", "auto")) is None
 
 

@@ -279,11 +279,12 @@ def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpu
 
 
 def expected_step(one_gpu: dict[str, float], sent: int, rounds: int, gpus: int, rate: float, latency: float) -> float:
-    """Seconds of a step on `gpus` GPUs, nothing overlapped.
+    """Seconds of a step on `gpus` GPUs if nothing overlaps.
 
     Args:
         one_gpu: seconds of a step on one GPU, {"shared", "fixed"}: what is shared out, and what each GPU does anyway.
-        sent: bytes that each GPU sends (`bytes_sent`), in `rounds` exchanges, two a block with Ulysses.
+        sent: bytes that each GPU sends (`bytes_sent`), in `rounds` exchanges: two a block with Ulysses, N - 1 in a
+            ring, where attention hides some of them.
         rate: bytes a second; latency: seconds of an exchange that moves next to nothing. Both as `measure` finds them.
     """
     return one_gpu["shared"] / gpus + one_gpu["fixed"] + sent / rate + rounds * latency

@@ -134,14 +134,14 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
         raise RecipeError("--text_encoder_quant does not go with --offload group: its hooks know PyTorch's layers. "
                           "Use --offload model, or drop one of the two.")
     _choose_cache(args, configs, chosen)
+    default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
+               None if compiles else "nothing is compiled", "conv_1x1_as_mm, coordinate descent, no epilogue fusion")
     if args.context_parallel:
         chosen.context_parallel = parallel.choose(args.context_parallel, configs["transformer"],
                                                   chosen.attention_backend)
-    on["context parallel"] = Decision(bool(args.context_parallel), "--context_parallel not given" if
-                                      not args.context_parallel else
-                                      f"{chosen.context_parallel}, {parallel.launched()} processes")
-    default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
-               None if compiles else "nothing is compiled", "conv_1x1_as_mm, coordinate descent, no epilogue fusion")
+    on["context parallel"] = Decision(bool(args.context_parallel),
+                                      f"{chosen.context_parallel}, {parallel.launched()} processes"
+                                      if args.context_parallel else "--context_parallel not given")
     obstacle = ("no GPU" if hardware.device == "cpu" else
                 f"--offload {args.offload} moves weights" if args.offload != "none" else None)
     default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,
