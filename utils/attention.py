@@ -74,6 +74,9 @@ def register_library(library: str, function: Callable) -> None:
         found = function(q, k, v, **fixed | (for_lse if with_lse else {}), **descale)
         # Some builds return the output alone, some (output, log-sum-exp): never index a tensor's batch.
         out, *rest = found if isinstance(found, (tuple, list)) else (found,)
+        if with_lse and not rest:
+            raise RuntimeError(f"this build of {library} does not give the log-sum-exp that a ring of GPUs merges by: "
+                               "use --context_parallel ulysses or --attention_backend native")
         out = out.to(torch.bfloat16).contiguous()
         return (out, rest[0]) if with_lse else out
 

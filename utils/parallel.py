@@ -198,17 +198,18 @@ def ring(q: Tensor, kv: Tensor, q_descale: Tensor | None, k_descale: Tensor | No
             weight = torch.sigmoid(part_lse - lse).transpose(1, 2)[..., None]
             out, lse = torch.lerp(out, part.float(), weight), torch.logaddexp(lse, part_lse)
         if i + 1 < gpus:
-            for one in moving:
-                one.wait()
+            moving.wait()
             kv = coming
     return out.to(part.dtype).contiguous()
 
 
-def _pass_on(sent: Tensor, received: Tensor) -> list[dist.Work]:
-    """To the next GPU and from the one before; under way until every one of what is returned has been waited for."""
+def _pass_on(sent: Tensor, received: Tensor) -> dist.Work:
+    """To the next GPU and from the one before; under way until it is waited for. An exchange of which all goes to one,
+    since CUDA graphs have recorded those for longer than sends and receives of their own."""
     rank, gpus = dist.get_rank(), dist.get_world_size()
-    return dist.batch_isend_irecv([dist.P2POp(dist.isend, sent.view(torch.uint8), (rank + 1) % gpus),
-                                   dist.P2POp(dist.irecv, received.view(torch.uint8), (rank - 1) % gpus)])
+    sent, received = (x.view(torch.uint8).view(-1) for x in (sent, received))
+    to, by = ([len(sent) * (i == (rank + step) % gpus) for i in range(gpus)] for step in (1, -1))
+    return dist.all_to_all_single(received, sent, by, to, async_op=True)
 
 
 @ring.register_fake
@@ -298,16 +299,13 @@ def measure() -> dict:
     own = (4096 + 512) // gpus
     keys = torch.empty(2, 1, own, heads, head, dtype=torch.uint8, device="cuda")
 
-    def shift():
-        for one in _pass_on(keys, torch.empty_like(keys)):
-            one.wait()
-
     qkv, back, nothing = (torch.empty(gpus, size, dtype=torch.uint8, device="cuda")
                           for size in (keys[0].numel() * 3 // gpus, keys[0].numel() // gpus, 16))
     found = {"gpu": torch.cuda.get_device_name(), "gpus": gpus}
     for name, call, sent in (("qkv", lambda: exchange(qkv), qkv.numel() - qkv[0].numel()),
                              ("back", lambda: exchange(back), back.numel() - back[0].numel()),
-                             ("ring", shift, keys.numel()), ("nothing", lambda: exchange(nothing), 16 * (gpus - 1))):
+                             ("ring", lambda: _pass_on(keys, torch.empty_like(keys)).wait(), keys.numel()),
+                             ("nothing", lambda: exchange(nothing), nothing.numel() - nothing[0].numel())):
         milliseconds = _replayed_ms(call)
         found[name] = {"ms": milliseconds, "bytes": sent, "gb_s": sent / milliseconds / 1e6}
     return found
