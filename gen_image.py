@@ -1,11 +1,12 @@
 """One image, or one for each line of a file: parse, load, optimise, generate, save. The path to copy.
 
     python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
+    torchrun --nproc_per_node=2 gen_image.py --context_parallel auto --prompt "A cat playing with a ball of yarn"
 """
 
 import sys
 
-from utils import step_cache
+from utils import parallel, step_cache
 from utils.benchmark_utils import (
     RecipeError,
     StageLog,
@@ -26,6 +27,8 @@ def main():
                  "force_cache"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
+    if args.context_parallel:
+        parallel.join(args)
     processes = join_processes(args)
     prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
     for complaint in complaints:
@@ -42,6 +45,8 @@ def main():
     kwargs = call_kwargs(pipeline, args)
     with log.stage("image"):
         images = pipeline(**kwargs).images
+    if not parallel.is_first():
+        return
     if pipeline.techniques["step cache"].on:
         log.line(step_cache.last_image(pipeline, kwargs["num_inference_steps"]))
     for i, image in enumerate(images):

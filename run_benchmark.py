@@ -1,6 +1,7 @@
 """How fast, and why: load, optimise, warm up, time, save the image, the result as JSON, and a trace on request.
 
     python run_benchmark.py --random_weights --output-json result.json
+    torchrun --nproc_per_node=2 run_benchmark.py --random_weights --context_parallel auto
     python run_benchmark.py --compare before.json after.json
 
 The last line on stdout is the result as one JSON object.
@@ -15,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from utils import ceilings, compare, step_cache
+from utils import ceilings, compare, parallel, step_cache
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
     PeakMemory,
@@ -54,6 +55,8 @@ def main():
     caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config
     if args.step_error and (caches or args.offload != "none"):
         raise RecipeError("--step_error calls the transformer by itself, which step caches and --offload do not allow.")
+    if args.context_parallel:
+        parallel.join(args)
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
 
@@ -85,6 +88,10 @@ def main():
         with watching_tokens(pipeline.transformer) as tokens:
             stages = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
+    if not parallel.is_first():
+        if args.trace_file:  # of the first one, whose image takes all
+            pipeline(**call_kwargs(pipeline, args))
+        return
 
     kwargs = call_kwargs(pipeline, args)
     parameters = image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed)

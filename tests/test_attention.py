@@ -187,6 +187,22 @@ def test_each_library_is_called_by_its_own_convention(monkeypatch, function, qua
     assert relative(found, reference) < (0.08 if quantised else 0.01)
 
 
+def test_the_log_sum_exp_is_asked_for_where_it_is_an_option(monkeypatch):
+    def fa3_newer(q, k, v, q_descale=None, k_descale=None, v_descale=None, return_attn_probs=False):
+        return (q, "lse") if return_attn_probs else q
+
+    q = torch.zeros(1, 2, 1, 4)
+    for function, found in ((fa3_newer, "lse"), (fa3_tuple, torch.zeros(2, 4, 10))):
+        monkeypatch.setitem(attention._functions, "stand-in", None)
+        attention.register_library("stand-in", function)
+        out, lse = attention._functions["stand-in"](q, q, q, None, None, None, with_lse=True)
+        assert out.shape == q.shape and str(lse) == str(found)
+        assert torch.is_tensor(call_registered("stand-in", q, q, q))
+    attention.register_library("stand-in", fa3_tensor)
+    with pytest.raises(RuntimeError, match="--context_parallel ulysses"):
+        attention._functions["stand-in"](q, q, q, None, None, None, with_lse=True)
+
+
 @pytest.mark.parametrize("library, path, function", [
     ("aiter", "aiter.ops.triton.attention.mha", "flash_attn_fp8_func"),
     ("aiter", "aiter.ops.triton.mha", "flash_attn_fp8_func"),

@@ -109,7 +109,14 @@ def test_products(device, shape):
     case = Case(shape)
     found, expected = run(kernels.cast_attention, device, case.y, case.scales)
     assert_near(found, expected, device, [0.001])
-    for streams, attention in ((1, case.y), (2, None)):
+    # As several GPUs send it: before the cast and after it.
+    parts = torch.stack(case.y.chunk(case.heads, -1))
+    cast, sent = kernels.cast_attention(case.y, case.scales), kernels.cast_attention(parts, case.scales)
+    assert torch.equal(sent.float(), cast.float())
+    for part in (parts, torch.stack(cast.chunk(case.heads, -1))):
+        found, expected = run(kernels.cast_attention, device, part, case.scales)
+        assert_near(found, expected, device, [0.001])
+    for streams, attention in ((1, case.y), (1, part), (2, None)):
         weights = case.weights(streams * case.mlp)
         found, expected = run(kernels.gelu_product, device, case.x, case.x_scale, *weights, case.scales, case.T,
                               streams, attention)
@@ -122,6 +129,10 @@ def test_products(device, shape):
         found, expected = run(kernels.qkv_product, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D),
                               norms, angle.cos().half(), angle.sin().half(), descale, case.T, streams)
         assert_near(found, expected, device, [0.02])
+        found, expected = run(kernels.qkv_product, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D),
+                              norms, angle.cos().half(), angle.sin().half(), descale, case.T, streams, case.heads)
+        assert_near(found, expected, device, [0.02])
+        assert found[0].shape == (case.heads, case.B, case.tokens, 3, 1, case.D // case.heads)
 
 
 @pytest.mark.gpu

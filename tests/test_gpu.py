@@ -50,6 +50,24 @@ def test_the_op_keeps_its_contract_on_the_gpu(fa3):
     torch.library.opcheck(attention.attention, (q, k, v, *scales, "fa3"), test_utils=("test_faketensor",))
 
 
+@pytest.mark.parametrize("library, dtype, bound", [("fa3", torch.float8_e4m3fn, 0.08), ("fa3", torch.bfloat16, 0.006),
+                                                   ("sdpa", torch.bfloat16, 0.006), ("sdpa", torch.float32, 1e-3)])
+def test_log_sum_exps_are_those_of_float32(fa3, library, dtype, bound):
+    """A ring of GPUs merges by them. 333 keys: no whole tile. In fp8, scales other than 1."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 6, 128, device="cuda") for tokens in (200, 333, 333))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * 128**-0.5
+    scales = [None] * 3
+    given = [x.to(dtype) for x in (q, k, v)]
+    if dtype == torch.float8_e4m3fn:
+        scales = [measured_scale(x) for x in (q, k, v)]
+        given = [quantize_per_head(x, s) for x, s in zip((q, k, v), scales, strict=True)]
+    out, lse = attention.attention_with_lse(*given, *scales, library)
+    assert lse.shape == (2, 6, 200) and lse.dtype == torch.float32
+    assert relative(lse, scores.logsumexp(-1)) < bound
+    assert relative(out, torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)) < bound
+
+
 class Sum(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -160,12 +160,6 @@ def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
         assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
 
 
-def test_several_processes_for_one_prompt_are_refused(make_args, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match=r"2 processes for one prompt.*--prompts-file"):
-        many_prompts.join_processes(make_args())
-
-
 def test_a_failed_write_surfaces_and_what_was_written_stays(folder, run, monkeypatch):
     def full_disk(image, path, parameters):
         if path.name == "x_001_43.png":

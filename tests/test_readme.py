@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_flag_exists():
     known = set(create_parser()._option_string_actions) | {"--strict", "--suite", "--rows", "--dry-run", "--resume"}
-    known |= {"--multi_gpu", "--num_processes", "--cpu"}  # of accelerate launch
+    known |= {"--multi_gpu", "--num_processes", "--cpu", "--nproc_per_node"}  # of accelerate launch and torchrun
     assert sorted(set(re.findall(r"(?<!-)--[a-z][\w-]+", README)) - known) == []
 
 

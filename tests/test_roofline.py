@@ -75,6 +75,8 @@ def test_share_of_the_ceiling():
             ("float8, one scale a row or a tensor, as each product is faster", "fa3 (fp8, scaled)", 0.04 + 0.0075),
             ("float8 dynamic, one scale a tensor", "fa3_bf16 (bf16)", 0.04 + 0.01)):
         assert share_of_ceiling(result(quantisation, attention), rates) == pytest.approx(expected / 0.1)
+        on_two = result(quantisation, attention) | {"environment": {"processes": 2}}
+        assert share_of_ceiling(on_two, rates) == pytest.approx(expected / 0.2)
     rates["attention"]["fa3_fp8"] = None
     assert share_of_ceiling(result("--disable_quant", "fa3 (fp8, scaled)"), rates) is None
 

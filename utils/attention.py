@@ -65,13 +65,20 @@ def register_library(library: str, function: Callable) -> None:
     any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     fixed = {"causal": False, "return_lse": False, "return_attn_probs": False}
     fixed = {name: value for name, value in fixed.items() if name in accepted}
+    # FlashAttention-3's older builds always return the log-sum-exp.
+    for_lse = {name: True for name in ("return_lse", "return_attn_probs") if name in accepted}
     takes_descale = any_keyword or "q_descale" in accepted
 
-    def call(q, k, v, q_descale, k_descale, v_descale):
+    def call(q, k, v, q_descale, k_descale, v_descale, with_lse=False):
         descale = dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale) if takes_descale else {}
-        out = function(q, k, v, **fixed, **descale)
+        found = function(q, k, v, **fixed | (for_lse if with_lse else {}), **descale)
         # Some builds return the output alone, some (output, log-sum-exp): never index a tensor's batch.
-        return (out[0] if isinstance(out, (tuple, list)) else out).to(torch.bfloat16).contiguous()
+        out, *rest = found if isinstance(found, (tuple, list)) else (found,)
+        if with_lse and not rest:
+            raise RuntimeError(f"this build of {library} does not give the log-sum-exp that a ring of GPUs merges by: "
+                               "use --context_parallel ulysses or --attention_backend native")
+        out = out.to(torch.bfloat16).contiguous()
+        return (out, rest[0]) if with_lse else out
 
     _functions[library] = call
 
@@ -106,6 +113,31 @@ def reference_attention(q, k, v, q_descale, k_descale, v_descale, library=""):
     return out.transpose(1, 2).to(torch.bfloat16).contiguous()
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own attention, in the inputs' dtype. (B, S, H, D), all of them."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
+                       v_descale: Tensor | None, library: str) -> tuple[Tensor, Tensor]:
+    """`attention`, or with "sdpa" as library PyTorch's in the inputs' dtype, of some of the keys; with what it takes to
+    merge it with that of the others: the log-sum-exp of each row of q k^T / sqrt(D), (B, H, S) float32."""
+    if q.device.type == "cpu":
+        dtype = q.dtype if library == "sdpa" else torch.bfloat16
+        q, k, v = (x.float() if descale is None else x.float() * descale[:, None, :, None]
+                   for x, descale in ((q, q_descale), (k, k_descale), (v, v_descale)))
+        scores = torch.einsum("bshd,bthd->bhst", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v).to(dtype), scores.logsumexp(-1)
+    if library != "sdpa":
+        return _functions[library](q, k, v, q_descale, k_descale, v_descale, with_lse=True)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    if q.dtype == torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads, None, True)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads)
+    return out.transpose(1, 2), lse[..., :q.shape[1]]  # padded to whole tiles
+
+
 def measured_scale(x: Tensor) -> Tensor:
     """(B, H) float32: the largest |x| of each batch item and head of x (B, S, H, D) over e4m3's largest, never zero."""
     return x.abs().amax(dim=(1, 3)).float().clamp(min=1e-12) / E4M3_MAX
@@ -123,11 +155,18 @@ def quantize_per_head(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class FusedAttnProcessor:
-    """Flux attention through `flux_faster::attention`, with fused or separate q, k, v projections."""
+    """Flux attention through `flux_faster::attention`, with fused or separate q, k, v projections.
 
-    def __init__(self, library: str, precision: str):
+    Args:
+        attend, agree: on several GPUs, what to call in the op's place, and what makes scales of each GPU's tokens those
+            of all.
+    """
+
+    def __init__(self, library: str, precision: str, attend: Callable = attention, agree: Callable | None = None):
         self.library = library
         self.precision = precision
+        self.attend = attend
+        self.agree = agree
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  attention_mask: Tensor | None = None,
@@ -154,16 +193,17 @@ class FusedAttnProcessor:
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
     def _attend(self, attn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.precision == "bf16":
-            return attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, None, None, self.library)
-        if self.precision == "fp8_unscaled":
-            q, k, v = (x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn) for x in (q, k, v))
-            return attention(q, k, v, None, None, None, self.library)
+        if self.precision != "fp8":
+            if self.precision == "bf16":
+                q, k, v = (x.bfloat16() for x in (q, k, v))
+            elif self.precision == "fp8_unscaled":
+                q, k, v = (x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn) for x in (q, k, v))
+            return self.attend(q, k, v, None, None, None, self.library)
         batch, _, heads, _ = q.shape
         q_scale, k_scale = (s.expand(batch, heads).contiguous() for s in (attn.fp8_q_scale, attn.fp8_k_scale))
-        v_scale = measured_scale(v)
-        return attention(quantize_per_head(q, q_scale), quantize_per_head(k, k_scale), quantize_per_head(v, v_scale),
-                         q_scale, k_scale, v_scale, self.library)
+        v_scale = self.agree(measured_scale(v)) if self.agree else measured_scale(v)
+        return self.attend(quantize_per_head(q, q_scale), quantize_per_head(k, k_scale), quantize_per_head(v, v_scale),
+                           q_scale, k_scale, v_scale, self.library)
 
 
 def _project(attn, x: Tensor, separate: tuple[str, str, str], fused: str) -> list[Tensor]:
@@ -173,17 +213,19 @@ def _project(attn, x: Tensor, separate: tuple[str, str, str], fused: str) -> lis
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
 
 
-def use_attention_library(transformer: torch.nn.Module, backend: str) -> None:
-    """Puts the processor of BACKENDS[backend] on every attention of a FluxTransformer2DModel.
+def use_attention_library(transformer: torch.nn.Module, backend: str, attend: Callable = attention,
+                          agree: Callable | None = None) -> None:
+    """Puts the processor of BACKENDS[backend], or of "native", on every attention of a FluxTransformer2DModel. `attend`
+    and `agree` are the processor's; "native" is for an `attend` that knows the library "sdpa".
 
     The static scales of q and k become buffers of each attention module: they follow it to other devices, and one
     compiled block serves all layers. Call it after LoRA weights are fused.
     """
-    library, precision = BACKENDS[backend]
+    library, precision = ("sdpa", "as it is") if backend == "native" else BACKENDS[backend]
     for module in transformer.modules():
         if hasattr(module, "norm_q") and hasattr(module, "norm_k"):
             added = hasattr(module, "norm_added_q")
             for name in ("q", "k"):
                 norms = [getattr(module, f"norm_{name}")] + ([getattr(module, f"norm_added_{name}")] if added else [])
                 module.register_buffer(f"fp8_{name}_scale", norm_scale(*norms), persistent=False)
-    transformer.set_attn_processor(FusedAttnProcessor(library, precision))
+    transformer.set_attn_processor(FusedAttnProcessor(library, precision, attend, agree))

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -128,6 +129,10 @@ def create_parser() -> argparse.ArgumentParser:
                         "steps (lossy, the more so the fewer)")
     recipe.add_argument("--cache_dit_config", metavar="FILE",
                         help="step cache from a yaml file, such as cache_config.yaml (lossy)")
+    recipe.add_argument("--context_parallel", choices=["auto", "ulysses", "ring"],
+                        help="one image on all GPUs that torchrun starts a process for: its tokens are shared out, and "
+                        "attention exchanges them for heads (ulysses) or passes keys and values on (ring); auto is "
+                        "ulysses where heads can be divided")
     recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
                         help="default inductor flags: minutes less compile time")
     recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"], default="compile",
@@ -248,6 +253,23 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.random_weights and args.lora,
            "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
 
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    refuse(processes > 1 and not (args.prompts_file or args.context_parallel or args.ceilings),
+           f"{processes} processes for one prompt: give many with --prompts-file, let them share one image with "
+           "--context_parallel auto, or start one process, without accelerate launch and torchrun.")
+    if args.context_parallel:
+        parallel = f"--context_parallel {args.context_parallel}"
+        refuse(args.prompts_file, f"{parallel} shares one image among GPUs, --prompts-file gives each GPU images of "
+               "its own: drop one of the two.")
+        refuse(processes == 1, f"{parallel} needs a process for each GPU: torchrun --nproc_per_node=2 "
+               f"{Path(sys.argv[0]).name} {parallel} ...")
+        refuse(caches, f"{caches and caches[0]} decides by a residual, of which every GPU would see its own part, and "
+               f"they would decide differently: drop it or {parallel}.")
+        for flag, given in ((f"--offload {args.offload}", args.offload != "none"),
+                            ("--compile_scope whole", args.compile_scope == "whole"),
+                            ("--compile_export_mode export_aoti", exports)):
+            refuse(given, f"{flag} does not go with {parallel}: drop one of the two.")
+
     for name in ("prompts_file", "cache_dit_config"):
         path = getattr(args, name)
         refuse(path and not Path(path).expanduser().is_file(), f"--{name} {path}: there is no such file.")
@@ -304,8 +326,10 @@ def replacing(path: str | Path):
 
 def exit_with_reason(main):
     """Runs a script's main: what the user can put right becomes one paragraph and exit code 2, no traceback."""
+    code = 2
     try:
-        return main()
+        main()
+        code = 0
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
@@ -314,8 +338,26 @@ def exit_with_reason(main):
               "--height and --width, --offload model, --offload group.", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(2)
+        code = 130
+    except Exception:
+        if not torch.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if torch.distributed.is_initialized():
+        _end_among_others(code)
+    if code:
+        sys.exit(code)
+
+
+def _end_among_others(code: int) -> None:
+    """Ends this process of several. Not the usual way, which waits: for the CUDA graphs that hold NCCL's communicator,
+    and, after an error, for processes that wait for this one. torchrun sees the code and ends them."""
+    if code == 0:
+        torch.distributed.barrier()  # what others still read from this GPU stays until then
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def spare_the_garbage_collector() -> None:
@@ -373,7 +415,8 @@ def environment(device: str) -> dict:
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
               "commit": (_output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
                          or os.environ.get("GIT_COMMIT")),
-              "argv": sys.argv[1:], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+              "processes": int(os.environ.get("WORLD_SIZE", 1)), "argv": sys.argv[1:],
+              "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         # By its UUID: nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES.

@@ -33,6 +33,7 @@ from utils.fused_kernels import (
     residual_adaln,
     use_torch_memory,
 )
+from utils.parallel import own_part, ring, to_heads, to_tokens
 
 # The parts of a modulation, in the order of diffusers' AdaLayerNormZero; AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
@@ -93,6 +94,7 @@ class _Block(torch.nn.Module):
     """How both kinds begin and end."""
 
     leaves_sum = False
+    context_parallel, parts = None, 1  # of several GPUs: how they share attention, among how many its heads
 
     def first_adaln(self, text, image: Tensor, table: Tensor, joint: bool) -> tuple[Tensor, ...]:
         """text and image, complete, and what `adaln` makes of them."""
@@ -101,6 +103,18 @@ class _Block(torch.nn.Module):
             text, y, gates = text
             return residual_adaln(text, image, y, gates, *common)
         return text, image, *adaln(text, image, *common)
+
+    def attend(self, x: Tensor, x_scale: Tensor, rotation: tuple, descale: Tensor, scales: Tensor, text_tokens: int,
+               streams: int) -> Tensor:
+        """What attention makes of x, as `cast_attention` and `gelu_product` take it."""
+        qkv = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *rotation, descale, text_tokens, streams,
+                          self.parts)
+        if self.context_parallel == "ulysses":
+            attended = attention(*to_heads(qkv).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
+            return to_tokens(cast_attention(attended, scales))  # e4m3 moves half the bytes
+        if self.context_parallel == "ring":
+            return ring(qkv[0], qkv[1:], *descale.unbind(1), "fa3").flatten(2)
+        return attention(*qkv.unbind(), *descale.unbind(1), "fa3").flatten(2)
 
     def last_sum(self, text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor) -> tuple:
         return ((text, y, gates), image) if self.leaves_sum else gated_residual(text, image, y, gates, table)
@@ -128,8 +142,7 @@ class FusedSingleBlock(_Block):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, True)
-        q, k, v = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *image_rotary_emb, descale, 0, 1).unbind()
-        attended = attention(q, k, v, *descale.unbind(1), "fa3").flatten(2)
+        attended = self.attend(x, x_scale, image_rotary_emb, descale, scales, 0, 1)
         hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, attended)
         y = products(hidden, scales, [0], *self.out.operands(), 0)
         return self.last_sum(text, image, y, self.gates, temb)
@@ -166,9 +179,7 @@ class FusedDoubleBlock(_Block):
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, False)
         tokens = text.shape[1]
-        q, k, v = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *image_rotary_emb, descale, tokens,
-                              2).unbind()
-        attended = attention(q, k, v, *descale.unbind(1), "fa3").flatten(2)
+        attended = self.attend(x, x_scale, image_rotary_emb, descale, scales, tokens, 2)
         y = products(cast_attention(attended, scales), scales, [0, 0], *self.out.operands(), tokens)
         text, image, x, x_scale, _, scales = residual_adaln(text, image, y, self.gates, temb, self.offsets, self.bounds,
                                                             self.qk_scale, MLP_SHIFT, MLP_SCALE, 1, False)
@@ -339,6 +350,12 @@ def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for count, block in enumerate(blocks, 1):
         block.leaves_sum = count not in (first, len(blocks) - last, len(blocks))
+
+
+def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int) -> None:
+    """Has every fused block attend to the tokens of all GPUs; see `utils.parallel`."""
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.context_parallel, block.parts = kind, gpus if kind == "ulysses" else 1
 
 
 def follow_schedule(pipeline) -> RemovableHandle:

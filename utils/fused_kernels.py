@@ -144,11 +144,21 @@ def _residual_kernel(text, image, y, new_text, new_image, table, gates, T, S, ta
 
 
 @triton.jit
-def _cast_kernel(x, out, tensor_scales, out_stride, D: tl.constexpr, BLOCK: tl.constexpr, MAX: tl.constexpr):
+def _cast_kernel(x, out, tensor_scales, out_stride, part_stride, D: tl.constexpr, BLOCK: tl.constexpr,
+                 PARTS: tl.constexpr, IS_E4M3: tl.constexpr, MAX: tl.constexpr):
+    """A row of D elements, from PARTS places, over its scale as e4m3; or moved, if it is e4m3 already."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    value = tl.load(x + row * D + i, i < D, 0.).to(tl.float32) / tl.load(tensor_scales)
-    tl.store(out + row * out_stride + i, _to_e4m3_kernel(value, MAX), i < D)
+    if PARTS == 1:
+        source = x + row * D + i
+    else:
+        OWN: tl.constexpr = D // PARTS
+        source = x + (i // OWN) * part_stride + row * OWN + i % OWN
+    if IS_E4M3:
+        tl.store(out + row * out_stride + i, tl.load(source, i < D), i < D)
+    else:
+        value = tl.load(source, i < D, 0.).to(tl.float32) / tl.load(tensor_scales)
+        tl.store(out + row * out_stride + i, _to_e4m3_kernel(value, MAX), i < D)
 
 
 # --- fp8 products that finish their tile ---
@@ -166,9 +176,10 @@ def _product_kernel(
         x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, out_stride, part_stride,
         N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
         GROUP: tl.constexpr, PROGRAMS: tl.constexpr, QKV: tl.constexpr, SCALE: tl.constexpr, STREAMS: tl.constexpr,
-        D: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr):
+        D: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr):
     """x (M, K) w (STREAMS N, K)^T, scaled by row and column, plus bias; then, in registers, QK-norm and rotation, or
-    GELU; e4m3. Of two streams the rows below T have the first N rows of w.
+    GELU; e4m3. Of two streams the rows below T have the first N rows of w. q, k and v go to (3, M, D), or, for PARTS
+    GPUs that attend to D / PARTS columns each, to (PARTS, M, 3 D / PARTS).
 
     Persistent: a program takes every PROGRAMS-th tile, in groups of GROUP tile rows that share their columns of w in
     L2. `flatten` makes one loop of tiles and K, so that a tile's end overlaps with the next one's loads; it takes no
@@ -176,8 +187,11 @@ def _product_kernel(
     """
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
     w_tiles = tl.make_tensor_descriptor(w, [STREAMS * N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    OWN: tl.constexpr = D // PARTS
     if QKV:
-        out_tiles = tl.make_tensor_descriptor(out, [3, M, D], [part_stride, out_stride, 1], [1, BLOCK_M, BLOCK_N])
+        planes: tl.constexpr = 3 if PARTS == 1 else PARTS
+        out_tiles = tl.make_tensor_descriptor(out, [planes, M, 3 * D // planes], [part_stride, out_stride, 1],
+                                              [1, BLOCK_M, BLOCK_N])
     else:
         out_tiles = tl.make_tensor_descriptor(out, [M, N], [out_stride, 1], [BLOCK_M, BLOCK_N])
     rows = tl.cdiv(M, BLOCK_M)
@@ -211,7 +225,12 @@ def _product_kernel(
             c_ = tl.where(is_v, 1., tl.load(cos + angle, inside[:, None], 0.).to(tl.float32))[:, None, :]
             s_ = tl.where(is_v, 0., tl.load(sin + angle, inside[:, None], 0.).to(tl.float32))[:, None, :]
             value = tl.reshape(tl.join(even * c_ - odd * s_, odd * c_ + even * s_), (BLOCK_M, BLOCK_N))
-            out_tiles.store([part, m, n - part * D], tl.reshape(_to_e4m3_kernel(value, MAX), (1, BLOCK_M, BLOCK_N)))
+            finished = tl.reshape(_to_e4m3_kernel(value, MAX), (1, BLOCK_M, BLOCK_N))
+            column = n - part * D
+            if PARTS == 1:
+                out_tiles.store([part, m, column], finished)
+            else:
+                out_tiles.store([column // OWN, m, part * OWN + column % OWN], finished)
         else:
             half = value * (0.5 / tl.load(tensor_scales + 4 * (SCALE + stream)))
             value = half + half * _tanh(value * (0.7978845608 + 0.0356774081 * value * value))
@@ -311,12 +330,23 @@ def gated_residual(text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table:
 
 @triton_op("flux_faster::cast_attention", mutates_args=())
 def cast_attention(attention: Tensor, tensor_scales: Tensor) -> Tensor:
-    """attention (B, S, D) bf16 over its scale, as e4m3."""
-    B, tokens, D = attention.shape
+    """attention (B, S, D) bf16 over its scale, as e4m3.
+
+    Or (parts, B, S, D / parts), as it comes from several GPUs: in bf16, or in e4m3, cast before it was sent.
+    """
+    B, tokens, D, parts = _whole(attention)
     out = attention.new_empty(B, tokens, D, dtype=E4M3)
-    wrap_triton(_cast_kernel)[(B * tokens,)](attention, out, tensor_scales, D, D, triton.next_power_of_2(D), E4M3_MAX,
+    wrap_triton(_cast_kernel)[(B * tokens,)](attention, out, tensor_scales, D, attention.stride(0), D,
+                                             triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX,
                                              num_warps=4)
     return out
+
+
+def _whole(attention: Tensor) -> tuple[int, int, int, int]:
+    """B, S and D of all parts together, and how many there are."""
+    parts = 1 if attention.dim() == 3 else attention.shape[0]
+    B, tokens, own = attention.shape[-3:]
+    return B, tokens, own * parts, parts
 
 
 @triton_op("flux_faster::gelu_product", mutates_args=())
@@ -326,17 +356,19 @@ def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: T
 
     Args:
         x: (B, S, K) e4m3, x_scale: (B, S). w: (streams N, K) e4m3, w_scale the same without K, bias in bf16.
-        attention: (B, S, D) bf16, to come first in each row of the result, over its own scale; or None.
+        attention: as `cast_attention` takes it, to come first in each row of the result, over its own scale; or None.
 
     Returns:
         (B, S, N) or (B, S, D + N), e4m3.
     """
     B, tokens, K = x.shape
-    N, D = w.shape[0] // streams, 0 if attention is None else attention.shape[2]
+    N = w.shape[0] // streams
+    _, _, D, parts = (0, 0, 0, 0) if attention is None else _whole(attention)
     out = x.new_empty(B, tokens, D + N)
     if attention is not None:
-        wrap_triton(_cast_kernel)[(B * tokens,)](attention, out, tensor_scales, D + N, D, triton.next_power_of_2(D),
-                                                 E4M3_MAX, num_warps=4)
+        wrap_triton(_cast_kernel)[(B * tokens,)](attention, out, tensor_scales, D + N, attention.stride(0), D,
+                                                 triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX,
+                                                 num_warps=4)
     for b in range(B):
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
             tiles = _tiles(rows, N, N, K, x.device)
@@ -344,36 +376,40 @@ def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: T
             wrap_triton(_product_kernel)[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], out[b, row:, D:], tensor_scales, bias,
                 bias, bias, bias, rows, text_tokens, D + N, 0, N, K, *tiles.values(), False, 1 + stream,
-                w[own].shape[0] // N, N, 16, EPS, E4M3_MAX, num_warps=8, num_stages=3)
+                w[own].shape[0] // N, N, 16, 1, EPS, E4M3_MAX, num_warps=8, num_stages=3)
     return out
 
 
 @triton_op("flux_faster::qkv_product", mutates_args=())
 def qkv_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor, norms: Tensor, cos: Tensor,
-                sin: Tensor, descale: Tensor, text_tokens: int, streams: int) -> Tensor:
+                sin: Tensor, descale: Tensor, text_tokens: int, streams: int, parts: int = 1) -> Tensor:
     """q, k, v = x w^T + bias; RMSNorm of each head of q and k, rotary embedding; over their scales, as e4m3.
 
     Args:
         x: (B, S, K) e4m3, x_scale: (B, S). w: (streams 3 D, K) e4m3, w_scale the same without K, bias in bf16.
         norms: (streams, 3, D / H) float32, the weights of q's norm, of k's, and ones.
         cos, sin: (S, D / H / 2) float16. descale: (B, 3, H), what to divide by.
+        parts: how many GPUs will attend, each to its part of the heads.
 
     Returns:
-        (3, B, S, H, D / H), e4m3.
+        (3, B, S, H, D / H), e4m3; of several parts (parts, B, S, 3, H / parts, D / H), so that each can be sent as it
+        lies there.
     """
     B, tokens, K = x.shape
     N, heads = w.shape[0] // streams, descale.shape[2]
     D = N // 3
-    out = x.new_empty(3, B, tokens, heads, D // heads)
-    flat = out.view(3, B, tokens, D)
+    shape = (3, B, tokens, heads) if parts == 1 else (parts, B, tokens, 3, heads // parts)
+    out = x.new_empty(*shape, D // heads)
+    flat = out.view(out.shape[0], B, tokens, -1)
     for b in range(B):
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
-            tiles = _tiles(rows, N, D, K, x.device)
+            tiles = _tiles(rows, N, D // parts, K, x.device)
             own = slice(stream * N, (streams if rows == tokens else stream + 1) * N)
             wrap_triton(_product_kernel)[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], flat[0, b, row:], descale, cos[row:],
-                sin[row:], norms[stream:], descale[b], rows, text_tokens, D, flat.stride(0), N, K, *tiles.values(),
-                True, 0, w[own].shape[0] // N, D, D // heads, EPS, E4M3_MAX, num_warps=8, num_stages=3)
+                sin[row:], norms[stream:], descale[b], rows, text_tokens, flat.shape[3], flat.stride(0), N, K,
+                *tiles.values(), True, 0, w[own].shape[0] // N, D, D // heads, parts, EPS, E4M3_MAX, num_warps=8,
+                num_stages=3)
     return out
 
 
@@ -459,7 +495,9 @@ def gated_residual_reference(text, image, y, gates, table):
 
 @cast_attention.register_kernel("cpu")
 def cast_attention_reference(attention, tensor_scales):
-    return _to_e4m3(attention.float() / tensor_scales[0, 0])
+    if attention.dtype != E4M3:
+        attention = _to_e4m3(attention.float() / tensor_scales[0, 0])
+    return attention if attention.dim() == 3 else attention.permute(1, 2, 0, 3).flatten(2)
 
 
 def _rows(x: Tensor, text_tokens: int, streams: int) -> list[int]:
@@ -478,14 +516,12 @@ def gelu_product_reference(x, x_scale, w, w_scale, bias, tensor_scales, text_tok
     hidden = F.gelu(_product(x, x_scale, w, w_scale, bias, text_tokens, streams), approximate="tanh")
     scales = [scale.expand(rows) for rows, scale in zip(_rows(x, text_tokens, streams), tensor_scales[1:, 0],
                                                         strict=False)]
-    hidden = hidden / torch.cat(scales)[:, None]
-    if attention is not None:
-        hidden = torch.cat([attention.float() / tensor_scales[0, 0], hidden], -1)
-    return _to_e4m3(hidden)
+    hidden = _to_e4m3(hidden / torch.cat(scales)[:, None])
+    return hidden if attention is None else torch.cat([cast_attention_reference(attention, tensor_scales), hidden], -1)
 
 
 @qkv_product.register_kernel("cpu")
-def qkv_product_reference(x, x_scale, w, w_scale, bias, norms, cos, sin, descale, text_tokens, streams):
+def qkv_product_reference(x, x_scale, w, w_scale, bias, norms, cos, sin, descale, text_tokens, streams, parts=1):
     qkv = _product(x, x_scale, w, w_scale, bias, text_tokens, streams).unflatten(-1, (3, descale.shape[2], -1))
     qkv = qkv.permute(2, 0, 1, 3, 4)
     weight = torch.cat([own[:2, None].expand(-1, rows, -1) for own, rows in
@@ -493,7 +529,8 @@ def qkv_product_reference(x, x_scale, w, w_scale, bias, norms, cos, sin, descale
     qk = qkv[:2] * (qkv[:2].square().mean(-1, keepdim=True) + EPS).rsqrt() * weight[:, None, :, None]
     even, odd, cos, sin = qk[..., 0::2], qk[..., 1::2], cos.float()[:, None], sin.float()[:, None]
     qk = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
-    return _to_e4m3(torch.cat([qk, qkv[2:]]) / descale.transpose(0, 1)[:, :, None, :, None])
+    qkv = _to_e4m3(torch.cat([qk, qkv[2:]]) / descale.transpose(0, 1)[:, :, None, :, None])
+    return qkv if parts == 1 else qkv.unflatten(3, (parts, -1)).permute(3, 1, 2, 0, 4, 5).contiguous()
 
 
 @products.register_kernel("cpu")

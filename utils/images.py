@@ -9,12 +9,14 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.utils import load_image
 from PIL.PngImagePlugin import PngInfo
 
 from utils.benchmark_utils import RecipeError, replacing
 
 EXIF_IMAGE_DESCRIPTION = 0x010E
+MEGAPIXEL = 1024 * 1024
 
 
 class GPUImageProcessor(VaeImageProcessor):
@@ -59,6 +61,16 @@ def reference_size(image: PIL.Image.Image, area: int) -> tuple[int, int]:
     """(width, height) of `image`'s aspect ratio with about `area` pixels, multiples of 16."""
     scale = (area / (image.width * image.height)) ** 0.5
     return tuple(max(16, round(side * scale / 16) * 16) for side in image.size)
+
+
+def reference_tokens(image: PIL.Image.Image, area: int) -> int:
+    """How many tokens Kontext makes of a reference `image` for an output of `area` pixels: as `call_kwargs` has it,
+    at a megapixel in the one of Kontext's own sizes whose aspect ratio is nearest."""
+    width, height = reference_size(image, area)
+    if area == MEGAPIXEL:
+        aspect = image.width / image.height
+        _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    return (width // 16) * (height // 16)
 
 
 def numbered_path(path: str, *numbers: int) -> Path:

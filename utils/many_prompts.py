@@ -42,17 +42,10 @@ class Request(NamedTuple):
 def join_processes(args) -> PartialState | None:
     """This process's place among those of `accelerate launch`, its GPU made the current one. Only the first one talks.
     Without --prompts-file None, since it takes a call of nvidia-smi.
-
-    Raises:
-        RecipeError: several processes for one prompt.
     """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
     if not args.prompts_file:
-        if launched > 1:
-            raise RecipeError(f"{launched} processes for one prompt: give many with --prompts-file, or start "
-                              "gen_image.py without accelerate launch.")
         return None
-    if launched == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         # On several RTX 40 cards with an old driver accelerate refuses to start without these, for the sake of NCCL,
         # which a single process does not use. `accelerate launch` sets them itself.
         for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):

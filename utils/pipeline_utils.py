@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from tiny_flux import presets
-from utils import aoti, attention, random_weights, step_cache
+from utils import aoti, attention, parallel, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog, images_per_call
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
 from utils.cuda_graph import CUDAGraphed
-from utils.images import GPUImageProcessor, load_reference, reference_size
+from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
 
@@ -45,8 +45,11 @@ def load_pipeline(args):
     device = where_to_build(args, configs, hardware, chosen)
     if args.step_error and device != args.device:
         raise RecipeError("--step_error needs the unquantised model on the GPU, and it does not fit there.")
-    if args.image:
-        load_reference(args.image)
+    reference = load_reference(args.image) if args.image else None
+    if chosen.context_parallel:
+        width, height = chosen.settings.width, chosen.settings.height
+        parallel.check_tokens(chosen.settings.max_sequence_length, width * height // 256,
+                              reference_tokens(reference, width * height) if reference else 0)
     if args.lora:
         check_lora(args.lora)
     if args.gpu_memory_limit:
@@ -100,7 +103,10 @@ def optimize(pipeline, args, log: StageLog | None = None):
     fused = chosen.is_on("fused kernels")
     if fused:
         # These need Triton, which CPU builds of torch lack.
-        from utils.fused_blocks import follow_schedule, fuse_blocks, leave_sums
+        from utils.fused_blocks import follow_schedule, fuse_blocks, leave_sums, share_attention
+    elif chosen.context_parallel:
+        attention.use_attention_library(transformer, chosen.attention_backend,
+                                        parallel.ATTENTION[chosen.context_parallel], parallel.largest_of_all)
     elif chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
@@ -137,18 +143,25 @@ def optimize(pipeline, args, log: StageLog | None = None):
     graphed = None
     if chosen.is_on("CUDA graphs"):
         graphed = partial(CUDAGraphed, pool=torch.cuda.graph_pool_handle())
+    if fused and chosen.context_parallel:
+        share_attention(transformer, chosen.context_parallel, parallel.launched())
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
     if chosen.is_on("compile") and not exports:
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir)
+    if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
+        pipeline.transformer = parallel.SharedTokens(transformer)
     if graphed:
         pipeline.text_encoder = graphed(pipeline.text_encoder)
         pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
         vae.decoder = graphed(vae.decoder)
         if not chosen.cache:
             pipeline.transformer = graphed(pipeline.transformer)
+    if chosen.context_parallel:
+        vae.decoder = parallel.SharedBatch(vae.decoder)
+        parallel.end_when_stuck(pipeline.transformer)
     if fused:
         follow_schedule(pipeline)  # outside the graph
     if chosen.is_on("GPU postprocess"):
@@ -210,7 +223,7 @@ def _reference_kwargs(image, width: int, height: int) -> dict:
     """Kontext's image arguments. At a megapixel diffusers picks the nearest size that Kontext was trained on; at other
     sizes it would still return a megapixel, so there the reference is brought to the output's area."""
     area = width * height
-    if area == 1024 * 1024:
+    if area == MEGAPIXEL:
         return dict(image=image, max_area=area)
     return dict(image=image.resize(reference_size(image, area)), max_area=area, _auto_resize=False)
 

@@ -73,7 +73,7 @@ def roofline_of(record: dict) -> dict | None:
 
 def share_of_ceiling(record: dict, ceilings: dict) -> float | None:
     """The time that the step's products take at this GPU's measured rates, in the precisions that the result used, over
-    the time that it took. None where a rate was not measured."""
+    the time that it took; of several GPUs each at its share of them. None where a rate was not measured."""
     work, techniques = roofline_of(record), record["techniques"]
     if work is None or work["tflops"] is None or not techniques["bf16"]["on"]:
         return None
@@ -87,4 +87,5 @@ def share_of_ceiling(record: dict, ceilings: dict) -> float | None:
     if not products or not attends:
         return None
     seconds = work["flops"]["matmul"] / max(products) / 1e12 + work["flops"]["attention"] / max(attends) / 1e12
-    return seconds / (record["stages_ms"]["denoising_step"] / 1e3)
+    gpus = record.get("environment", {}).get("processes", 1)
+    return seconds / gpus / (record["stages_ms"]["denoising_step"] / 1e3)

@@ -17,7 +17,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from utils import attention, step_cache
+from utils import attention, parallel, step_cache
 from utils.benchmark_utils import RecipeError, images_per_call
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 
@@ -54,6 +54,7 @@ class Plan:
     attention_backend: str = "native"
     quant: tuple[str, str] | None = None  # (float8 | int8, row | tensor)
     cache: step_cache.CacheOptions | None = None
+    context_parallel: str | None = None  # ulysses | ring
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def is_on(self, name: str) -> bool:
@@ -135,6 +136,12 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     _choose_cache(args, configs, chosen)
     default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
                None if compiles else "nothing is compiled", "conv_1x1_as_mm, coordinate descent, no epilogue fusion")
+    if args.context_parallel:
+        chosen.context_parallel = parallel.choose(args.context_parallel, configs["transformer"],
+                                                  chosen.attention_backend)
+    on["context parallel"] = Decision(bool(args.context_parallel),
+                                      f"{chosen.context_parallel}, {parallel.launched()} processes"
+                                      if args.context_parallel else "--context_parallel not given")
     obstacle = ("no GPU" if hardware.device == "cpu" else
                 f"--offload {args.offload} moves weights" if args.offload != "none" else None)
     default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,

@@ -1,0 +1,345 @@
+"""One image on several GPUs: each has its part of the tokens, and they meet in attention.
+
+Everything but attention works on one token at a time, with weights that every GPU has. Of N GPUs each takes 1/N of the
+text's and of the image's tokens at the transformer's entrance (`SharedTokens`) and gives back the whole image's output,
+so that pipeline and scheduler see one transformer, on every GPU the same. For attention
+
+* **Ulysses** exchanges tokens for heads: all tokens of H / N heads on each GPU, and back (DeepSpeed-Ulysses,
+  arXiv 2309.14509). Nothing else changes: attention is each GPU's own, with the very numbers of one GPU.
+* **ring** keeps the queries where they are and hands keys and values round, N - 1 times, while the last ones are
+  attended to; the parts are merged by their log-sum-exp (ring attention, arXiv 2310.01889). For heads that N does not
+  divide.
+
+Attention has neither mask nor order, rotations being in q and k already: text and image of GPU 0, then those of GPU 1,
+are as good as text first. What is exchanged is what attention reads: e4m3 on the fused kernels, where every GPU has
+the same scales, since they come from bounds that no token enters.
+
+Processes are torchrun's, one a GPU, over NCCL, or over gloo on a CPU. An error ends its process at once, and torchrun
+then ends the others; one that is merely stuck ends itself after `TIMEOUT`.
+
+    torchrun --nproc_per_node=2 -m utils.parallel      # what the exchanges take, for the estimate in the README
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import statistics
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from utils.attention import attention, attention_with_lse, sdpa
+from utils.benchmark_utils import RecipeError, exit_with_reason
+
+TIMEOUT = timedelta(minutes=30)  # one process may compile for minutes while another waits for it
+BACKENDS = ("fa3", "fa3_unscaled", "fa3_bf16", "aiter", "native")
+
+
+def launched() -> int:
+    """How many processes torchrun, or accelerate, has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose(wanted: str, config: dict, backend: str) -> str:
+    """"ulysses" or "ring" for `wanted`, which may be "auto", and a transformer's config.
+
+    Raises:
+        RecipeError: heads that cannot be divided, or an attention backend that cannot take part.
+    """
+    heads, gpus = config["num_attention_heads"], launched()
+    if backend not in BACKENDS:
+        raise RecipeError(f"--attention_backend {backend} does not go with --context_parallel, which attends through "
+                          f"this recipe's own exchanges: choose from {', '.join(BACKENDS)}.")
+    if wanted == "ulysses" and heads % gpus:
+        raise RecipeError(f"--context_parallel ulysses: {heads} heads cannot be divided among {gpus} GPUs. Use "
+                          "--context_parallel ring, or another --nproc_per_node.")
+    kind = "ring" if wanted == "ring" or heads % gpus else "ulysses"
+    if kind == "ring" and backend == "aiter":
+        raise RecipeError("--context_parallel ring merges by log-sum-exp, which AITER's fp8 attention keeps to itself: "
+                          "use ulysses, or --attention_backend native.")
+    return kind
+
+
+def check_tokens(text_tokens: int, image_tokens: int, reference_tokens: int = 0) -> None:
+    """RecipeError if text or image, Kontext's reference included, cannot be divided among the GPUs."""
+    gpus = launched()
+    if text_tokens % gpus:
+        raise RecipeError(f"{text_tokens} text tokens cannot be divided among {gpus} GPUs: use another "
+                          "--nproc_per_node, such as 2, 4 or 8.")
+    if (image_tokens + reference_tokens) % gpus:
+        reference = f" and {reference_tokens} of the reference" if reference_tokens else ""
+        raise RecipeError(f"{image_tokens} tokens of the image{reference} (a token is 16x16 pixels) cannot be divided "
+                          f"among {gpus} GPUs: use another --nproc_per_node, --height or --width"
+                          + (", or a reference of another aspect ratio." if reference_tokens else "."))
+
+
+def join(args) -> None:
+    """Joins torchrun's other processes, with a GPU of its own as the current one. Only the first one talks.
+
+    Raises:
+        RecipeError: there are fewer GPUs than processes.
+    """
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    device = None
+    if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise RecipeError(f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', launched())} processes here and "
+                              f"PyTorch sees {torch.cuda.device_count()} GPUs: one process a GPU.")
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    dist.init_process_group("nccl" if device else "gloo", timeout=TIMEOUT, device_id=device)
+    args.quiet = args.quiet or rank > 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes: files, stdout."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def end_when_stuck(transformer: torch.nn.Module) -> None:
+    """Ends this process, with a traceback of each thread, `TIMEOUT` after its last step. NCCL's own timeout does not
+    see what a CUDA graph launches."""
+    transformer.register_forward_pre_hook(
+        lambda *_: faulthandler.dump_traceback_later(TIMEOUT.total_seconds(), exit=True))
+
+
+# --- what moves ---
+
+@torch.library.custom_op("flux_faster::exchange", mutates_args=())
+def exchange(x: Tensor) -> Tensor:
+    """x (N, ...), of which part i is for GPU i: (N, ...), part i from GPU i. Bytes: any dtype."""
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received.view(torch.uint8), x.view(torch.uint8))
+    return received
+
+
+@exchange.register_fake
+def _(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("flux_faster::largest_of_all", mutates_args=())
+def largest_of_all(x: Tensor) -> Tensor:
+    """The largest of each element of x, float32, among all GPUs."""
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+@largest_of_all.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x of every GPU: (N, *x.shape). Next to what attention exchanges it is nothing, and no collective of its own."""
+    return exchange(x.expand(dist.get_world_size(), *x.shape))
+
+
+def own_part(x: Tensor, dim: int) -> Tensor:
+    return x.chunk(dist.get_world_size(), dim)[dist.get_rank()]
+
+
+def to_heads(x: Tensor) -> Tensor:
+    """x (N, B, S / N, ...), part i for GPU i: all tokens of this GPU's part, (B, S, ...). Without a copy if B is 1."""
+    return exchange(x).transpose(0, 1).flatten(1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """The way back: x (B, S, C / N), of this GPU's heads, to (N, B, S / N, C / N), of all heads, part by part."""
+    return exchange(x.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1))
+
+
+# --- attention over all tokens, called as `attention` is: q, k, v (B, S / N, H, D), scales (B, H) or None ---
+
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
+                      v_descale: Tensor | None, library: str) -> Tensor:
+    # Laid out here, where compiled code does it as it casts.
+    heads = torch.stack([q, k, v], dim=2).unflatten(3, (dist.get_world_size(), -1)).movedim(3, 0).contiguous()
+    own_q, own_k, own_v = to_heads(heads).unbind(2)
+    if library == "sdpa":
+        attended = sdpa(own_q, own_k, own_v)
+    else:
+        descale = (x if x is None else own_part(x, 1) for x in (q_descale, k_descale, v_descale))
+        attended = attention(own_q, own_k, own_v, *descale, library)
+    return to_tokens(attended.flatten(2)).permute(1, 2, 0, 3).reshape(q.shape)
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
+                   v_descale: Tensor | None, library: str) -> Tensor:
+    return ring(q, torch.stack([k, v]), q_descale, k_descale, v_descale, library)
+
+
+ATTENTION = {"ulysses": ulysses_attention, "ring": ring_attention}
+
+
+@torch.library.custom_op("flux_faster::ring", mutates_args=())
+def ring(q: Tensor, kv: Tensor, q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
+         library: str) -> Tensor:
+    """q (B, S / N, H, D) attends to the keys and values, (2, B, S / N, H, D), of every GPU, one GPU's after another's.
+
+    With softmax's denominators e^l, l the log-sum-exp of a row of q k^T / sqrt(D), parts a and b of the keys give
+    (e^la a + e^lb b) / (e^la + e^lb) = a + sigmoid(lb - la) (b - a).
+    """
+    gpus, kv = dist.get_world_size(), kv.contiguous()
+    for i in range(gpus):
+        if i + 1 < gpus:
+            coming = torch.empty_like(kv)
+            moving = _pass_on(kv, coming)
+        part, part_lse = attention_with_lse(q, *kv.unbind(), q_descale, k_descale, v_descale, library)
+        if i == 0:
+            out, lse = part.float(), part_lse
+        else:
+            weight = torch.sigmoid(part_lse - lse).transpose(1, 2)[..., None]
+            out, lse = torch.lerp(out, part.float(), weight), torch.logaddexp(lse, part_lse)
+        if i + 1 < gpus:
+            moving.wait()
+            kv = coming
+    return out.to(part.dtype).contiguous()
+
+
+def _pass_on(sent: Tensor, received: Tensor) -> dist.Work:
+    """To the next GPU and from the one before; under way until it is waited for. An exchange of which all goes to one,
+    since CUDA graphs have recorded those for longer than sends and receives of their own."""
+    rank, gpus = dist.get_rank(), dist.get_world_size()
+    sent, received = (x.view(torch.uint8).view(-1) for x in (sent, received))
+    to, by = ([len(sent) * (i == (rank + step) % gpus) for i in range(gpus)] for step in (1, -1))
+    return dist.all_to_all_single(received, sent, by, to, async_op=True)
+
+
+@ring.register_fake
+def _(q, kv, q_descale, k_descale, v_descale, library):
+    return torch.empty_like(q, dtype=torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype,
+                            memory_format=torch.contiguous_format)
+
+
+# --- what the pipeline sees ---
+
+class SharedTokens(torch.nn.Module):
+    """A FluxTransformer2DModel that works on its GPU's part of the tokens; the others have theirs. Arguments and output
+    are those of all tokens. Attributes that are not its own are the module's."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *, hidden_states: Tensor, encoder_hidden_states: Tensor, img_ids: Tensor, txt_ids: Tensor,
+                return_dict: bool = True, **kwargs):
+        out = self.module(hidden_states=own_part(hidden_states, 1),
+                          encoder_hidden_states=own_part(encoder_hidden_states, 1),
+                          img_ids=own_part(img_ids, 0), txt_ids=own_part(txt_ids, 0), return_dict=False, **kwargs)[0]
+        out = gathered(out).transpose(0, 1).flatten(1, 2)
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class SharedBatch(torch.nn.Module):
+    """A VAE decoder that decodes its GPU's images of a batch. A batch that cannot be divided, such as one image, every
+    GPU decodes by itself: GroupNorm and attention look at a whole image."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Tensor, *args, **kwargs) -> Tensor:
+        if len(z) % dist.get_world_size():
+            return self.module(z, *args, **kwargs)
+        return gathered(self.module(own_part(z, 0), *args, **kwargs)).flatten(0, 1)
+
+
+# --- what it costs ---
+
+def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpus: int, batch: int = 1,
+               qkv_bytes: int = 1, back_bytes: int = 1) -> dict[str, int]:
+    """Bytes that each GPU sends in a step, {"attention", "output"}; it receives as many.
+
+    A GPU has t = S / N tokens of D channels. With Ulysses it keeps 1/N of q, k and v and sends the rest, and the same
+    of what attention made: (N - 1) / N t D (3 qkv_bytes + back_bytes) a block. In a ring k and v, its own and N - 2
+    others', go on: (N - 1) t D 2 qkv_bytes. The output, bf16, goes to the N - 1 others.
+
+    Args:
+        config: of the transformer; qkv_bytes, back_bytes: of an element of q, k, v and of attention's result: 1 with
+            the fused kernels; 1 and 2 with fp8 attention without them.
+    """
+    width = config["attention_head_dim"] * config["num_attention_heads"]
+    blocks = config["num_layers"] + config["num_single_layers"]
+    elements = batch * (image_tokens + text_tokens) * width * (gpus - 1) // gpus
+    block = elements * (3 * qkv_bytes + back_bytes) // gpus if kind == "ulysses" else elements * 2 * qkv_bytes
+    output = batch * image_tokens * (config.get("out_channels") or config["in_channels"]) * 2 * (gpus - 1) // gpus
+    return {"attention": blocks * block, "output": output}
+
+
+def expected_step(one_gpu: dict[str, float], sent: int, rounds: int, gpus: int, rate: float, latency: float) -> float:
+    """Seconds of a step on `gpus` GPUs if nothing overlaps.
+
+    Args:
+        one_gpu: seconds of a step on one GPU, {"shared", "fixed"}: what is shared out, and what each GPU does anyway.
+        sent: bytes that each GPU sends (`bytes_sent`), in `rounds` exchanges: two a block with Ulysses, N - 1 in a
+            ring, where attention hides some of them.
+        rate: bytes a second; latency: seconds of an exchange that moves next to nothing. Both as `measure` finds them.
+    """
+    return one_gpu["shared"] / gpus + one_gpu["fixed"] + sent / rate + rounds * latency
+
+
+def measure() -> dict:
+    """What this machine's exchanges take, in a CUDA graph as in a step: q, k, v and the way back of one block of
+    FLUX.1-dev at 1024x1024 on the fused kernels, a shift of the ring, and next to nothing. Medians of milliseconds;
+    bytes that each GPU sends, and GB a second."""
+    gpus, heads, head = dist.get_world_size(), 24, 128
+    own = (4096 + 512) // gpus
+    keys = torch.empty(2, 1, own, heads, head, dtype=torch.uint8, device="cuda")
+
+    qkv, back, nothing = (torch.empty(gpus, size, dtype=torch.uint8, device="cuda")
+                          for size in (keys[0].numel() * 3 // gpus, keys[0].numel() // gpus, 16))
+    found = {"gpu": torch.cuda.get_device_name(), "gpus": gpus}
+    for name, call, sent in (("qkv", lambda: exchange(qkv), qkv.numel() - qkv[0].numel()),
+                             ("back", lambda: exchange(back), back.numel() - back[0].numel()),
+                             ("ring", lambda: _pass_on(keys, torch.empty_like(keys)).wait(), keys.numel()),
+                             ("nothing", lambda: exchange(nothing), nothing.numel() - nothing[0].numel())):
+        milliseconds = _replayed_ms(call)
+        found[name] = {"ms": milliseconds, "bytes": sent, "gb_s": sent / milliseconds / 1e6}
+    return found
+
+
+def _replayed_ms(call, times: int = 100, replays: int = 11) -> float:
+    """Of one of `times` calls in a graph. As many calls on every GPU: a timer that decides by itself would not end."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(times):
+            call()
+    found = []
+    for _ in range(replays):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        graph.replay()
+        events[1].record()
+        torch.cuda.synchronize()
+        found.append(events[0].elapsed_time(events[1]) / times)
+    return statistics.median(found)
+
+
+def main() -> None:
+    if launched() == 1 or not torch.cuda.is_available():
+        raise RecipeError("this measures what moves between GPUs: torchrun --nproc_per_node=2 -m utils.parallel")
+    join(argparse.Namespace(device="cuda", quiet=True))
+    found = measure()
+    if is_first():
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    exit_with_reason(main)
