@@ -78,6 +78,17 @@ BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2
 SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
+# From the start of a process to its first image. The second of each finds what the first has made.
+PACKAGES = [*QUICK, "--compile_export_mode", "export_aoti"]
+STARTS = {
+    "start_compile": [*QUICK, "--cache-dir", "{scratch}"],
+    "start_compile_again": QUICK,
+    "start_export": [*PACKAGES, "--re-export"],
+    "start_packages": [*PACKAGES, "--use-cached-model"],
+}
+# One image on two GPUs, under torchrun.
+GPUS = {f"gpus_2_{kind}": [*QUICK, "--context_parallel", kind] for kind in ("ulysses", "ring")}
+
 # tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
 # that matters, and what all else is worth nothing beyond.
 COMPILED = [*QUICK, FUSED, CHANNELS]
@@ -118,14 +129,15 @@ ROWS = {
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
         "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
-    } | WITHOUT | FLOAT8 | BACKENDS | BATCHES | SIZES,
-    "dev": LADDER | WITHOUT | CACHES | FLOAT8,
-    "kontext": ENDS | WITHOUT | CACHES,
+    } | WITHOUT | FLOAT8 | BACKENDS | BATCHES | SIZES | STARTS | GPUS,
+    "dev": LADDER | WITHOUT | CACHES | FLOAT8 | GPUS,
+    "kontext": ENDS | WITHOUT | CACHES | GPUS,
     "tiny": TINY,
 }
 
-# The float32 reference needs the unquantised model on the GPU and a step that computes every block.
-WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_")
+# The float32 reference needs the unquantised model on the GPU and a step that computes every block, and takes time from
+# a start.
+WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "start_")
 
 
 def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:
@@ -149,7 +161,9 @@ def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = Fals
         flags.append("--step_error")
     if suite == "kontext":
         flags += ["--image", str(scratch / "reference.png")]
-    return [[sys.executable, "run_benchmark.py", *flags, *ROWS[suite][row]]]
+    flags += [flag.format(scratch=scratch) for flag in ROWS[suite][row]]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if row.startswith("gpus_2") else []
+    return [[sys.executable, *launcher, "run_benchmark.py", *flags]]
 
 
 def choose(suites: list[str] | None, patterns: list[str] | None) -> list[tuple[str, str]]:

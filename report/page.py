@@ -15,7 +15,8 @@ from utils.roofline import roofline_of, share_of_ceiling
 
 SUITES = {"schnell": "FLUX.1-schnell", "dev": "FLUX.1-dev", "kontext": "FLUX.1-Kontext-dev"}
 TITLES = {"ladder": "From the plain pipeline upwards", "without": "One technique less", "caches": "Step caches",
-          "float8": "Scales of float8", "attention": "Attention backends", "batch": "Batches", "sizes": "Sizes"}
+          "float8": "Scales of float8", "attention": "Attention backends", "batch": "Batches", "sizes": "Sizes",
+          "gpus": "Several GPUs"}
 
 
 def write(gpu: str) -> list[Path]:

@@ -9,7 +9,8 @@ import sys
 from report.records import RESULTS, ROOT, newest
 
 PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
-MARKERS = re.compile(r"(<!-- (results|quality|judge|kernels|roofline|tried):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (results|quality|judge|kernels|roofline|starts|tried):(\S+) -->\n).*?(<!-- end -->)",
+                     re.DOTALL)
 
 NAMES = {
     "1_eager": "bf16, eager (diffusers)",
@@ -45,8 +46,12 @@ GROUPS = {
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
     "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)},
+    "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring"},
     "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
 }
+
+STARTS = {"start_compile": "compile, first start", "start_compile_again": "compile, kernels there",
+          "start_export": "export, first start", "start_packages": "packages there"}
 
 
 def table(where: str) -> str:
@@ -197,6 +202,23 @@ def roofline_table(where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def starts_table(where: str) -> str:
+    """The markdown table of what comes before the first image: `where` is <gpu>/<suite>."""
+    lines = ["| | load weights | quantise | packages | compile, record | start to first image | step | GiB |",
+             "|---" * 8 + "|"]
+    for row, name in STARTS.items():
+        if found := newest(RESULTS / where, row):
+            path, record = found
+            spent = record["cold_start_s"]
+            cells = [f"{spent[stage]:.1f}" if stage in spent else "–" for stage in ("load", "quantise", "packages")]
+            lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join(cells)} | "
+                         f"{spent.get('compile', 0) + spent.get('record', 0):.1f} | "
+                         f"**{spent['process start to first image']:.1f}** | "
+                         f"{record['stages_ms']['denoising_step']:.1f} | "
+                         f"{record['peak_memory']['image']['reserved_gib']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def tried_table(gpu: str) -> str:
     """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
     def shown(values):
@@ -211,7 +233,7 @@ def tried_table(gpu: str) -> str:
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
     makers = {"results": table, "quality": quality_table, "judge": judge_table, "kernels": kernel_table,
-              "roofline": roofline_table, "tried": tried_table}
+              "roofline": roofline_table, "starts": starts_table, "tried": tried_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 
