@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import attention, fused_blocks, fused_kernels, pipeline_utils
+from utils import aoti, attention, fused_blocks, fused_kernels, pipeline_utils
 from utils.benchmark_utils import create_parser
 from utils.fused_blocks import (
     Float8Linear,
@@ -130,6 +130,28 @@ def test_sums_left_to_the_next_block_are_the_same_sums(load):
         block.register_forward_hook(lambda module, given, found: left.append(isinstance(found[0], tuple)))
     assert torch.equal(pipeline.transformer(**inputs)[0], expected)
     assert all(left[:-1]) and not left[-1] and len(left) > 2
+
+
+@pytest.mark.parametrize("cached, graphs", [
+    ((0, 0), ["double", "double-2", "single", "single-2"]),
+    ((1, 1), ["double", "double-2", "double-3", "single", "single-2", "single-3"])])
+def test_they_export_in_as_many_graphs_as_they_have(load, cached, graphs):
+    """As packages need it: one program serves all blocks of a graph, on their own weights. Compiling takes a GPU."""
+    pipeline, args = load("--ckpt", "tiny-flux", "--num_inference_steps", "1")
+    fuse_projections(pipeline.transformer)
+    fuse_blocks(pipeline.transformer, CPU)
+    leave_sums(pipeline.transformer, *cached)
+    with follow_schedule(pipeline), torch.no_grad():
+        units = aoti.capture(aoti.packaged(pipeline, True, False, False),
+                             lambda: pipeline(**call_kwargs(pipeline, args)))
+        assert [unit.name for unit in units] == graphs
+        for unit in units:
+            program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
+            weights = aoti.constants_of(unit.modules[-1])
+            program.state_dict.update({name: weights[name] for name in program.state_dict})
+            found, expected = program.module()(**unit.arguments), unit.modules[-1](**unit.arguments)
+            for a, b in zip(aoti._tensors(found), aoti._tensors(expected), strict=True):
+                assert torch.equal(a, b)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -220,37 +219,17 @@ def export(units: list[Unit], folder: Path, key: str) -> None:
     for unit in units:
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
         path = folder / f"{unit.name}.pt2"
-        with _scratch_memory_of_every_program():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
-                "aot_inductor.package_constants_in_so": False,
-                # Folding would write one scale a tensor into the code as a number: another block's is another number.
-                "joint_graph_constant_folding": False,
-                "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}})
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
+            "aot_inductor.package_constants_in_so": False,
+            # Folding would write one scale a tensor into the code as a number: another block's is another number.
+            "joint_graph_constant_folding": False,
+            "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}})
         for module in {id(m): m for m in (unit.modules[0], unit.modules[-1])}.values():
             expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
             error = max(_relative(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
             if not error < BOUNDS[_tensors(expected)[0].dtype]:
                 raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
                                   "please report this, and use --compile_export_mode compile.")
-
-
-@contextmanager
-def _scratch_memory_of_every_program():
-    """Triton's programs each write the tile descriptors that they make into scratch memory of their own. AOTInductor of
-    torch 2.11 allocates what one program needs, for all of them; that of 2.13 what all need."""
-    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
-    original = CUDADeviceOpOverrides.cpp_scratch
-
-    def cpp_scratch(self, idx, workspace, prefix=None):
-        if (found := original(self, idx, workspace, prefix)) and workspace.size and "grid_0" not in found[0][0]:
-            found[0][0] = found[0][0].replace("};", " * static_cast<int64_t>(grid_0) * grid_1 * grid_2};")
-        return found
-
-    CUDADeviceOpOverrides.cpp_scratch = cpp_scratch
-    try:
-        yield
-    finally:
-        CUDADeviceOpOverrides.cpp_scratch = original
 
 
 def _tensors(output) -> list[torch.Tensor]:

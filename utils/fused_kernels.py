@@ -256,6 +256,10 @@ def _tiles(rows: int, columns: int, part: int, depth: int, device: torch.device)
 
 
 # --- ops ---
+#
+# The products are opaque to the compiler. Of a kernel that writes into part of an e4m3 tensor inductor makes code that
+# Triton 3.6 cannot compile; and AOTInductor of torch 2.11 gives all programs of a kernel that makes tile descriptors
+# the memory of one.
 
 @triton_op("flux_faster::adaln", mutates_args=())
 def adaln(text: Tensor, image: Tensor, table: Tensor, offsets: Tensor, bounds: Tensor, qk_scale: Tensor, shift: int,
@@ -349,7 +353,7 @@ def _whole(attention: Tensor) -> tuple[int, int, int, int]:
     return B, tokens, own * parts, parts
 
 
-@triton_op("flux_faster::gelu_product", mutates_args=())
+@torch.library.custom_op("flux_faster::gelu_product", mutates_args=())
 def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor, tensor_scales: Tensor,
                  text_tokens: int, streams: int, attention: Tensor | None) -> Tensor:
     """GELU(x w^T + bias), tanh's approximation, over its stream's scale, as e4m3.
@@ -366,21 +370,26 @@ def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: T
     _, _, D, parts = (0, 0, 0, 0) if attention is None else _whole(attention)
     out = x.new_empty(B, tokens, D + N)
     if attention is not None:
-        wrap_triton(_cast_kernel)[(B * tokens,)](attention, out, tensor_scales, D + N, attention.stride(0), D,
-                                                 triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX,
-                                                 num_warps=4)
+        _cast_kernel[(B * tokens,)](attention, out, tensor_scales, D + N, attention.stride(0), D,
+                                    triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX, num_warps=4)
     for b in range(B):
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
             tiles = _tiles(rows, N, N, K, x.device)
             own = slice(stream * N, (streams if rows == tokens else stream + 1) * N)
-            wrap_triton(_product_kernel)[(tiles["PROGRAMS"],)](
+            _product_kernel[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], out[b, row:, D:], tensor_scales, bias,
                 bias, bias, bias, rows, text_tokens, D + N, 0, N, K, *tiles.values(), False, 1 + stream,
                 w[own].shape[0] // N, N, 16, 1, EPS, E4M3_MAX, num_warps=8, num_stages=3)
     return out
 
 
-@triton_op("flux_faster::qkv_product", mutates_args=())
+@gelu_product.register_fake
+def _(x, x_scale, w, w_scale, bias, tensor_scales, text_tokens, streams, attention):
+    own = 0 if attention is None else _whole(attention)[2]
+    return x.new_empty(*x.shape[:2], own + w.shape[0] // streams)
+
+
+@torch.library.custom_op("flux_faster::qkv_product", mutates_args=())
 def qkv_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor, norms: Tensor, cos: Tensor,
                 sin: Tensor, descale: Tensor, text_tokens: int, streams: int, parts: int = 1) -> Tensor:
     """q, k, v = x w^T + bias; RMSNorm of each head of q and k, rotary embedding; over their scales, as e4m3.
@@ -405,12 +414,19 @@ def qkv_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Te
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
             tiles = _tiles(rows, N, D // parts, K, x.device)
             own = slice(stream * N, (streams if rows == tokens else stream + 1) * N)
-            wrap_triton(_product_kernel)[(tiles["PROGRAMS"],)](
+            _product_kernel[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], flat[0, b, row:], descale, cos[row:],
                 sin[row:], norms[stream:], descale[b], rows, text_tokens, flat.shape[3], flat.stride(0), N, K,
                 *tiles.values(), True, 0, w[own].shape[0] // N, D, D // heads, parts, EPS, E4M3_MAX, num_warps=8,
                 num_stages=3)
     return out
+
+
+@qkv_product.register_fake
+def _(x, x_scale, w, w_scale, bias, norms, cos, sin, descale, text_tokens, streams, parts=1):
+    B, tokens, heads, head = *x.shape[:2], descale.shape[2], w.shape[0] // streams // 3 // descale.shape[2]
+    shape = (3, B, tokens, heads) if parts == 1 else (parts, B, tokens, 3, heads // parts)
+    return x.new_empty(*shape, head)
 
 
 @torch.library.custom_op("flux_faster::products", mutates_args=())
