@@ -9,8 +9,7 @@ import sys
 from report.records import RESULTS, ROOT, newest
 
 PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
-MARKERS = re.compile(r"(<!-- (results|quality|judge|kernels|roofline|starts|tried):(\S+) -->\n).*?(<!-- end -->)",
-                     re.DOTALL)
+MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
     "1_eager": "bf16, eager (diffusers)",
@@ -55,24 +54,52 @@ STARTS = {"start_compile": "compile, first start", "start_compile_again": "compi
 
 
 def table(where: str) -> str:
-    """The markdown table of results/<gpu>/<suite>/*.json, in the order of a group of rows: `where` is <gpu>/<suite> for
-    the ladder, or <gpu>/<suite>/<group>. Ratios are to the suite's eager row, if any."""
-    gpu, name, *group = where.split("/")
-    suite, names = f"{gpu}/{name}", GROUPS[group[0] if group else "ladder"]
-    found = {stem: result for stem in names if (result := newest(RESULTS / suite, stem))}
-    eager = newest(RESULTS / suite, "1_eager")
+    """The markdown table of the ladder of results/<gpu>/<suite>/, `where` being <gpu>/<suite>. Ratios are to its eager
+    row, if any."""
+    found = _rows(where, NAMES)
+    eager = newest(RESULTS / where, "1_eager")
     lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
-    for stem, (path, record) in found.items():
-        seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
+    for link, record in found:
+        stages, error = record["stages_ms"], record["step_relative_error"]
         lines.append("| " + " | ".join([
-            f"[{names[stem]}](results/{suite}/{path.name})",
-            f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})",
-            f"{ratio:.2f}" if (ratio := eager and speed_up(eager[1], record)) else "–",
+            link, _seconds(record), _ratio(eager and eager[1], record),
             *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
-            "–" if error is None else f"{error * 100:.2f} %",
-            f"{record['peak_memory']['image']['reserved_gib']:.1f}",
-        ]) + " |")
+            "–" if error is None else f"{error * 100:.2f} %", _gib(record)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def beside_table(where: str) -> str:
+    """The markdown table of a group of rows beside the ladder, `where` being <gpu>/<suite>/<group>, with ratios to its
+    first row too."""
+    gpu, suite, group = where.split("/")
+    found, eager = _rows(f"{gpu}/{suite}", GROUPS[group]), newest(RESULTS / gpu / suite, "1_eager")
+    lines = ["| | seconds (min–max) | × eager | × first row | step | steps cached | GiB |", "|---" * 7 + "|"]
+    for link, record in found:
+        cached = record["cached_steps"]
+        lines.append("| " + " | ".join([
+            link, _seconds(record), _ratio(eager and eager[1], record), _ratio(found[0][1], record),
+            "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
+            f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–", _gib(record)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
+    """A link to each finished row, with its name, and its record."""
+    return [(f"[{name}](results/{where}/{found[0].name})", found[1]) for row, name in names.items()
+            if (found := newest(RESULTS / where, row))]
+
+
+def _seconds(record: dict) -> str:
+    seconds = record["seconds"]
+    return f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})"
+
+
+def _ratio(base: dict | None, record: dict) -> str:
+    return f"{ratio:.2f}" if base and (ratio := speed_up(base, record)) else "–"
+
+
+def _gib(record: dict) -> str:
+    return f"{record['peak_memory']['image']['reserved_gib']:.1f}"
 
 
 def speed_up(eager: dict, record: dict) -> float | None:
@@ -219,6 +246,32 @@ def starts_table(where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def expected_table(where: str) -> str:
+    """The markdown table of what a step should take on several GPUs with Ulysses, `where` being <gpu>/<suite>: from the
+    step on one, and from what results/<gpu>/gpus_2_link.json says of exchanges between two."""
+    from utils.parallel import bytes_sent, expected_step  # needs torch
+    from utils.random_weights import architecture
+
+    gpu = where.split("/")[0]
+    link = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())
+    latency = link["nothing"]["ms"] / 1e3
+    moving = [link[name]["ms"] / 1e3 - latency for name in ("qkv", "back")]
+    rate = sum(link[name]["bytes"] for name in ("qkv", "back")) / sum(moving)
+    _, one = newest(RESULTS / where, "8_fused")
+    step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
+    config = architecture(one["model"].rpartition("/")[2])["transformer"]
+    lines = ["| GPUs | each sends a step | step expected | measured |", "|---" * 4 + "|",
+             f"| 1 | – | – | {step * 1e3:.1f} ms |"]
+    for gpus in (2, 4, 8):
+        sent = sum(bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus).values())
+        rounds = 2 * (config["num_layers"] + config["num_single_layers"]) + 1
+        expected = expected_step({"shared": step, "fixed": 0}, sent, rounds, gpus, rate, latency)
+        found = newest(RESULTS / where, f"gpus_{gpus}_ulysses")
+        lines.append(f"| {gpus} | {sent / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "
+                     + (f"{found[1]['stages_ms']['denoising_step']:.1f} ms |" if found else "– |"))
+    return "\n".join(lines) + "\n"
+
+
 def tried_table(gpu: str) -> str:
     """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
     def shown(values):
@@ -232,8 +285,9 @@ def tried_table(gpu: str) -> str:
 
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
-    makers = {"results": table, "quality": quality_table, "judge": judge_table, "kernels": kernel_table,
-              "roofline": roofline_table, "starts": starts_table, "tried": tried_table}
+    makers = {"results": table, "beside": beside_table, "quality": quality_table, "judge": judge_table,
+              "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table, "expected": expected_table,
+              "tried": tried_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 
