@@ -21,7 +21,9 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
     for suite, row in experiments.choose(None, None):
         *before, line = experiments.commands("h100", suite, row, tmp_path)
         assert bool(before) == (suite == "tiny")
-        flags = (["--ckpt", "tiny-flux-dev", *line[line.index("--") + 1:]] if suite == "tiny" else line[2:])
+        flags = (["--ckpt", "tiny-flux-dev", *line[line.index("--") + 1:]] if suite == "tiny" else
+                 line[line.index("run_benchmark.py") + 1:])
+        monkeypatch.setenv("WORLD_SIZE", "2" if "torch.distributed.run" in line else "1")
         args = create_parser().parse_args(["--device", "cuda", *flags])
         args.warmup, args.runs = args.warmup or 0, args.runs or 1
         check_args(args)
@@ -31,7 +33,7 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
 
 def test_every_row_has_a_name():
     assert set(experiments.TINY) == {*tables.QUALITY, "eager"}
-    named = {row for names in tables.GROUPS.values() for row in names}
+    named = {row for names in tables.GROUPS.values() for row in names} | set(tables.STARTS)
     measured = {row for suite in ("schnell", "dev", "kontext") for row in experiments.ROWS[suite]}
     assert measured - named == {"attention_scaled", "attention_unscaled", "kernels_unfused"} and not named - measured
 

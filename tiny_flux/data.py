@@ -272,7 +272,8 @@ def main() -> None:
         (args.out / "NOTICE").write_text(notice(names, unicode))
     emoji = [{key: one[key] for key in ("slug", "name", "keywords", "category")} for one in emoji]
     (args.out / "captions.json").write_text(json.dumps(
-        {"emoji": emoji, "held_out": held_out([one["slug"] for one in emoji])}, indent=1, ensure_ascii=False))
+        {"emoji": emoji, "held_out": held_out([one["slug"] for one in emoji])}, ensure_ascii=False,
+        separators=(",", ":")))
     lines = corpus(emoji)
     train_clip_tokenizer(lines, args.out / "tokenizer")
     train_t5_tokenizer(lines, args.out / "tokenizer_2")

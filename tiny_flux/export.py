@@ -42,6 +42,8 @@ def assemble(vae, models, data, notice: Path, out: Path) -> int:
     vae_config = json.loads((out / "vae" / "config.json").read_text())
     vae_config.pop("_name_or_path", None)
     (out / "vae" / "config.json").write_text(json.dumps(vae_config, indent=2, sort_keys=True) + "\n")
+    for path in out.glob("tokenizer*/tokenizer.json"):  # a quarter of it is white space
+        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
     shutil.copyfile(notice, out / "NOTICE")
     files = [path for path in out.rglob("*") if path.is_file()]
     for path in files:
