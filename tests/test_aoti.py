@@ -49,17 +49,24 @@ def fail(*_):
     pytest.fail("exported again")
 
 
+QUICK_CASES = ("schnell, float32", "dev, int8, batch 2, cache")
 CASES = {
     "schnell, float32": ["--ckpt", "tiny-flux", "--disable_bf16", "--disable_quant", "--vae_tiling"],
     "dev, int8, batch 2, cache": [
         "--ckpt", "tiny-flux-dev", "--num_images_per_prompt", "2", "--height", "96", "--width", "160",
         "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
+    "schnell, int8, batch 2": ["--ckpt", "tiny-flux", "--num_images_per_prompt", "2", "--vae_tiling"],
+    "dev, float32, cache": ["--ckpt", "tiny-flux-dev", "--disable_bf16", "--disable_quant", "--height", "64", "--width",
+                            "96", "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
+    "kontext, int8, batch 2": ["--ckpt", "tiny-kontext", "--image", "reference.png", "--num_images_per_prompt", "2",
+                               "--height", "96", "--width", "64", "--num_inference_steps", "2", "--vae_tiling"],
     "kontext, bf16, VAE": ["--ckpt", "tiny-kontext", "--image", "reference.png", "--disable_quant", "--height", "64",
                            "--width", "96", "--num_inference_steps", "2"],
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*QUICK_CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES
+                                                  if case not in QUICK_CASES)])
 def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch, case):
     args = arguments(make_args, folder, *CASES[case])
     eager = copy.copy(args)

@@ -107,6 +107,7 @@ def test_two_processes_make_the_picture_of_one(name, shared, picture, monkeypatc
     assert relative(shared[name], other_seed) > 0.1
 
 
+@pytest.mark.slow
 def test_compiled_blocks_hold_the_exchanges(tmp_path, compiler, monkeypatch):
     """Whole graphs (`fullgraph`), one kind of block each: no exchange falls out of them."""
     cases = {"ring": {"argv": [*COMPILED, "--disable_bf16", "--context_parallel", "ring"]},
@@ -120,6 +121,7 @@ def test_compiled_blocks_hold_the_exchanges(tmp_path, compiler, monkeypatch):
         assert relative(found[name], shared_image.latents(**alone)) < bound, name
 
 
+@pytest.mark.slow
 def test_the_scripts_write_once(tmp_path):
     """Two pictures, which each process decodes one of, and one line of JSON."""
     argv = [*SCHNELL, *FLOAT32, "--num_images_per_prompt", "2", "--context_parallel", "auto"]
@@ -149,8 +151,10 @@ def test_the_scripts_write_once(tmp_path):
 
 @pytest.mark.parametrize("argv", [
     pytest.param([*SCHNELL, *EAGER], id="cpu"), pytest.param(FULL_WIDTH, id="gpu", marks=[pytest.mark.gpu, two_gpus])])
-@pytest.mark.parametrize("how, text", [("raises", "this process has had enough"), ("is killed", "Signal 9 (SIGKILL)"),
-                                       ("is stuck", "Timeout (0:00:10)")])
+@pytest.mark.parametrize("how, text", [
+    pytest.param("raises", "this process has had enough", marks=pytest.mark.slow),
+    ("is killed", "Signal 9 (SIGKILL)"),
+    pytest.param("is stuck", "Timeout (0:00:10)", marks=pytest.mark.slow)])
 def test_a_dead_process_ends_them_all(tmp_path, argv, how, text):
     start = time.monotonic()
     done = run_cases(tmp_path, {"x": {"argv": [*argv, "--context_parallel", "auto"], "fails_on": 1, "how": how}})

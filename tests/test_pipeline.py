@@ -150,6 +150,7 @@ def test_the_other_switches_go_together(build, args_for, monkeypatch, tmp_path, 
         assert [p.size for p in pictures] == [(128, 128)] * 2 and np.asarray(pictures[1]).std() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, argv", [
     ("tiny-flux", []),
     ("tiny-flux-dev", ["--disable_quant", "--num_images_per_prompt", "2", "--height", "96", "--width", "160",

@@ -219,6 +219,7 @@ def test_a_threshold_of_zero_is_the_plain_pipeline(build, make_args, tmp_path):
     assert step_cache.cached_steps(pipeline) == []
 
 
+@pytest.mark.slow
 def test_with_compiled_blocks(build, make_args, tmp_path, compiler):
     """Both branches of the cache are compiled by the warm-up."""
     args = args_with_cache(make_args, tmp_path, "--disable_quant", "--disable_inductor_tuning_flags")
