@@ -1,5 +1,5 @@
-"""The tables of README.md and of tiny_flux/README.md, from the JSON files in results/: no figure in them is typed by
-hand. `python experiments.py report` rewrites what stands between the markers.
+"""The tables of README.md, KERNELS.md and tiny_flux/README.md, from the JSON files in results/: no figure in them is
+typed by hand. `python experiments.py report` rewrites what stands between the markers.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 
 from report.records import RESULTS, ROOT, newest
 
-PAGES = (ROOT / "README.md", ROOT / "tiny_flux" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md")
 MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
@@ -65,6 +65,30 @@ def table(where: str) -> str:
             link, _seconds(record), _ratio(eager and eager[1], record),
             *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
             "–" if error is None else f"{error * 100:.2f} %", _gib(record)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# A suite's name, and the rows that are shown of it before all others.
+GLANCE = {
+    "schnell": ("schnell, 4 steps", {"8_fused": "every step"}),
+    "dev": ("dev, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
+                              "cache_balanced": "step cache `balanced`", "cache_fast": "step cache `fast`"}),
+    "kontext": ("Kontext, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs"}),
+}
+
+
+def glance_table(gpu: str) -> str:
+    """The markdown table of the figures that matter most, against diffusers' own pipeline in bf16."""
+    lines = ["| FLUX.1 | diffusers, bf16 | here | × |", "|---" * 4 + "|"]
+    for suite, (title, names) in GLANCE.items():
+        eager_path, eager = newest(RESULTS / gpu / suite, "1_eager")
+        before = f"{title} | [{eager['seconds']['median']:.3f}](results/{gpu}/{suite}/{eager_path.name})"
+        for row, name in names.items():
+            if found := newest(RESULTS / gpu / suite, row):
+                path, record = found
+                lines.append(f"| {before} | [**{record['seconds']['median']:.3f}**](results/{gpu}/{suite}/{path.name}) "
+                             f"{name} | {_ratio(eager, record)} |")
+                before = " | "
     return "\n".join(lines) + "\n"
 
 
@@ -285,9 +309,9 @@ def tried_table(gpu: str) -> str:
 
 def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
-    makers = {"results": table, "beside": beside_table, "quality": quality_table, "judge": judge_table,
-              "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table, "expected": expected_table,
-              "tried": tried_table}
+    makers = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
+              "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
+              "expected": expected_table, "tried": tried_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 

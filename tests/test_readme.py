@@ -8,7 +8,7 @@ from report import tables
 from utils.benchmark_utils import create_parser
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, KERNELS = ((ROOT / name).read_text() for name in ("README.md", "KERNELS.md"))
 
 def test_every_flag_exists():
     known = set(create_parser()._option_string_actions) | {"--strict", "--suite", "--rows", "--dry-run", "--resume"}
@@ -28,7 +28,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_every_link_into_the_repository_leads_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README + KERNELS) if "://" not in link]
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
@@ -47,4 +47,4 @@ def test_a_figure_typed_by_hand_would_be_replaced():
 def test_the_errors_in_the_text_are_those_of_the_files():
     for name in ("attention_scaled", "attention_unscaled"):
         record = json.loads((ROOT / "results" / "h100" / "schnell" / f"{name}.json").read_text())
-        assert f"{record['step_relative_error'] * 100:.3f} %\n([{name.removeprefix('attention_')}]" in README
+        assert f"{record['step_relative_error'] * 100:.3f} %\n([{name.removeprefix('attention_')}]" in KERNELS
