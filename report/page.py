@@ -104,7 +104,7 @@ def speed_section(folder: Path, suite: str, title: str, pictures: list[Path]) ->
                                  [speed_cells(suite, *row, eager and eager[1], ceilings) for row in rows]))
             charted |= {file: (name.partition(", and so")[0], record) for name, file, record in rows
                         if group in ("ladder", "without", "caches") and file not in charted}
-    images, rows = [], read(folder, {row: name for row, name in tables.NAMES.items() if row != "memory_24gib"})
+    images, rows = [], read(folder, {row: name for row, name in tables.NAMES.items() if not row.startswith("memory_")})
     if len(rows) > 1:
         names, seconds = [name for name, _, _ in rows], [record["seconds"]["median"] for _, _, record in rows]
         ratios = [eager and tables.speed_up(eager[1], record) for _, _, record in rows]
