@@ -1,4 +1,4 @@
-"""Packages that call this recipe's own ops: fp8 attention, the fused kernels' products. On a CPU, by their references."""
+"""Packages that call this recipe's own ops: fp8 attention, fused products. On a CPU, by their references."""
 
 import pytest
 import torch
