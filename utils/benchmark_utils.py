@@ -5,6 +5,7 @@ the checkpoint or the hardware is refused by `utils.techniques.plan`, still befo
 """
 
 import argparse
+import atexit
 import gc
 import json
 import os
@@ -368,6 +369,7 @@ def spare_the_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton 3.9 takes its own types for leaked, and says so at the end
 
 
 class StageLog:
