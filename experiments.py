@@ -50,6 +50,7 @@ LADDER = {
     "6_float8": QUICK + UNFUSED,
     "7_flags": UNFUSED,
     "8_fused": QUICK,
+    "9_flags": [],
 }
 ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
 

@@ -20,6 +20,7 @@ NAMES = {
     "6_float8": "+ float8, one scale a row",
     "7_flags": "+ inductor flags",
     "8_fused": "float8 as above, + fused kernels, fused VAE",
+    "9_flags": "+ inductor flags, which is all that is on by default",
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
     "memory_16gib": "and one model at a time on the GPU, tiled VAE, 16 GiB",
     "memory_8gib": "bf16, layer by layer on the GPU, tiled VAE, 8 GiB",
