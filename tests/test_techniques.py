@@ -1,6 +1,7 @@
 """Which techniques are on where: a table of machines against the decisions."""
 
 import argparse
+import sys
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ def test_the_namespace_is_left_alone():
     assert args == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
 def test_a_compiler_that_would_link_its_own_libstdcxx_is_refused(tmp_path, monkeypatch):
     """g++ names a library that it finds by its path, and one that it does not find by the name it was given."""
     compiler = tmp_path / "g++"

@@ -8,6 +8,7 @@ import argparse
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -169,8 +170,10 @@ def _cpp_compiler() -> str | None:
 
 def _package_obstacle() -> str | None:
     """Without libstdc++.so a compiler links libstdc++.a into each package. Two copies of it in one process have two
-    ideas of a locale, and a package crashes when it is opened, in std::regex (seen with g++ 13.3)."""
-    if (compiler := _cpp_compiler()) is None:
+    ideas of a locale, and a package crashes when it is opened, in std::regex. Not so on macOS, whose library is
+    another."""
+    compiler = _cpp_compiler()
+    if compiler is None or sys.platform != "linux":
         return None
     found = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
     if found != "libstdc++.so":
