@@ -86,14 +86,18 @@ MEMORY = {
     "memory_8gib": [*QUICK, "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8"],
 }
 
-# From the start of a process to its first image. The second of each finds what the first has made.
-PACKAGES = [*QUICK, "--compile_export_mode", "export_aoti"]
+# From the start of a process to its first image, with a cache folder of the row's own. (What Triton keeps of the fused
+# kernels is elsewhere.)
+OWN_CACHE = [*QUICK, "--cache-dir", "{scratch}/cache"]
+PACKAGES = [*OWN_CACHE, "--compile_export_mode", "export_aoti"]
 STARTS = {
-    "start_compile": [*QUICK, "--cache-dir", "{scratch}"],
-    "start_compile_again": QUICK,
-    "start_export": [*PACKAGES, "--re-export"],
+    "start_compile": OWN_CACHE,
+    "start_compile_again": OWN_CACHE,
+    "start_export": PACKAGES,
     "start_packages": [*PACKAGES, "--use-cached-model"],
 }
+# What fills the cache folder first.
+AFTER = {"start_compile_again": "start_compile", "start_packages": "start_export"}
 # One image on two GPUs, under torchrun.
 GPUS = {f"gpus_2_{kind}": [*QUICK, "--context_parallel", kind] for kind in ("ulysses", "ring")}
 
@@ -149,7 +153,8 @@ WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "start_")
 
 def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:
     """The command lines of one row, in order, from the repository's root: the last one measures and results record
-    it, those before make what it compares with, unless that is there. Later flags win over earlier ones."""
+    it, those before make what it compares with, unless that is there, or what it starts from. Later flags win over
+    earlier ones."""
     output = scratch / "result.json"
     if suite == "tiny":
         def pictures(*flags: str, row: str) -> list[str]:
@@ -168,9 +173,9 @@ def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = Fals
         flags.append("--step_error")
     if suite == "kontext":
         flags += ["--image", str(scratch / "reference.png")]
-    flags += [flag.format(scratch=scratch) for flag in ROWS[suite][row]]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if row.startswith("gpus_2") else []
-    return [[sys.executable, *launcher, "run_benchmark.py", *flags]]
+    return [[sys.executable, *launcher, "run_benchmark.py", *flags,
+             *(flag.format(scratch=scratch) for flag in ROWS[suite][one])] for one in (AFTER.get(row), row) if one]
 
 
 def choose(suites: list[str] | None, patterns: list[str] | None) -> list[tuple[str, str]]:
