@@ -49,7 +49,6 @@ def fail(*_):
     pytest.fail("exported again")
 
 
-QUICK_CASES = ("schnell, float32", "dev, int8, batch 2, cache")
 CASES = {
     "schnell, float32": ["--ckpt", "tiny-flux", "--disable_bf16", "--disable_quant", "--vae_tiling"],
     "dev, int8, batch 2, cache": [
@@ -65,8 +64,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [*QUICK_CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES
-                                                  if case not in QUICK_CASES)])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (i > 0))
+                                  for i, case in enumerate(CASES)])
 def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch, case):
     args = arguments(make_args, folder, *CASES[case])
     eager = copy.copy(args)

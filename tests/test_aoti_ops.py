@@ -37,6 +37,7 @@ class Products(torch.nn.Module):
                 fused_kernels.products(hidden, scales, [1, 2], *self.down.operands(), 32))
 
 
+@pytest.mark.slow
 def test_one_package_calls_the_fused_products_with_each_blocks_weights(tmp_path):
     """Lists of weights, scales and numbers go through; none of the first block's is compiled in."""
     x, x_scale = fused_kernels.quantize_rows(torch.randn(1, 96, 128))
