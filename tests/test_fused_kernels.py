@@ -22,8 +22,9 @@ DEVICES = (["interpreter"] if INTERPRETED else []) + [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
         reason="the kernels are made for Hopper GPUs, and PyTorch sees none here")])]
-# (batch, text tokens, image tokens, D, heads, MLP): tiles of one stream and of both, tails, small heads, FLUX.1's own.
-SHAPES = [(2, 10, 37, 128, 2, 256), (1, 128, 140, 192, 3, 256)]
+# (batch, text tokens, image tokens, D, heads, MLP): tiles of one stream and of both, tails, small heads, shared tiles
+# behind whole ones, FLUX.1's own.
+SHAPES = [(2, 10, 37, 128, 2, 256), (1, 128, 140, 192, 3, 256), (1, 128, 140, 128, 2, 512)]
 LARGE = [(1, 256, 1024, 3072, 24, 12288), (2, 77, 333, 384, 3, 1536), (1, 512, 4096, 3072, 24, 12288)]
 
 

@@ -173,16 +173,38 @@ def _tanh(x):
 
 @triton.jit
 def _product_kernel(
-        x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, out_stride, part_stride,
-        N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-        GROUP: tl.constexpr, PROGRAMS: tl.constexpr, QKV: tl.constexpr, SCALE: tl.constexpr, STREAMS: tl.constexpr,
-        D: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr):
+        x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, whole, out_stride,
+        part_stride, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, HALVES: tl.constexpr, QKV: tl.constexpr,
+        SCALE: tl.constexpr, STREAMS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
+        EPS: tl.constexpr, MAX: tl.constexpr):
     """x (M, K) w (STREAMS N, K)^T, scaled by row and column, plus bias; then, in registers, QK-norm and rotation, or
     GELU; e4m3. Of two streams the rows below T have the first N rows of w. q, k and v go to (3, M, D), or, for PARTS
     GPUs that attend to D / PARTS columns each, to (PARTS, M, 3 D / PARTS).
 
-    Persistent: a program takes every PROGRAMS-th tile, in groups of GROUP tile rows that share their columns of w in
-    L2. `flatten` makes one loop of tiles and K, so that a tile's end overlaps with the next one's loads; it takes no
+    Persistent: a program takes every PROGRAMS-th tile of the `whole` first ones. Of those behind them there are too few
+    for all programs, so each is shared by two (HALVES), left and right.
+    """
+    _tiles_kernel(x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, 0, whole,
+                  out_stride, part_stride, N, K, BLOCK_M, BLOCK_N, 1, BLOCK_K, GROUP, PROGRAMS, QKV, SCALE, STREAMS, D,
+                  HEAD, PARTS, EPS, MAX)
+    if HALVES:
+        _tiles_kernel(x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, whole,
+                      tl.cdiv(M, BLOCK_M) * (N // BLOCK_N), out_stride, part_stride, N, K, BLOCK_M, BLOCK_N // 2, 2,
+                      BLOCK_K, GROUP, PROGRAMS, QKV, SCALE, STREAMS, D, HEAD, PARTS, EPS, MAX)
+
+
+@triton.jit
+def _tiles_kernel(
+        x, w, x_scale, w_scale, bias, out, tensor_scales, cos, sin, norms, descale, M, T, first, last, out_stride,
+        part_stride, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        SHARED: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, QKV: tl.constexpr,
+        SCALE: tl.constexpr, STREAMS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
+        EPS: tl.constexpr, MAX: tl.constexpr):
+    """The tiles from `first` to `last`, each SHARED by so many programs of BLOCK_N columns, in groups of GROUP tile
+    rows that share their columns of w in L2.
+
+    `flatten` makes one loop of tiles and K, so that a tile's end overlaps with the next one's loads; it takes no
     branches (Triton 3.6), hence the arithmetic that leaves v as it is where a branch would be.
     """
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
@@ -195,13 +217,14 @@ def _product_kernel(
     else:
         out_tiles = tl.make_tensor_descriptor(out, [M, N], [out_stride, 1], [BLOCK_M, BLOCK_N])
     rows = tl.cdiv(M, BLOCK_M)
-    columns: tl.constexpr = N // BLOCK_N
-    for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
+    columns: tl.constexpr = N // (BLOCK_N * SHARED)
+    for share in tl.range(tl.program_id(0), (last - first) * SHARED, PROGRAMS, flatten=True):
+        tile = first + share // SHARED
         group = tile // (GROUP * columns)
         height = min(rows - group * GROUP, GROUP)
         within = tile % (GROUP * columns)
         m = (group * GROUP + within % height) * BLOCK_M
-        n = (within // height) * BLOCK_N
+        n = ((within // height) * SHARED + share % SHARED) * BLOCK_N
         stream = tl.where(m >= T, STREAMS - 1, 0)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -244,15 +267,20 @@ def _ranges(tokens: int, text_tokens: int, streams: int) -> list[tuple[int, int,
     return [(0, text_tokens, 0), (text_tokens, tokens - text_tokens, 1)]
 
 
-def _tiles(rows: int, columns: int, part: int, depth: int, device: torch.device) -> dict:
-    """Sizes of the tiles (BLOCK_N divides `part`) and the number of programs. Of 13 sets tried on an H100 at 4,352
-    tokens 128x256x128 in groups of 16 with three stages was the fastest at both products; results/kernels.py measures
-    them."""
+def _tiles(rows: int, columns: int, part: int, head: int, depth: int, device: torch.device) -> tuple[int, dict]:
+    """How many tiles come before the shared ones, and the kernel's constants: sizes of the tiles (BLOCK_N divides
+    `part`), number of programs, and whether the last tiles are shared, each half of which has whole heads.
+
+    Of 13 sets tried on an H100 at 4,352 tokens 128x256x128 in groups of 16 with three stages was the fastest at both
+    products; results/kernels.py measures them."""
     block_n = next(size for size in (256, 128, 64) if part % size == 0)
     block_k = next(size for size in (128, 64) if depth % size == 0)
     units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=16,
-                PROGRAMS=min(units, triton.cdiv(rows, BLOCK_M) * (columns // block_n)))
+    tiles = triton.cdiv(rows, BLOCK_M) * (columns // block_n)
+    left = tiles % units
+    halves = 0 < 2 * left <= units and block_n // 2 % max(head, 32) == 0
+    return tiles - left * halves, dict(BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=16,
+                                       PROGRAMS=min(units, 2 * tiles if halves else tiles), HALVES=halves)
 
 
 # --- ops ---
@@ -374,11 +402,11 @@ def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: T
                                     triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX, num_warps=4)
     for b in range(B):
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
-            tiles = _tiles(rows, N, N, K, x.device)
+            whole, tiles = _tiles(rows, N, N, 1, K, x.device)
             own = slice(stream * N, (streams if rows == tokens else stream + 1) * N)
             _product_kernel[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], out[b, row:, D:], tensor_scales, bias,
-                bias, bias, bias, rows, text_tokens, D + N, 0, N, K, *tiles.values(), False, 1 + stream,
+                bias, bias, bias, rows, text_tokens, whole, D + N, 0, N, K, *tiles.values(), False, 1 + stream,
                 w[own].shape[0] // N, N, 16, 1, EPS, E4M3_MAX, num_warps=8, num_stages=3)
     return out
 
@@ -412,11 +440,11 @@ def qkv_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Te
     flat = out.view(out.shape[0], B, tokens, -1)
     for b in range(B):
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
-            tiles = _tiles(rows, N, D // parts, K, x.device)
+            whole, tiles = _tiles(rows, N, D // parts, D // heads, K, x.device)
             own = slice(stream * N, (streams if rows == tokens else stream + 1) * N)
             _product_kernel[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], flat[0, b, row:], descale, cos[row:],
-                sin[row:], norms[stream:], descale[b], rows, text_tokens, flat.shape[3], flat.stride(0), N, K,
+                sin[row:], norms[stream:], descale[b], rows, text_tokens, whole, flat.shape[3], flat.stride(0), N, K,
                 *tiles.values(), True, 0, w[own].shape[0] // N, D, D // heads, parts, EPS, E4M3_MAX, num_warps=8,
                 num_stages=3)
     return out
