@@ -43,8 +43,8 @@ from utils.package_store import (
     verify,
 )
 
-# How far a package's first output may be from eager's, by dtype: rounding in other places, nothing more.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# How far a package's first output may be from eager's: rounding in other places, nothing more.
+FLOAT32_BOUND, BOUND = 1e-4, 3e-2
 
 
 @dataclass
@@ -229,7 +229,7 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
         for module in {id(m): m for m in (unit.modules[0], unit.modules[-1])}.values():
             expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
             error = max(_relative(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
-            if not error < BOUNDS[_tensors(expected)[0].dtype]:
+            if not error < _bound_of(module, _tensors(expected)[0].dtype):
                 raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
                                   "please report this, and use --compile_export_mode compile.")
         say(f"exported {unit.name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.1f} MB")
@@ -248,6 +248,13 @@ def _compile(unit: Unit, path: Path, key: str) -> None:
 
 def _tensors(output) -> list[torch.Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+
+
+def _bound_of(module: torch.nn.Module, dtype: torch.dtype) -> float:
+    """Values that are rounded to 8 bits on their way may go to the next of few, in any dtype: 1.2e-4 was seen of int8
+    in float32."""
+    quantised = any(x.dtype.itemsize == 1 for x in constants_of(module).values())
+    return BOUND if quantised or dtype != torch.float32 else FLOAT32_BOUND
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
