@@ -32,7 +32,9 @@ FUSED, CHANNELS, FA3, QUANT = OFF = [
     "--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
 VAE = "--disable_fused_vae"
 EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
-QUICK = ["--disable_inductor_tuning_flags"]
+# Named, since packages became the default: rows old and new are compiled, but for those that say otherwise further on.
+COMPILE = ["--compile_export_mode", "compile"]
+QUICK = ["--disable_inductor_tuning_flags", *COMPILE]
 UNFUSED = ["--disable_fused_kernels", VAE]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
 
@@ -48,9 +50,9 @@ LADDER = {
     "4_channels_last": [*QUICK, *OFF[2:], VAE],
     "5_fa3": [*QUICK, *OFF[3:], VAE],
     "6_float8": QUICK + UNFUSED,
-    "7_flags": UNFUSED,
+    "7_flags": COMPILE + UNFUSED,
     "8_fused": QUICK,
-    "9_flags": [],
+    "9_flags": COMPILE,
 }
 ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
 

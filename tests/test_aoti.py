@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import numpy as np
@@ -59,6 +60,11 @@ CASES = {
                             "96", "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
     "kontext, int8, batch 2": ["--ckpt", "tiny-kontext", "--image", "reference.png", "--num_images_per_prompt", "2",
                                "--height", "96", "--width", "64", "--num_inference_steps", "2", "--vae_tiling"],
+    "dev, bf16, cache": ["--ckpt", "tiny-flux-dev", "--disable_quant", "--height", "160", "--width", "96",
+                         "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
+    "dev, float32 and int8, batch 2": ["--ckpt", "tiny-flux-dev", "--disable_bf16", "--quant_dtype", "int8",
+                                       "--num_images_per_prompt", "2", "--height", "64", "--width", "64",
+                                       "--num_inference_steps", "2", "--vae_tiling"],
     "kontext, bf16, VAE": ["--ckpt", "tiny-kontext", "--image", "reference.png", "--disable_quant", "--height", "64",
                            "--width", "96", "--num_inference_steps", "2"],
 }
@@ -72,7 +78,7 @@ def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch
     eager.compile_export_mode = "compile"
     monkeypatch.setattr("utils.pipeline_utils.compile_pipeline", lambda *_: None)  # quantised, cached, not compiled
     expected = optimize(load_pipeline(eager), eager)
-    bound = 1e-4 if args.disable_bf16 else 0.02
+    bound = 1e-4 if args.disable_bf16 and args.disable_quant else 0.02
     wanted = latents(expected, eager), np.asarray(expected(**call_kwargs(expected, eager)).images[0]).astype(int)
 
     made = optimize(load_pipeline(args), args)
@@ -128,7 +134,9 @@ def test_one_package_serves_float8_weights_of_other_scales(float8_on_cpu, tmp_pa
         patch.setattr(aoti, "_load", lambda *_: lambda **kwargs: Layer.forward(layers[0], **kwargs))
         with pytest.raises(RecipeError, match="differs from eager"):
             aoti.export([unit], tmp_path, "k")
-    aoti.export([unit], tmp_path, "k")
+    said = []
+    aoti.export([unit], tmp_path, "k", said.append)
+    assert len(said) == 1 and re.fullmatch(r"exported layer: \d+ s, \d\.\d MB", said[0])
     aoti.bind([unit], tmp_path, "k")
     with torch.no_grad():
         for layer in layers:
@@ -203,7 +211,7 @@ def copied(bound, folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "packages" / key, root / key)
     exports = []
 
-    def export(units, temporary, key_):
+    def export(units, temporary, key_, say):
         exports.append(key_)
         for path in (folder / "packages" / key).glob("*.pt2"):
             shutil.copy(path, temporary)
@@ -250,6 +258,19 @@ def test_a_package_of_another_machine_is_not_found(bound, copied):
     assert not exports
 
 
+def test_by_default_the_first_start_exports_and_the_next_loads(bound, copied, monkeypatch, capfd):
+    package, exports = copied
+    shutil.rmtree(package)
+    packaged = aoti.packaged  # without the VAE, whose package this module does not make
+    monkeypatch.setattr(aoti, "packaged", lambda pipeline, tiling, *rest: packaged(pipeline, True, *rest))
+    for said in ("exported", "loaded"):
+        pipeline, args = bound(use_cached=False, compile_export_mode=None, vae_tiling=False, quiet=False,
+                               cache_dir=str(package.parent.parent))
+        assert pipeline.techniques["compile"].how.startswith(f"double, single: {said} {package.name}")
+        assert ("exporting double, single; later starts load them" in capfd.readouterr().err) == (said == "exported")
+    assert exports == [package.name] and torch.isfinite(latents(pipeline, args)).all()
+
+
 def test_re_export_makes_it_anew(bound, copied):
     package, exports = copied
     bound(use_cached=False, re_export=True, cache_dir=str(package.parent.parent))
@@ -290,5 +311,7 @@ def test_the_command_line(copied, monkeypatch, capsys):
     shutil.copytree(package, package.with_name(f"rejected-{package.name}-0"))
     assert "set aside" in run("list")
     (package / "single.pt2").write_bytes(b"")
-    assert "single.pt2 is damaged" in run("verify")
+    with pytest.raises(SystemExit, match="1"):
+        run("verify")
+    assert "single.pt2 is damaged" in capsys.readouterr().out
     assert "removed" in run("clean") and not package.exists() and run("list") == ""

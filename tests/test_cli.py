@@ -39,6 +39,14 @@ def test_a_prompt_that_looks_like_a_flag_value_stays_as_it_is():
     assert create_parser().parse_args(["--prompt=a-b_c --d-e"]).prompt == "a-b_c --d-e"
 
 
+def test_packages_are_the_default_and_help_says_so():
+    """What stands against them depends on the machine: the flag is left open, for `utils.techniques.plan` to decide."""
+    assert create_parser().parse_args([]).compile_export_mode is None
+    text = " ".join(create_parser().format_help().split())
+    assert "Default: export_aoti where it can be, else compile" in text and "default: None" not in text
+    assert "(default: blocks)" in text
+
+
 def test_abbreviations_and_typos_are_errors(capsys):
     with pytest.raises(SystemExit) as error:
         create_parser().parse_args(["--disable_fa"])
@@ -67,10 +75,14 @@ REFUSED_BY_ARGUMENTS = [
     (["--quant_dtype", "int8", "--quant_granularity", "tensor"], "per row"),
     (["--quant_granularity", "row", "--disable_bf16"], "bf16"),
     (["--disable_fa3", "--attention_backend", "fa3"], "contradicts"),
-    (["--use-cached-model"], "add --compile_export_mode export_aoti"),
-    (["--re-export"], "add --compile_export_mode export_aoti"),
-    (["--compile_export_mode", "export_aoti", "--use-cached-model", "--re-export"], "never export"),
-    (["--compile_export_mode", "export_aoti", "--compile_scope", "whole"], "drop --compile_scope whole"),
+    (["--use-cached-model", "--compile_export_mode", "compile"], "--compile_export_mode compile neither makes"),
+    (["--re-export", "--compile_export_mode", "disabled"], "--re-export is about exported packages"),
+    (["--package-from", "x", "--compile_export_mode", "compile"], "--package-from is about exported packages"),
+    (["--use-cached-model", "--re-export"], "never export"),
+    (["--re-export", "--package-from", "x"], "never export"),
+    (["--compile_export_mode", "export_aoti", "--compile_scope", "whole"], "does not go with --compile_scope whole"),
+    (["--use-cached-model", "--compile_scope", "whole"], "--use-cached-model does not go with --compile_scope whole"),
+    (["--re-export", "--attention_backend", "flex"], "--re-export does not go with --attention_backend flex"),
     (["--compile_scope", "whole", "--compile_export_mode", "disabled"], "contradicts"),
     (["--compile_scope", "whole", "--enable_cache_dit"], "--compile_scope blocks"),
     (["--compile_scope", "whole", "--cache_preset", "fast"], "with --cache_preset"),
@@ -140,7 +152,8 @@ def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
 
 @pytest.mark.parametrize("argv, text", [
     (["--compile_scope", "whole", "--offload", "model"], "--compile_scope blocks"),
-    (["--compile_export_mode", "export_aoti", "--offload", "model"], "--compile_export_mode compile"),
+    (["--compile_export_mode", "export_aoti", "--offload", "model"], "export_aoti does not go with --offload model"),
+    (["--package-from", "x", "--offload", "group"], "--package-from does not go with --offload group"),
     (["--compile_scope", "whole", "--offload", "group"], "--compile_scope blocks"),
     (["--enable_cache_dit", "--offload", "model"], "--offload group"),
 ])

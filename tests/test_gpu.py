@@ -132,7 +132,7 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
     """On 1 + 2 blocks of full width: the step against float32, the image against the eager pipeline's."""
     torch._dynamo.reset()
     argv = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
-            "--disable_inductor_tuning_flags", "--cache-dir", str(tmp_path), *argv]
+            "--disable_inductor_tuning_flags", "--compile_export_mode", "compile", "--cache-dir", str(tmp_path), *argv]
     args = create_parser().parse_args(argv)
     pipeline = load_pipeline(args)
     inputs = capture_step(pipeline, call_kwargs(pipeline, args))
@@ -157,7 +157,8 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
 def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
     """On 1 + 2 blocks of full width: the same images, one graph a segment, none of them recorded after the warm-up."""
     argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
-            "--num_inference_steps", "12", "--disable_inductor_tuning_flags", "--cache-dir", str(tmp_path), *argv]
+            "--num_inference_steps", "12", "--disable_inductor_tuning_flags", "--compile_export_mode", "compile",
+            "--cache-dir", str(tmp_path), *argv]
     found, cached, diffs = [], [], []
     for more in ([], ["--disable_cudagraphs"]):
         torch._dynamo.reset()

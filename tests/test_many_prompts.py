@@ -231,7 +231,8 @@ def test_the_warm_up_is_of_the_batch(build, make_args, folder, monkeypatch):
     monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
     args = make_args("--ckpt", "tiny-flux-dev", "--prompts-file", "prompts.txt", "--batch_size", "3",
                      "--num_images_per_prompt", "2", "--negative_prompt", "blue", "--true_cfg_scale", "3",
-                     "--disable_quant", "--disable_bf16", "--disable_inductor_tuning_flags")
+                     "--disable_quant", "--disable_bf16", "--disable_inductor_tuning_flags",
+                     "--compile_export_mode", "compile")
     assert images_per_call(args) == 6
     pipeline_utils.optimize(pipeline, args)
     assert batches == [6, 6]

@@ -107,6 +107,12 @@ def test_a_cache_that_others_can_write_into_is_refused(tmp_path):
         open_store(tmp_path / "link")
 
 
+def test_a_cache_that_cannot_be_written_into_is_said(root, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != root)  # root, as in a container, may write anywhere
+    with pytest.raises(RecipeError, match=r"packages is not writable\. Choose another"):
+        open_store(root.parent)
+
+
 def test_a_failed_export_leaves_nothing(root):
     def fail(folder):
         make(folder)

@@ -57,9 +57,9 @@ COMPILED = [*SCHNELL[:2], "--random_weights", "1+1", "--device", "cpu", "--quiet
             "--disable_inductor_tuning_flags"]
 
 
-# What is on by default on a Hopper GPU, at full width.
+# What is on by default on a Hopper GPU, at full width, but for packages.
 FULL_WIDTH = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
-              "--disable_inductor_tuning_flags"]
+              "--disable_inductor_tuning_flags", "--compile_export_mode", "compile"]
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

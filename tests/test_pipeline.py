@@ -38,7 +38,8 @@ def reference_image(tmp_path_factory):
 def args_for(make_args, reference_image):
     def make(name, *argv):
         image = ["--image", reference_image] if name == "tiny-kontext" else []
-        return make_args("--ckpt", name, "--num_inference_steps", "2", *image, *argv)
+        return make_args("--ckpt", name, "--num_inference_steps", "2", "--compile_export_mode", "compile", *image,
+                         *argv)
     return make
 
 

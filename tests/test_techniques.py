@@ -1,6 +1,7 @@
 """Which techniques are on where: a table of machines against the decisions."""
 
 import argparse
+import re
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ CPU = Hardware("cpu")
 
 SCHNELL = random_weights.architecture("FLUX.1-schnell")
 DEV = random_weights.architecture("FLUX.1-dev")
+LIBSTDCXX_OBSTACLE = techniques._libstdcxx_obstacle
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, f"a stand-in for {library}"))
     monkeypatch.setattr(attention, "register_library", lambda *_: None)
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
+    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: None)
 
 
 def decide(hardware, *argv, configs=SCHNELL):
@@ -68,7 +71,9 @@ def test_fused_kernels_where_they_run(argv, why, monkeypatch):
     if why:
         assert chosen.decisions["fused kernels"].how == why
     else:
-        assert chosen.decisions["compile"].how.startswith("VAE, T5")
+        assert chosen.decisions["compile"].how == "blocks, VAE, T5"  # as packages
+        compiled = decide(H100, *argv, "--compile_export_mode", "compile")
+        assert compiled.decisions["compile"].how == "VAE, T5; the blocks are kernels already"
     for hardware in (L20, A100, MI300, CPU):
         assert not decide(hardware).is_on("fused kernels")
     assert "sm_90" in decide(L20).decisions["fused kernels"].how
@@ -209,9 +214,77 @@ def test_the_namespace_is_left_alone():
     assert args == before
 
 
+EXPORT, COMPILE, DISABLED = (["--compile_export_mode", mode] for mode in ("export_aoti", "compile", "disabled"))
+TO_COMPILE = [
+    (CPU, ["--compile_scope", "whole"], "--compile_scope whole (a package is of one kind of block)"),
+    (H100, ["--offload", "model"], "--offload model (it moves weights, "),
+    (H100, ["--context_parallel", "ulysses"], "--context_parallel ulysses (its exchanges"),
+    (CPU, ["--attention_backend", "_native_math"], "--attention_backend _native_math (torch.export forgets"),
+    (MI300, [], "torch.export does not work on AMD"),
+]
+
+
+@pytest.mark.parametrize("hardware, argv, mode, how", [
+    (CPU, [], "export_aoti", "blocks, VAE"),
+    (H100, [], "export_aoti", "blocks, VAE, T5"),
+    (L20, ["--text_encoder_quant"], "export_aoti", "blocks, VAE, T5"),
+    (H100, EXPORT, "export_aoti", "blocks, VAE, T5"),
+    (H100, ["--attention_backend", "fa3_bf16"], "export_aoti", "blocks, VAE, T5"),
+    (CPU, ["--attention_backend", "native"], "export_aoti", "blocks, VAE"),
+    (CPU, ["--use-cached-model"], "export_aoti", "blocks, VAE"),
+    (CPU, ["--re-export"], "export_aoti", "blocks, VAE"),
+    (CPU, ["--package-from", "x"], "export_aoti", "blocks, VAE"),
+    (CPU, ["--vae_tiling", "--re-export"], "export_aoti", "blocks, VAE"),
+    (CPU, COMPILE, "compile", "blocks, VAE"),
+    (MI300, COMPILE, "compile", "blocks, VAE, T5"),
+    (CPU, [*COMPILE, "--compile_scope", "whole"], "compile", "whole, VAE"),
+    (CPU, DISABLED, "disabled", "--compile_export_mode disabled"),
+    (H100, ["--offload", "group"], "disabled", "--offload group hooks into every layer"),
+    (CPU, ["--vae_tiling"], "compile", "blocks, VAE; torch.compile, not packages: --vae_tiling"),
+    *((hardware, argv, "compile", f"; torch.compile, not packages: {why}") for hardware, argv, why in TO_COMPILE),
+], ids=str)
+def test_packages_are_the_default_where_they_can_be(hardware, argv, mode, how):
+    chosen = decide(hardware, *argv)
+    assert chosen.compile_mode == mode and chosen.is_on("compile") == (mode != "disabled")
+    assert (how in chosen.decisions["compile"].how if how[0] == ";" else how == chosen.decisions["compile"].how)
+
+
+@pytest.mark.parametrize("flags", [EXPORT, ["--use-cached-model"], ["--re-export"], ["--package-from", "x"]], ids=str)
+@pytest.mark.parametrize("hardware, argv, why", [*TO_COMPILE, (H100, ["--offload", "group"], "--offload group")],
+                         ids=str)
+def test_packages_asked_for_by_name_are_packages_or_an_error(hardware, argv, why, flags):
+    with pytest.raises(RecipeError, match=f"^{re.escape(' '.join(flags[:1]))}.*{re.escape(why)}"):
+        decide(hardware, *argv, *flags)
+
+
+def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypatch):
+    monkeypatch.setattr(techniques, "find_spec", lambda name: True)
+    for argv in (["--compile_scope", "whole"], ["--vae_tiling"], ["--attention_backend", "_native_cudnn"]):
+        assert decide(H100, *argv, "--strict").compile_mode == "compile"
+    assert decide(H100, "--strict").compile_mode == "export_aoti"
+    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: "no libstdc++.so")
+    with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):
+        decide(H100, "--strict")
+    assert decide(H100, "--strict", *COMPILE).compile_mode == "compile"
+    monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: "no C++ compiler")
+    with pytest.raises(RecipeError, match=r"--strict: compile is on by default.*no C\+\+ compiler"):
+        decide(H100, "--strict")
+
+
+def test_without_a_compiler_nothing_is_made_and_what_is_there_is_loaded(monkeypatch):
+    monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: "no C++ compiler")
+    assert decide(CPU).decisions["compile"] == (False, "no C++ compiler") and decide(CPU).compile_mode == "disabled"
+    for flags in (EXPORT, ["--re-export"]):
+        with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
+            decide(CPU, *flags)
+    for flags in (["--use-cached-model"], ["--package-from", "x"]):
+        assert decide(CPU, *flags).compile_mode == "export_aoti"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
-def test_a_compiler_that_would_link_its_own_libstdcxx_is_refused(tmp_path, monkeypatch):
+def test_a_compiler_that_would_link_its_own_libstdcxx_makes_no_packages(tmp_path, monkeypatch):
     """g++ names a library that it finds by its path, and one that it does not find by the name it was given."""
+    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", LIBSTDCXX_OBSTACLE)
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
     compiler.chmod(0o755)
@@ -220,6 +293,9 @@ def test_a_compiler_that_would_link_its_own_libstdcxx_is_refused(tmp_path, monke
         with pytest.raises(RecipeError, match=r"g\+\+ finds no libstdc\+\+\.so.*apt install"):
             decide(hardware, "--compile_export_mode", "export_aoti")
         decide(hardware, "--compile_export_mode", "export_aoti", "--use-cached-model")
+        chosen = decide(hardware)
+        assert chosen.compile_mode == "compile" and "not packages: " in chosen.decisions["compile"].how
+        assert "finds no libstdc++.so" in chosen.decisions["compile"].how
         compiler.write_text('#!/bin/sh\necho "/usr/lib/${1#-print-file-name=}"\n')
-        decide(hardware, "--compile_export_mode", "export_aoti")
+        assert decide(hardware).compile_mode == "export_aoti"
         compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')

@@ -49,6 +49,13 @@ class FlagParser(argparse.ArgumentParser):
         return arg
 
 
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says each default but None: what that stands for is in the flag's own text."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def default_prompt(ckpt: str) -> str:
     """What is drawn without --prompt."""
     return {"tiny-flux": "3d avocado on a teal background", "tiny-flux-dev": "3d avocado on a teal background",
@@ -58,7 +65,7 @@ def default_prompt(ckpt: str) -> str:
 def create_parser() -> argparse.ArgumentParser:
     """The flags of gen_image.py and run_benchmark.py. `--a_b` and `--a-b` are the same flag."""
     parser = FlagParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
         allow_abbrev=False,
         epilog="Techniques are on by default where they run. Lossless but for rounding: bf16, fused projections, "
         "channels_last, compile, CUDA graphs, GPU postprocess. Lossy: float8 and int8 quantisation, fp8 attention, "
@@ -136,8 +143,9 @@ def create_parser() -> argparse.ArgumentParser:
                         "ulysses where heads can be divided")
     recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
                         help="default inductor flags: minutes less compile time")
-    recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"], default="compile",
-                        help="torch.compile; torch.export + AOTInductor, whose packages later starts load; or neither")
+    recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"],
+                        help="torch.compile; torch.export + AOTInductor, whose packages later starts load; or neither. "
+                        "Default: export_aoti where it can be, else compile")
     recipe.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
                         help="compile each kind of block once (seconds) or the whole transformer (many minutes)")
     recipe.add_argument("--disable_cudagraphs", action="store_true", help="launch kernels one by one")
@@ -221,17 +229,13 @@ def check_args(args: argparse.Namespace) -> None:
            "drop --disable_bf16 or use --quant_granularity tensor.")
     refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
            f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
-    exports = args.compile_export_mode == "export_aoti"
-    refuse((args.use_cached_model or args.re_export or args.package_from) and not exports,
-           "--use-cached-model, --re-export and --package-from are about exported packages: add --compile_export_mode "
-           "export_aoti.")
+    asked, unpackaged = packages_asked_for(args), unpackaged_by_choice(args)
+    refuse(asked and args.compile_export_mode in ("compile", "disabled"),
+           f"{asked} is about exported packages, which --compile_export_mode {args.compile_export_mode} neither makes "
+           "nor loads: drop one of the two.")
     refuse(args.re_export and (args.use_cached_model or args.package_from),
            "--use-cached-model and --package-from never export, --re-export always does.")
-    refuse(exports and args.compile_scope == "whole",
-           "--compile_export_mode export_aoti exports each kind of block once: drop --compile_scope whole.")
-    refuse(exports and args.offload != "none",
-           f"--offload {args.offload} moves weights, whose addresses exported code holds: use --compile_export_mode "
-           "compile.")
+    refuse(asked and unpackaged, f"{asked} does not go with {' '.join(unpackaged or ())}: drop one of the two.")
     refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
            "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
     refuse(args.compile_scope == "whole" and args.offload != "none",
@@ -267,8 +271,7 @@ def check_args(args: argparse.Namespace) -> None:
         refuse(caches, f"{caches and caches[0]} decides by a residual, of which every GPU would see its own part, and "
                f"they would decide differently: drop it or {parallel}.")
         for flag, given in ((f"--offload {args.offload}", args.offload != "none"),
-                            ("--compile_scope whole", args.compile_scope == "whole"),
-                            ("--compile_export_mode export_aoti", exports)):
+                            ("--compile_scope whole", args.compile_scope == "whole")):
             refuse(given, f"{flag} does not go with {parallel}: drop one of the two.")
 
     for name in ("prompts_file", "cache_dit_config"):
@@ -288,6 +291,27 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("output_file", "trace_file", "output_json", "ceilings"):
         if getattr(args, name):
             make_writable_parent(getattr(args, name), "--" + name.replace("_", "-"))
+
+
+def packages_asked_for(args: argparse.Namespace) -> str | None:
+    """The flag that asks for exported packages by name. They are the default without it, where they can be."""
+    given = {"--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti",
+             "--use-cached-model": args.use_cached_model, "--re-export": args.re_export,
+             "--package-from": args.package_from}
+    return next((flag for flag, is_given in given.items() if is_given), None)
+
+
+def unpackaged_by_choice(args: argparse.Namespace) -> tuple[str, str] | None:
+    """The flag that exported packages do not go with, and why."""
+    backend = args.attention_backend or "native"
+    given = {("--compile_scope whole", "(a package is of one kind of block)"): args.compile_scope == "whole",
+             (f"--offload {args.offload}", "(it moves weights, whose addresses exported code holds)"):
+                 args.offload != "none",
+             (f"--context_parallel {args.context_parallel}", "(its exchanges are not exported)"): args.context_parallel,
+             # Exported with _native_math on torch 2.13, a package called the flash kernel.
+             (f"--attention_backend {backend}", "(torch.export forgets which of PyTorch's kernels was chosen)"):
+                 backend != "native" and not backend.startswith(("fa3", "aiter"))}
+    return next((flag for flag, is_given in given.items() if is_given), None)
 
 
 def images_per_call(args: argparse.Namespace) -> int:

@@ -47,13 +47,15 @@ def open_store(cache_dir: str | Path) -> Path:
     """The folder of all packages, made if it is not there, mode 0700.
 
     Raises:
-        RecipeError: it cannot be made, or others could have written into it.
+        RecipeError: it cannot be made or written into, or others could have written into it.
     """
     root = Path(cache_dir).expanduser() / "packages"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"--cache-dir {cache_dir}: cannot make {root} ({error.strerror}). Choose another.") from error
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise RecipeError(f"--cache-dir {cache_dir}: {root} is not writable. Choose another.")
     if reason := _distrust(root):
         raise RecipeError(f"--cache-dir {cache_dir}: {reason}, and packages are code that would run as you. Choose "
                           "another folder, or make this one yours alone (chmod 700).")

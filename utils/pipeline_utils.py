@@ -136,8 +136,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if fused:
         leave_sums(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
                                   else (0, 0)))
-    exports = chosen.is_on("compile") and args.compile_export_mode == "export_aoti"
-    if exports:
+    if chosen.compile_mode == "export_aoti":
         with log.stage("packages"), follow_schedule(pipeline) if fused else nullcontext():
             techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
     graphed = None
@@ -149,7 +148,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
-    if chosen.is_on("compile") and not exports:
+    if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir)
     if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
         pipeline.transformer = parallel.SharedTokens(transformer)
@@ -173,7 +172,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.is_on("compile") or chosen.is_on("CUDA graphs"):
         # A cache takes its other branch only after its own warm-up steps; everything else shows in one step.
         steps = chosen.settings.num_inference_steps if chosen.cache else 1
-        with log.stage("compile" if chosen.is_on("compile") and not exports else "record"):
+        with log.stage("compile" if chosen.compile_mode == "compile" else "record"):
             show_progress(pipeline, False)
             # With embeddings, as for a file of prompts, whose prompts are encoded one at a time.
             pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))

@@ -19,7 +19,7 @@ from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from utils import attention, parallel, step_cache
-from utils.benchmark_utils import RecipeError, images_per_call
+from utils.benchmark_utils import RecipeError, images_per_call, packages_asked_for, unpackaged_by_choice
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 
 GIB = 2**30
@@ -56,6 +56,7 @@ class Plan:
     quant: tuple[str, str] | None = None  # (float8 | int8, row | tensor)
     cache: step_cache.CacheOptions | None = None
     context_parallel: str | None = None  # ulysses | ring
+    compile_mode: str = "disabled"  # export_aoti | compile | disabled
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def is_on(self, name: str) -> bool:
@@ -89,8 +90,6 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     if args.image and not model.needs_image:
         raise RecipeError(f"--image is for Kontext; {args.ckpt} draws from text alone. Drop it, or use "
                           "--ckpt black-forest-labs/FLUX.1-Kontext-dev (or tiny-kontext).")
-    if args.compile_export_mode == "export_aoti" and not args.use_cached_model and (obstacle := _package_obstacle()):
-        raise RecipeError(f"--compile_export_mode export_aoti: {obstacle}; or use --compile_export_mode compile.")
     chosen = Plan(settings, torch.float32 if args.disable_bf16 else torch.bfloat16)
     on = chosen.decisions
 
@@ -115,11 +114,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     default_on("fused VAE", args.disable_fused_vae or args.disable_channels_last, unwanted, obstacle,
                "GroupNorm with SiLU; attention as two products")
 
-    compiles = default_on("compile", args.compile_export_mode == "disabled", "--compile_export_mode disabled",
-                          "--offload group hooks into every layer" if args.offload == "group" else
-                          None if args.use_cached_model else _compiler_obstacle(hardware),
-                          f"{args.compile_scope}, VAE"
-                          + (", T5" if hardware.device == "cuda" and args.offload == "none" else ""))
+    unpackaged = _choose_compile_mode(args, hardware, chosen, default_on)
+    compiles = chosen.compile_mode != "disabled"
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
     unwanted = "--disable_fused_kernels" if args.disable_fused_kernels else _unfused_by_choice(args)
@@ -127,8 +123,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                   _fusion_obstacle(hardware, chosen, configs),
                   "LayerNorm, modulation, QK-norm, rotation, GELU, casts to e4m3; modulations of all steps at once"):
         on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
-        if compiles:
-            on["compile"] = Decision(True, "VAE, T5; the blocks are kernels already")
+        if chosen.compile_mode == "compile":
+            on["compile"] = Decision(True, f"VAE, T5; the blocks are kernels already{unpackaged}")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
@@ -155,6 +151,39 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     return chosen
 
 
+def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> str:
+    """Packages unless something stands against them, else torch.compile. Asked for by name they are packages or an
+    error.
+
+    Returns:
+        Why torch.compile it is where packages are the default, as the end of the technique's line.
+    """
+    asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
+    from_elsewhere = args.use_cached_model or args.package_from
+    no_compiler = None if from_elsewhere else _compiler_obstacle(hardware)
+    mode, said = args.compile_export_mode or "export_aoti", ""
+    if mode == "export_aoti":
+        # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
+        of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
+                      None if from_elsewhere else no_compiler or _libstdcxx_obstacle())
+        unpackaged = " ".join(by_choice) if by_choice else of_machine
+        if unpackaged and asked:
+            raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
+        if unpackaged and args.strict and not (by_choice or no_compiler):  # without a compiler: below
+            raise RecipeError(f"--strict: exported packages are the default but cannot be had here: {unpackaged}. "
+                              "Use --compile_export_mode compile, or drop --strict.")
+        # Tiles come in several sizes, so packages would leave the VAE uncompiled.
+        unpackaged = unpackaged or ("--vae_tiling" if args.vae_tiling and not asked else None)
+        if unpackaged:
+            mode, said = "compile", f"; torch.compile, not packages: {unpackaged}"
+    if default_on("compile", mode == "disabled", "--compile_export_mode disabled",
+                  "--offload group hooks into every layer" if args.offload == "group" else no_compiler,
+                  f"{args.compile_scope}, VAE"
+                  + (", T5" if hardware.device == "cuda" and args.offload == "none" else "") + said):
+        chosen.compile_mode = mode
+    return said
+
+
 def _compiler_obstacle(hardware: Hardware) -> str | None:
     if hardware.device == "cuda":
         try:
@@ -168,7 +197,7 @@ def _cpp_compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++", "cl"))), None)
 
 
-def _package_obstacle() -> str | None:
+def _libstdcxx_obstacle() -> str | None:
     """Without libstdc++.so a compiler links libstdc++.a into each package. Two copies of it in one process have two
     ideas of a locale, and a package crashes when it is opened, in std::regex. Not so on macOS, whose library is
     another."""
