@@ -263,11 +263,11 @@ def starts_table(where: str) -> str:
     for row, name in STARTS.items():
         if found := newest(RESULTS / where, row):
             path, record = found
-            spent = record["cold_start_s"]
+            spent = record["cold_start_s"] or {}  # null: prepared beside other rows
             cells = [f"{spent[stage]:.1f}" if stage in spent else "–" for stage in ("load", "quantise", "packages")]
-            lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join(cells)} | "
-                         f"{spent.get('compile', 0) + spent.get('record', 0):.1f} | "
-                         f"**{spent['process start to first image']:.1f}** | "
+            compiled = f"{spent.get('compile', 0) + spent.get('record', 0):.1f}" if spent else "–"
+            first = f"**{spent['process start to first image']:.1f}**" if spent else "–"
+            lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join([*cells, compiled, first])} | "
                          f"{record['stages_ms']['denoising_step']:.1f} | "
                          f"{record['peak_memory']['image']['reserved_gib']:.1f} |")
     return "\n".join(lines) + "\n"

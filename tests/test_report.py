@@ -131,6 +131,20 @@ def test_the_same_results_give_the_same_files(results):
     assert {name: (folder / name).read_bytes() for name in DRAWN} == before
 
 
+def test_a_start_beside_other_rows_is_not_shown(results, monkeypatch):
+    folder, _ = results
+    monkeypatch.setattr(tables, "RESULTS", records.RESULTS)
+    for row, spent in (("start_compile", {"load": 3.0, "compile": 40.0, "record": 2.0,
+                                          "process start to first image": 61.5}), ("start_export", None)):
+        (folder / "schnell" / f"{row}.json").write_text(json.dumps(speed(0.5, None) | {"cold_start_s": spent}))
+    cells = [line.strip("| ").split(" | ")[1:6] for line in tables.starts_table("made-up/schnell").splitlines()[2:]]
+    assert cells == [["3.0", "–", "–", "42.0", "**61.5**"], ["–"] * 5]
+    record = speed(0.5, None)
+    assert page.speed_cells("", "", "", record | {"cold_start_s": None}, None, None)[-1] == "–"
+    assert page.speed_cells("", "", "", record | {
+        "cold_start_s": {"process start to first image": 61.5}}, None, None)[-1] == "62"
+
+
 def test_kernels_by_kind():
     """Of the committed results: each part adds up to the whole, and the fused step has no other kinds of kernel."""
     cells = [line.split(" | ") for line in tables.kernel_table("h100/schnell").splitlines()[2:]]
