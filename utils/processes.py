@@ -86,9 +86,9 @@ Ended = tuple[int, int | None, str, float]
 
 def side_by_side(commands: list[list[str]], at_once: int, timeout: float) -> Iterator[Ended]:
     """Runs commands that call `wait_for_turn`, up to `at_once` of them at a time; yields the place of each in
-    `commands`, its exit code, None if it ran past `timeout`, its output and its seconds, as they end. Neither counts
-    the time in which it was held. Those that wait take turns in the order in which they were found to wait. Closed
-    early, it leaves no process behind."""
+    `commands`, its exit code, None if it ran past `timeout`, its output and its seconds, as they end. Timeout and
+    seconds are without the time in which it was held. Those that wait take turns in the order in which they were found
+    to wait. Closed early, it leaves no process behind."""
     left, running, ready, timed = dict(enumerate(commands)), {}, [], None
     try:
         while left or running:
