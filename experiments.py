@@ -77,8 +77,9 @@ CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
             for name in ("fa3", "fa3_bf16", "_native_cudnn", "native")}
-# 8_fused is batch 1 at 1024x1024.
-BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2, 4, 8)}
+# 8_fused is batch 1 at 1024x1024, 1_eager that of the plain pipeline.
+BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2, 4, 8)} | {
+    f"eager_batch_{n}": [*EAGER, *OFF, "--num_images_per_prompt", str(n), "--runs", "3"] for n in (2, 4, 8)}
 SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
@@ -151,7 +152,7 @@ ROWS = {
 
 # The float32 reference needs the unquantised model on the GPU and a step that computes every block, and takes time from
 # a start.
-WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "start_")
+WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
 
 # Nothing is prepared beside these: a whole process is what is timed, both GPUs are in use, or inductor chooses kernels
 # by timing them.

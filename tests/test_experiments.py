@@ -33,6 +33,14 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
     assert len(seen) == sum(map(len, experiments.ROWS.values())), "two rows are the same"
 
 
+def test_batches_are_the_ends_of_the_ladder_without_a_float32_step(tmp_path):
+    for count in (2, 4, 8):
+        for row, end in ((f"batch_{count}", "8_fused"), (f"eager_batch_{count}", "1_eager")):
+            [line] = experiments.commands("h100", "schnell", row, tmp_path)
+            assert "--step_error" not in line and line[line.index("--num_images_per_prompt") + 1] == str(count)
+            assert experiments.ROWS["schnell"][row][:len(experiments.LADDER[end])] == experiments.LADDER[end]
+
+
 def test_every_row_has_a_name():
     assert set(experiments.TINY) == {*tables.QUALITY, "eager"}
     named = {row for names in tables.GROUPS.values() for row in names} | set(tables.STARTS)
