@@ -2,6 +2,7 @@
 
     python experiments.py run h100                     # results/h100/<suite>/<row>.json
     python experiments.py run h100 --suite schnell --rows '1_eager' 'without_*' --dry-run
+    python experiments.py run h100 --suite schnell --jobs 3    # three load and compile at a time, one is timed
     python experiments.py report                       # README tables, results/<gpu>/report.html
 
 A row that fails becomes a result too: why, its exit code and the end of its output. The others go on.
@@ -9,22 +10,24 @@ A row that fails becomes a result too: why, its exit code and the end of its out
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
 from report import records
 from utils.benchmark_utils import SCHEMA_VERSION, write_json
+from utils.processes import execute, side_by_side
 
 ROOT = Path(__file__).parent
 
@@ -76,8 +79,9 @@ CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
             for name in ("fa3", "fa3_bf16", "_native_cudnn", "native")}
-# 8_fused is batch 1 at 1024x1024.
-BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2, 4, 8)}
+# 8_fused is batch 1 at 1024x1024, 1_eager that of the plain pipeline.
+BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2, 4, 8)} | {
+    f"eager_batch_{n}": [*EAGER, *OFF, "--num_images_per_prompt", str(n), "--runs", "3"] for n in (2, 4, 8)}
 SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
@@ -150,7 +154,11 @@ ROWS = {
 
 # The float32 reference needs the unquantised model on the GPU and a step that computes every block, and takes time from
 # a start.
-WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "start_")
+WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
+
+# Nothing is prepared beside these: a whole process is what is timed, both GPUs are in use, or inductor chooses kernels
+# by timing them.
+ALONE = ("start_", "gpus_2", "7_flags", "9_flags")
 
 
 def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:
@@ -195,21 +203,15 @@ def choose(suites: list[str] | None, patterns: list[str] | None) -> list[tuple[s
     return [(suite, row) for suite, row in rows if not patterns or any(fnmatchcase(row, one) for one in patterns)]
 
 
-def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
-    """Runs one command in a process group of its own; its exit code, None if it ran past `timeout`, and its output."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        return code, output.read()
+class Job(NamedTuple):
+    """One row to measure. `path` is where its result goes."""
+    name: str
+    suite: str
+    row: str
+    path: Path
+
+    def is_alone(self) -> bool:
+        return self.suite == "tiny" or self.row.startswith(ALONE)
 
 
 def reason(code: int | None, output: str) -> str:
@@ -223,18 +225,26 @@ def reason(code: int | None, output: str) -> str:
     return "refused" if code == 2 and "error: " in output else "crash"
 
 
+def outcome(line: list[str], code: int | None, output: str, scratch: Path, timeout: float, seconds: float) -> dict:
+    """The result of a row whose last command was `line`: what that wrote, or how it failed."""
+    result = scratch / "result.json"
+    if code != 0 or not result.exists():
+        return {"schema_version": SCHEMA_VERSION, "error": reason(code, output), "exit_code": code,
+                "timeout_s": timeout, "wall_s": seconds,
+                "output_end": output.replace(str(ROOT), ".").splitlines()[-15:],
+                "environment": {"argv": line[1:], "platform": platform.platform(),
+                                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
+    return json.loads(result.read_text()) | {"wall_s": seconds}
+
+
 def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
-    """The result of one row: what its last command wrote, or how one of its commands failed."""
-    start, result = time.monotonic(), scratch / "result.json"
+    """The result of one row, whose commands run one after the other until one fails."""
+    start = time.monotonic()
     for line in lines:
         code, output = execute(line, max(1.0, timeout - (time.monotonic() - start)))
-        if code != 0 or (line is lines[-1] and not result.exists()):
-            return {"schema_version": SCHEMA_VERSION, "error": reason(code, output), "exit_code": code,
-                    "timeout_s": timeout, "wall_s": time.monotonic() - start,
-                    "output_end": output.replace(str(ROOT), ".").splitlines()[-15:],
-                    "environment": {"argv": line[1:], "platform": platform.platform(),
-                                    "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
-    return json.loads(result.read_text()) | {"wall_s": time.monotonic() - start}
+        if code != 0:
+            break
+    return outcome(line, code, output, scratch, timeout, time.monotonic() - start)
 
 
 def where(folder: Path, row: str, resume: bool) -> Path | None:
@@ -246,43 +256,90 @@ def where(folder: Path, row: str, resume: bool) -> Path | None:
     return before[-1] if resume and before else records.next_path(folder, row)
 
 
+Measured = tuple[Job, dict, Path]  # with the scratch folder, which the next one finds gone
+
+
+def one_by_one(jobs: list[Job], args) -> Iterator[Measured]:
+    """Measures rows in their order."""
+    for job in jobs:
+        with tempfile.TemporaryDirectory() as folder:
+            yield job, measure(lines_of(job, Path(folder), args), Path(folder), args.timeout), Path(folder)
+
+
+def beside_others(jobs: list[Job], args) -> Iterator[Measured]:
+    """Measures rows in the order in which they end. How long they took to start says nothing then."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratches = [Path(folder, str(place)) for place in range(len(jobs))]
+        lines = [lines_of(job, scratch, args)[-1] for job, scratch in zip(jobs, scratches, strict=True)]
+        with closing(side_by_side(lines, args.jobs, args.timeout)) as ended:
+            for place, code, output, seconds in ended:
+                record = outcome(lines[place], code, output, scratches[place], args.timeout, seconds)
+                nothing = {"cold_start_s": None} if "cold_start_s" in record else {}
+                yield jobs[place], record | {"jobs": args.jobs} | nothing, scratches[place]
+
+
+def lines_of(job: Job, scratch: Path, args) -> list[list[str]]:
+    """The commands of a row, and in its scratch folder what they read."""
+    scratch.mkdir(exist_ok=True)
+    if job.suite == "kontext":
+        noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+        PIL.Image.fromarray(noise).save(scratch / "reference.png")
+    lines = commands(args.gpu, job.suite, job.row, scratch, args.download_metrics)
+    return [[*line, "--stop_before_timing"] for line in lines] if args.jobs > 1 and not job.is_alone() else lines
+
+
+def measured(jobs: list[Job], args) -> Iterator[Measured]:
+    """Measures rows, those first that may be prepared beside others."""
+    beside = [job for job in jobs if args.jobs > 1 and not job.is_alone()]
+    yield from beside_others(beside, args)
+    yield from one_by_one([job for job in jobs if job not in beside], args)
+
+
 def run(args) -> int:
-    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which also end the row's process."""
+    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which end the rows' processes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     todo = [(suite, row, path) for suite, row in args.chosen
             if (path := where(records.RESULTS / args.gpu / suite, row, args.resume))]
-    print(f"{len(todo)} of {len(args.chosen)} rows to measure", flush=True)
-    failed, spent = [], []
-    for done, (suite, row, path) in enumerate(todo):
-        with tempfile.TemporaryDirectory() as scratch:
-            scratch = Path(scratch)
-            lines = commands(args.gpu, suite, row, scratch, args.download_metrics)
-            name = f"[{done + 1}/{len(todo)}] {suite}/{row}"
-            if args.dry_run:
-                print(f"{name} -> {path.relative_to(records.RESULTS.parent)}: {shlex.join(lines[-1][1:])}")
-                continue
-            if suite == "kontext":
-                noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
-                PIL.Image.fromarray(noise).save(scratch / "reference.png")
-            try:
-                record = measure(lines, scratch, args.timeout)
-            except KeyboardInterrupt:
-                print(f"{name}: interrupted; {done} rows are kept, --resume goes on", file=sys.stderr)
-                return 130
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(str(path), {"suite": suite, "row": row} | record)
-            if (scratch / "sheet.webp").exists() and "error" not in record:
-                path.with_suffix(".webp").write_bytes((scratch / "sheet.webp").read_bytes())
-        spent.append(record["wall_s"])
-        left = len(todo) - done - 1
-        print(f"{name}: {summary(record)}, {spent[-1]:.0f} s; {left} left, about "
-              f"{left * sum(spent) / len(spent) / 60:.0f} min", flush=True)
-        if "error" in record:
-            failed.append(f"{suite}/{row}")
-            print("\n".join(f"    {line}" for line in record["output_end"]), file=sys.stderr)
+    jobs = [Job(f"[{number}/{len(todo)}] {suite}/{row}", suite, row, path)
+            for number, (suite, row, path) in enumerate(todo, 1)]
+    print(f"{len(jobs)} of {len(args.chosen)} rows to measure", flush=True)
+    if args.dry_run:
+        return show(jobs, args)
+    failed, done, start = [], 0, time.monotonic()
+    try:
+        with closing(measured(jobs, args)) as results:
+            for job, record, scratch in results:
+                save(job, record, scratch)
+                done += 1
+                left = len(jobs) - done
+                print(f"{job.name}: {summary(record)}, {record['wall_s']:.0f} s; {left} left, about "
+                      f"{left * (time.monotonic() - start) / done / 60:.0f} min", flush=True)
+                if "error" in record:
+                    failed.append(f"{job.suite}/{job.row}")
+                    print("\n".join(f"    {line}" for line in record["output_end"]), file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"interrupted; {done} rows are kept, --resume goes on", file=sys.stderr)
+        return 130
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def show(jobs: list[Job], args) -> int:
+    """Prints the command that measures each row."""
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs:
+            line = lines_of(job, Path(folder), args)[-1]
+            print(f"{job.name} -> {job.path.relative_to(records.RESULTS.parent)}: {shlex.join(line[1:])}")
+    return 0
+
+
+def save(job: Job, record: dict, scratch: Path) -> None:
+    """Writes a row's result, and its strip of pictures beside it."""
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(str(job.path), {"suite": job.suite, "row": job.row} | record)
+    if (scratch / "sheet.webp").exists() and "error" not in record:
+        job.path.with_suffix(".webp").write_bytes((scratch / "sheet.webp").read_bytes())
 
 
 def summary(record: dict) -> str:
@@ -326,7 +383,13 @@ def main(argv: list[str] | None = None) -> int:
     runs.add_argument("--resume", action="store_true",
                       help="skip rows that are finished and repeat those that failed; without, a row that is there is "
                       "measured again and appended as ROW.2.json")
-    runs.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds a row may take (1800)")
+    runs.add_argument("--timeout", type=float, default=1800, metavar="S",
+                      help="seconds a row may take (1800), less those in which --jobs stops it")
+    runs.add_argument("--jobs", type=int, default=1, metavar="N",
+                      help="let up to N rows load and compile side by side, and time one at a time, all others stopped "
+                      "(1; Linux). For rows that fit: the models of N of them share the GPU's memory. What failed for "
+                      "want of it is measured by itself with --resume and without --jobs. Rows that time a start, "
+                      "tune kernels, make pictures or use two GPUs run alone, after the others")
     runs.add_argument("--download-metrics", action="store_true",
                       help="download the weights of LPIPS and CLIP score (suite tiny) if they are not here")
     runs.set_defaults(action=run)
@@ -339,6 +402,8 @@ def main(argv: list[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     if args.action is run:
+        if args.jobs < 1:
+            runs.error(f"--jobs {args.jobs}: it must be at least 1")
         try:
             args.chosen = choose(args.suite, args.rows)
         except ValueError as error:

@@ -24,7 +24,7 @@ def main():
     args = create_parser().parse_args()
     check_args(args)
     for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings",
-                 "force_cache"):
+                 "force_cache", "stop_before_timing"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
     if args.context_parallel:

@@ -147,7 +147,7 @@ def speed_cells(suite: str, name: str, file: str, record: dict, eager: dict | No
     seconds, stages, error = record["seconds"], record["stages_ms"], record["step_relative_error"]
     work, ratio = roofline_of(record), eager and tables.speed_up(eager, record)
     share = share_of_ceiling(record, ceilings) if ceilings else None
-    first = record["cold_start_s"].get("process start to first image")
+    first = (record["cold_start_s"] or {}).get("process start to first image")
     return [{"text": name, "link": f"{suite}/{file}"},
             f"{seconds['median']:.3f} ({seconds['min']:.3f}–{seconds['max']:.3f})", optional(ratio, "{:.2f}"),
             f"{stages['prompt_encoding']:.1f}",

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 
-from report.records import RESULTS, ROOT, newest
+from report.records import RESULTS, ROOT, attempts, newest
 
 PAGES = (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md")
 MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -47,7 +47,8 @@ GROUPS = {
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
-    "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)},
+    "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)} | {
+        f"eager_batch_{n}": f"batch {n}, bf16, eager" for n in (2, 4, 8)},
     "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring"},
     "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
 }
@@ -108,6 +109,33 @@ def beside_table(where: str) -> str:
             "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
             f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–", _gib(record)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+# Of each batch the rows of diffusers' own pipeline and of the full recipe.
+BATCHES = {1: ("1_eager", "8_fused")} | {n: (f"eager_batch_{n}", f"batch_{n}") for n in (2, 4, 8)}
+
+
+def images_a_minute_table(where: str) -> str:
+    """The markdown table of images a minute against batch size, `where` being <gpu>/<suite>."""
+    lines = ["| batch | bf16, eager: images a minute | GiB | full recipe: images a minute | GiB | × |",
+             "|---" * 6 + "|"]
+    for batch, rows in BATCHES.items():
+        eager, full = (newest(RESULTS / where, row) for row in rows)
+        cells = [cell for row in rows for cell in _images_a_minute(where, row)]
+        lines.append(f"| {batch} | {' | '.join(cells)} | {_ratio(eager and eager[1], full[1]) if full else '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _images_a_minute(where: str, row: str) -> tuple[str, str]:
+    """Images a minute and GiB; what did not fit is told from what was not measured."""
+    if found := newest(RESULTS / where, row):
+        path, record = found
+        images = 60 * record["settings"]["num_images_per_prompt"] / record["seconds"]["median"]
+        return f"[{images:.1f}](results/{where}/{path.name})", _gib(record)
+    for path in attempts(RESULTS / where, row)[-1:]:
+        if json.loads(path.read_text())["error"] == "out of memory":
+            return f"[out of memory](results/{where}/{path.name})", "–"
+    return "–", "–"
 
 
 def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
@@ -263,11 +291,11 @@ def starts_table(where: str) -> str:
     for row, name in STARTS.items():
         if found := newest(RESULTS / where, row):
             path, record = found
-            spent = record["cold_start_s"]
+            spent = record["cold_start_s"] or {}  # null: prepared beside other rows
             cells = [f"{spent[stage]:.1f}" if stage in spent else "–" for stage in ("load", "quantise", "packages")]
-            lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join(cells)} | "
-                         f"{spent.get('compile', 0) + spent.get('record', 0):.1f} | "
-                         f"**{spent['process start to first image']:.1f}** | "
+            compiled = f"{spent.get('compile', 0) + spent.get('record', 0):.1f}" if spent else "–"
+            first = f"**{spent['process start to first image']:.1f}**" if spent else "–"
+            lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join([*cells, compiled, first])} | "
                          f"{record['stages_ms']['denoising_step']:.1f} | "
                          f"{record['peak_memory']['image']['reserved_gib']:.1f} |")
     return "\n".join(lines) + "\n"
@@ -314,7 +342,7 @@ def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
     makers = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
               "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
-              "expected": expected_table, "tried": tried_table}
+              "expected": expected_table, "tried": tried_table, "images_a_minute": images_a_minute_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 

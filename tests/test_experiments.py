@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 import experiments
 from report import records, tables
 from tiny_flux.pictures import prompts
-from utils import benchmark_utils
+from utils import benchmark_utils, processes
 from utils.benchmark_utils import check_args, create_parser
 
 
@@ -29,6 +31,14 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
         check_args(args)
         seen.add((len(before), str(sorted(vars(args).items(), key=str))))
     assert len(seen) == sum(map(len, experiments.ROWS.values())), "two rows are the same"
+
+
+def test_batches_are_the_ends_of_the_ladder_without_a_float32_step(tmp_path):
+    for count in (2, 4, 8):
+        for row, end in ((f"batch_{count}", "8_fused"), (f"eager_batch_{count}", "1_eager")):
+            [line] = experiments.commands("h100", "schnell", row, tmp_path)
+            assert "--step_error" not in line and line[line.index("--num_images_per_prompt") + 1] == str(count)
+            assert experiments.ROWS["schnell"][row][:len(experiments.LADDER[end])] == experiments.LADDER[end]
 
 
 def test_every_row_has_a_name():
@@ -157,3 +167,155 @@ def test_a_process_that_runs_too_long_is_ended_with_its_children(tmp_path):
 def test_a_dry_run_runs_nothing(stand_ins, capsys):
     assert stand_ins("--dry-run") == (0, {})
     assert "[8/8] fake/last -> results/here/fake/last.json: -S -c" in capsys.readouterr().out
+
+
+# In place of the benchmark: a log of what it does at what time. It loads until others do, so that tests succeed only if
+# rows are prepared side by side.
+STAND_IN = """
+import json, os, signal, subprocess, sys, time
+row, log, output, *flags = sys.argv[1:]
+written = open(log, "w", buffering=1)
+def note(phase, times=1):
+    for _ in range(times):
+        written.write(f"{time.monotonic()} {phase}\\n")
+        time.sleep(0.02)
+note("load")
+while flags and len(os.listdir(os.path.dirname(log))) < (4 if "ender" in row else 2):
+    note("load")
+if "crash" in row:
+    raise ZeroDivisionError("of the row")
+if "slow" in row:
+    subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(60)", log])
+note("load", 10)
+if flags == ["--stop_before_timing"]:
+    print("READY", file=sys.stderr, flush=True)
+    note("late", 15 if "late" in row else 0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+note("time", 10)
+if "ender" in row:
+    os.kill(os.getppid(), signal.SIGTERM)
+    note("time", 3000)
+json.dump({"seconds": {"median": 0.5}, "cold_start_s": {"load": 1.0}}, open(output, "w"))
+""".replace("READY", processes.READY)
+
+
+@pytest.fixture
+def side_by_side(tmp_path, monkeypatch):
+    """Runs rows of the stand-in; exit code, results by row, and of each row (time, phase) from its log."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(processes, "DRAIN_S", 0.1)
+    monkeypatch.setattr(experiments, "commands", lambda gpu, suite, row, scratch, metrics=False: [
+        [sys.executable, "-S", "-c", STAND_IN, row, str(tmp_path / "logs" / row), str(scratch / "result.json")]])
+    (tmp_path / "logs").mkdir()
+
+    def run(rows, *argv):
+        monkeypatch.setattr(experiments, "ROWS", {"fake": {row: [] for row in rows}})
+        code = experiments.main(["run", "here", "--timeout", "60", *argv])
+        found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("results/here/fake/*.json")}
+        lines = {path.name: path.read_text().splitlines() for path in (tmp_path / "logs").iterdir()}
+        return code, found, {row: [(float(line.split()[0]), line.split()[1]) for line in log]
+                             for row, log in lines.items()}
+    return run
+
+
+def assert_nothing_ran_beside(logs, row, *phases):
+    times = [at for at, phase in logs[row] if phase in phases]
+    beside = {other for other, log in logs.items() if other != row and any(
+        min(times) < at < max(times) for at, _ in log)}
+    assert times and not beside, f"{beside} ran while {row} was timed"
+
+
+def assert_no_process_is_left(folder):
+    """With a path in `folder` among its arguments. What is killed takes a moment to go."""
+    for _ in range(100):
+        found = subprocess.run("cat /proc/[0-9]*/cmdline", shell=True, capture_output=True).stdout
+        if str(folder).encode() not in found:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process is left")
+
+
+def test_rows_are_prepared_side_by_side_and_timed_alone(side_by_side, capsys):
+    rows = ["a", "b_late", "c_crash", "d", "start_e", "f"]
+    code, found, logs = side_by_side(rows, "--jobs", "3")
+    assert code == 1 and set(found) == set(rows) == set(logs)
+    for row in ("a", "b_late", "d", "f"):
+        assert_nothing_ran_beside(logs, row, "time")
+        assert found[row]["jobs"] == 3 and found[row]["cold_start_s"] is None
+        assert found[row]["row"] == row and found[row]["seconds"] == {"median": 0.5}
+    assert found["c_crash"]["error"] == "crash" and found["c_crash"]["jobs"] == 3
+    assert "ZeroDivisionError: of the row" in found["c_crash"]["output_end"][-1]
+    assert_nothing_ran_beside(logs, "start_e", "load", "time")
+    assert "jobs" not in found["start_e"] and found["start_e"]["cold_start_s"] == {"load": 1.0}
+    shown = capsys.readouterr()
+    assert "[2/6] fake/b_late: median 0.500 s an image" in shown.out and "; 0 left, about" in shown.out
+    assert "failed: fake/c_crash" in shown.err
+
+
+def test_a_row_that_takes_too_long_is_ended_among_others(side_by_side, tmp_path):
+    code, found, _ = side_by_side(["a", "b_slow", "c"], "--jobs", "2", "--timeout", "5")
+    assert code == 1 and found["b_slow"]["error"] == "timeout" and found["b_slow"]["exit_code"] is None
+    assert "error" not in found["a"] | found["c"]
+    assert_no_process_is_left(tmp_path)
+
+
+def test_sigterm_ends_stopped_processes_too(side_by_side, tmp_path, capsys):
+    """One is timed, the others are stopped: by themselves, or from outside while they load or wait for a process."""
+    code, found, logs = side_by_side(["a_ender", "b", "c_slow", "d"], "--jobs", "4")
+    assert code == 130 and "interrupted" in capsys.readouterr().err and set(found) <= {"b", "d"}
+    assert len(logs) == 4
+    assert_no_process_is_left(tmp_path)
+
+
+def test_the_time_in_which_a_process_is_held_does_not_count():
+    child = processes.Child([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    try:
+        child.hold()
+        before = child.seconds()
+        time.sleep(0.2)
+        child.hold()
+        assert child.seconds() == before and child.held
+        child.go_on()
+        time.sleep(0.2)
+        assert before + 0.2 <= child.seconds() and not child.held
+        child.hold()
+    finally:
+        assert child.end() is None
+
+
+def test_what_stopped_itself_is_not_sent_on_with_those_that_were_held():
+    child = processes.Child([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 19); print('sent on')"])
+
+    def state():
+        return Path(f"/proc/{child._process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+    try:
+        deadline = time.monotonic() + 60
+        while state() != "T" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        processes._resume([child])
+        assert state() == "T"
+        child.hold()
+        processes._resume([child])
+        assert child.end(60) == 0 and child.output() == "sent on\n"
+    finally:
+        child.end()
+
+
+def test_what_is_timed_as_a_whole_is_run_alone(tmp_path):
+    """What runs beside others has one command, which takes the flag."""
+    for suite, row in experiments.choose(None, None):
+        lines = experiments.commands("h100", suite, row, tmp_path)
+        assert experiments.Job("", suite, row, tmp_path).is_alone() or (
+            len(lines) == 1 and "torch.distributed.run" not in lines[0])
+
+
+def test_with_one_job_nothing_stops(stand_ins, capsys):
+    stand_ins("--dry-run")
+    assert "--stop_before_timing" not in capsys.readouterr().out
+    assert stand_ins("--dry-run", "--jobs", "2") == (0, {})
+    assert capsys.readouterr().out.count("--stop_before_timing") == len(PROGRAMS)
+    _, found = stand_ins("--rows", "fine")
+    assert "jobs" not in found["fine.json"]
+    with pytest.raises(SystemExit):
+        stand_ins("--jobs", "0")

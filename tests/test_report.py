@@ -131,6 +131,43 @@ def test_the_same_results_give_the_same_files(results):
     assert {name: (folder / name).read_bytes() for name in DRAWN} == before
 
 
+def test_a_start_beside_other_rows_is_not_shown(results, monkeypatch):
+    folder, _ = results
+    monkeypatch.setattr(tables, "RESULTS", records.RESULTS)
+    for row, spent in (("start_compile", {"load": 3.0, "compile": 40.0, "record": 2.0,
+                                          "process start to first image": 61.5}), ("start_export", None)):
+        (folder / "schnell" / f"{row}.json").write_text(json.dumps(speed(0.5, None) | {"cold_start_s": spent}))
+    cells = [line.strip("| ").split(" | ")[1:6] for line in tables.starts_table("made-up/schnell").splitlines()[2:]]
+    assert cells == [["3.0", "–", "–", "42.0", "**61.5**"], ["–"] * 5]
+    record = speed(0.5, None)
+    assert page.speed_cells("", "", "", record | {"cold_start_s": None}, None, None)[-1] == "–"
+    assert page.speed_cells("", "", "", record | {
+        "cold_start_s": {"process start to first image": 61.5}}, None, None)[-1] == "62"
+
+
+def test_images_a_minute_against_batch_size(results, monkeypatch):
+    folder, _ = results
+    monkeypatch.setattr(tables, "RESULTS", records.RESULTS)
+
+    def batch(count, seconds):
+        record = speed(seconds, None)
+        return record | {"settings": record["settings"] | {"num_images_per_prompt": count}}
+
+    failure = {"error": "out of memory", "output_end": []}
+    for name, record in {"8_fused": speed(0.25, 0.02), "eager_batch_2": batch(2, 1.5), "batch_2": failure,
+                         "batch_2.2": batch(2, 0.5), "eager_batch_4": failure | {"error": "timeout"},
+                         "eager_batch_4.2": failure, "batch_4": batch(4, 1.0),
+                         "batch_8": failure | {"error": "crash"}}.items():
+        (folder / "schnell" / f"{name}.json").write_text(json.dumps(record))
+    text = tables.with_tables("<!-- images_a_minute:made-up/schnell -->\nold\n<!-- end -->\n")
+    link = "](results/made-up/schnell/"
+    assert [line.strip("| ").split(" | ") for line in text.splitlines()[3:-1]] == [
+        ["1", f"[75.0{link}1_eager.json)", "26.6", f"[240.0{link}8_fused.json)", "26.6", "3.20"],
+        ["2", f"[80.0{link}eager_batch_2.json)", "26.6", f"[240.0{link}batch_2.2.json)", "26.6", "3.00"],
+        ["4", f"[out of memory{link}eager_batch_4.2.json)", "–", f"[240.0{link}batch_4.json)", "26.6", "–"],
+        ["8", "–", "–", "–", "–", "–"]]
+
+
 def test_kernels_by_kind():
     """Of the committed results: each part adds up to the whole, and the fused step has no other kinds of kernel."""
     cells = [line.split(" | ") for line in tables.kernel_table("h100/schnell").splitlines()[2:]]

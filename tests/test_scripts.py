@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -17,6 +19,7 @@ import run_benchmark
 from utils.benchmark_utils import RecipeError
 from utils.images import read_parameters
 from utils.pipeline_utils import call_kwargs
+from utils.processes import READY
 from utils.quality import capture_step
 from utils.step_cache import preset
 
@@ -74,7 +77,7 @@ def test_a_useless_prompts_file_is_named(run, tmp_path, text, said):
 
 @pytest.mark.parametrize("argv", [["--trace-file", "t.json"], ["--output-json", "r.json"], ["--step_error"],
                                   ["--runs", "3"], ["--warmup", "0"], ["--ceilings", "c.json"],
-                                  ["--compare", "a.json", "b.json"]])
+                                  ["--compare", "a.json", "b.json"], ["--stop_before_timing"]])
 def test_benchmark_flags_are_refused_by_gen_image(run, argv):
     with pytest.raises(RecipeError, match=r"is for run_benchmark\.py"):
         run(gen_image, "--ckpt", "tiny-flux", *argv, *EAGER)
@@ -121,6 +124,18 @@ def test_arguments_are_made_outside_the_timed_region(run, monkeypatch):
     monkeypatch.setattr(run_benchmark, "call_kwargs", lambda *a: order.append("kwargs") or {})
     seconds, image = run_benchmark.time_images(pipeline, types.SimpleNamespace(runs=2, device="cpu"))
     assert order == ["kwargs", "clock", "call", "clock"] * 2 and len(seconds) == 2 and image == 0
+
+
+def test_what_stops_before_it_times_makes_another_image_first(run, monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr(os, "kill", lambda process, number: order.append((process == os.getpid(), number)))
+    monkeypatch.setattr(run_benchmark, "call_kwargs",
+                        lambda *args: (order.append("image"), call_kwargs(*args))[1])
+    timed = run_benchmark.time_images
+    monkeypatch.setattr(run_benchmark, "time_images", lambda *args: (order.append("timed"), timed(*args))[1])
+    run(run_benchmark, "--ckpt", "tiny-flux", "--runs", "1", "--warmup", "1", "--stop_before_timing", *EAGER)
+    assert order[:4] == ["image", (True, signal.SIGSTOP), "image", "timed"]
+    assert READY in capsys.readouterr().err
 
 
 def test_a_step_cache_is_reported(run, tmp_path, capsys):

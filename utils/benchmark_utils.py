@@ -170,6 +170,9 @@ def create_parser() -> argparse.ArgumentParser:
                         "with --random_weights, whose residuals mean nothing (run_benchmark.py)")
     report.add_argument("--kernels", action="store_true",
                         help="also list the GPU kernels of one denoising step (run_benchmark.py)")
+    report.add_argument("--stop_before_timing", action="store_true",
+                        help="stop this process with SIGSTOP before the first timed image, for experiments.py --jobs, "
+                        "which lets one row at a time go on (run_benchmark.py)")
     report.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
                         help="put two results side by side and say whether they differ by more than noise; no model "
                         "loads (run_benchmark.py)")
@@ -266,6 +269,8 @@ def check_args(args: argparse.Namespace) -> None:
         parallel = f"--context_parallel {args.context_parallel}"
         refuse(args.prompts_file, f"{parallel} shares one image among GPUs, --prompts-file gives each GPU images of "
                "its own: drop one of the two.")
+        refuse(args.stop_before_timing, f"--stop_before_timing stops one process, and {parallel} has several: drop one "
+               "of the two.")
         refuse(processes == 1, f"{parallel} needs a process for each GPU: torchrun --nproc_per_node=2 "
                f"{Path(sys.argv[0]).name} {parallel} ...")
         refuse(caches, f"{caches and caches[0]} decides by a residual, of which every GPU would see its own part, and "
