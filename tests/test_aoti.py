@@ -262,7 +262,8 @@ def test_by_default_the_first_start_exports_and_the_next_loads(bound, copied, mo
     package, exports = copied
     shutil.rmtree(package)
     packaged = aoti.packaged  # without the VAE, whose package this module does not make
-    monkeypatch.setattr(aoti, "packaged", lambda pipeline, tiling, *rest: packaged(pipeline, True, *rest))
+    monkeypatch.setattr(aoti, "packaged", lambda pipeline, blocks, tiling, *rest: packaged(pipeline, blocks, True,
+                                                                                           *rest))
     for said in ("exported", "loaded"):
         pipeline, args = bound(use_cached=False, compile_export_mode=None, vae_tiling=False, quiet=False,
                                cache_dir=str(package.parent.parent))

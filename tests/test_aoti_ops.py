@@ -63,7 +63,7 @@ def test_packages_hold_fp8_attention(build, make_args, tmp_path):
         return pipeline(**call_kwargs(pipeline, args), output_type="latent").images
 
     expected = latents()
-    units = aoti.capture(aoti.packaged(pipeline, True, False, False), latents)
+    units = aoti.capture(aoti.packaged(pipeline, True, True, False, False), latents)
     aoti.export(units, tmp_path, "k")
     aoti.bind(units, tmp_path, "k")
     assert relative(latents(), expected) < 0.02

@@ -250,3 +250,47 @@ def test_buffers_follow_the_module():
     assert isinstance(module.processor, FusedAttnProcessor)
     larger = max(module.norm_q.weight.abs().max(), module.norm_added_q.weight.abs().max())
     assert module.fp8_q_scale == pytest.approx((4 * larger / 448).item())
+
+
+@pytest.mark.parametrize("tokens, heads, found", [
+    (4352, 24, (4224, 5)),   # schnell: 24 tiles beyond six rounds of 132
+    (4608, 24, (4608, 1)),   # dev: 72, more than half of them would idle less than merging costs
+    (8704, 24, (8448, 2)),   # Kontext: 48
+    (4352, 48, (4224, 2)),   # batch 2
+    (4352, 12, (4224, 6)),   # each of two GPUs
+    (5632, 24, (5632, 1)),   # eight rounds exactly
+    (256, 24, (256, 1)),     # less than one
+    (4300, 24, (4224, 5))])  # the last tile is not whole
+def test_few_tiles_beyond_whole_rounds_are_a_launch_of_their_own(tokens, heads, found):
+    assert attention.two_launches(tokens, heads, 132) == found
+
+
+@pytest.mark.parametrize("batch, tokens", [(1, 300), (2, 520), (1, 256)])
+def test_two_launches_are_the_same_attention(batch, tokens, monkeypatch):
+    """Through an operator with FlashAttention-3's argument names: every query written once, its own scales with it."""
+    library = torch.library.Library("flux_faster_test", "FRAGMENT")
+    library.define("fwd(Tensor q, Tensor k, Tensor v, *, Tensor(a!)? out=None, Tensor? q_descale=None, "
+                   "Tensor? k_descale=None, Tensor? v_descale=None, int num_splits=0) -> ()")
+    calls = []
+
+    def fwd(q, k, v, *, out=None, q_descale=None, k_descale=None, v_descale=None, num_splits=0):
+        calls.append((q.shape[1], num_splits))
+        out.copy_(attention.reference_attention(q, k, v, q_descale, k_descale, v_descale))
+
+    library.impl("fwd", fwd, "CPU")
+    def flash_attn_func(q, k, v, q_descale=None, k_descale=None, v_descale=None):
+        return attention.reference_attention(q, k, v, q_descale, k_descale, v_descale)
+
+    module = types.ModuleType("fa3_stand_in")
+    module.fa3_fwd_cuda, flash_attn_func.__module__ = torch.ops.flux_faster_test, module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(attention, "_multiprocessors", lambda device: 4)
+    attention.register_library("stand-in", flash_attn_func)
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, tokens, 3 - batch, 128) for _ in range(3))
+    scales = [measured_scale(x) for x in (q, k, v)]
+    given = [quantize_per_head(x, scale) for x, scale in zip((q, k, v), scales, strict=True)]
+    found = attention._functions["stand-in"](*given, *scales)
+    assert torch.equal(found, attention.reference_attention(*given, *scales))
+    assert calls == {300: [(256, 1), (44, 2)], 520: [(512, 1), (8, 2)], 256: []}[tokens]

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
 from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason
@@ -55,14 +55,18 @@ class Unit:
     arguments: dict
 
 
-def packaged(pipeline, tiling: bool, needs_image: bool, text_encoder: bool) -> dict[str, list[torch.nn.Module]]:
+def packaged(pipeline, blocks: bool, tiling: bool, needs_image: bool, text_encoder: bool
+             ) -> dict[str, list[torch.nn.Module]]:
     """What is packaged: both kinds of block, the VAE's decoder, its encoder where pictures are read (Kontext), and T5's
     blocks. What lies before and after the transformer's blocks is a few small kernels, no code worth a package.
 
-    With tiling the VAE sees tiles of several sizes and stays as it is.
+    The recipe leaves fused blocks (`utils.fused_blocks`) out: four graphs of theirs would hold the same kernels in the
+    same order. With tiling the VAE sees tiles of several sizes and stays as it is.
     """
-    kinds = {"double": list(pipeline.transformer.transformer_blocks),
-             "single": list(pipeline.transformer.single_transformer_blocks)}
+    kinds = {}
+    if blocks:
+        kinds["double"] = list(pipeline.transformer.transformer_blocks)
+        kinds["single"] = list(pipeline.transformer.single_transformer_blocks)
     if not tiling:
         kinds["decoder"] = [pipeline.vae.decoder]
         if needs_image:
@@ -236,18 +240,23 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
 
 
 def _compile(unit: Unit, path: Path, key: str) -> None:
+    settings = {
+        "aot_inductor.package_constants_in_so": False,
+        # Folding would write one scale a tensor into the code as a number: another block's is another number.
+        "joint_graph_constant_folding": False,
+        "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name},
+    }
+    if any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor)):
+        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
+        settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
-            "aot_inductor.package_constants_in_so": False,
-            # Folding would write one scale a tensor into the code as a number: another block's is another number.
-            "joint_graph_constant_folding": False,
-            "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}})
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 
 def _tensors(output) -> list[torch.Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+    return [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
 
 
 def _bound_of(module: torch.nn.Module, dtype: torch.dtype) -> float:

@@ -309,7 +309,7 @@ def adaln(text: Tensor, image: Tensor, table: Tensor, offsets: Tensor, bounds: T
     """
     found, args = _adaln_operands(text, image, None, table, offsets, offsets, bounds, qk_scale, shift, scale, length,
                                   joint)
-    wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=8)
+    wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=2)
     return found[2:]
 
 
@@ -326,7 +326,7 @@ def residual_adaln(text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table:
         The sum: text (B, T, D), image (B, I, D), bf16; then what `adaln` gives.
     """
     found, args = _adaln_operands(text, image, y, table, offsets, gates, bounds, qk_scale, shift, scale, length, joint)
-    wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=8)
+    wrap_triton(_adaln_kernel)[(found[3].numel(),)](*args, num_warps=2)
     return found
 
 

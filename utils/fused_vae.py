@@ -165,16 +165,23 @@ class TwoProducts:
         tokens = attn.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (attn.to_qkv(tokens).chunk(3, dim=-1) if attn.fused_projections else
                    (attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)))
-        out = torch.cat([(_scores(part, k) * attn.scale).softmax(dim=-1).to(v.dtype) @ v
+        out = torch.cat([(scores(part, k) * attn.scale).softmax(dim=-1).to(v.dtype) @ v
                          for part in q.split(QUERIES, dim=1)], dim=1)
         return (attn.to_out[0](out).transpose(1, 2).unflatten(2, x.shape[2:]) + x) / attn.rescale_output_factor
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T of (B, Q, C) and (B, S, C), in float32."""
+@torch.library.custom_op("flux_faster::scores", mutates_args=())
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T of (B, Q, C) and (B, S, C), in float32. Opaque to the compiler: AOTInductor of torch 2.11 has no batched
+    product that takes bf16 and gives float32."""
     if q.device.type == "cuda" and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)
     return q.float() @ k.float().mT
+
+
+@scores.register_fake
+def _(q, k):
+    return q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32)
 
 
 def fuse_vae(vae: torch.nn.Module) -> tuple[int, int]:

@@ -329,19 +329,18 @@ def kernel_cache(cache_dir: str) -> Path:
 
 
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
-    """Exported code under the blocks and the VAE; see `utils.aoti`. Returns what was done."""
+    """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
         settle_masks(pipeline.text_encoder_2)
-    kinds = aoti.packaged(pipeline, args.vae_tiling, identify(configs_of(pipeline)).needs_image, on_gpu)
+    fused = chosen.is_on("fused kernels")
+    kinds = aoti.packaged(pipeline, not fused, args.vae_tiling, identify(configs_of(pipeline)).needs_image, on_gpu)
     show_progress(pipeline, False)
     units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
                                                                                          num_inference_steps=1), {})))
     show_progress(pipeline, not args.quiet)
-    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant,
-                "sums left": [getattr(block, "leaves_sum", False) for block in (
-                    *pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks)]} | {
+    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
     return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
