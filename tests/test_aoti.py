@@ -262,14 +262,36 @@ def test_by_default_the_first_start_exports_and_the_next_loads(bound, copied, mo
     package, exports = copied
     shutil.rmtree(package)
     packaged = aoti.packaged  # without the VAE, whose package this module does not make
-    monkeypatch.setattr(aoti, "packaged", lambda pipeline, blocks, tiling, *rest: packaged(pipeline, blocks, True,
-                                                                                           *rest))
+    monkeypatch.setattr(aoti, "packaged", lambda pipeline, blocks, vae, *rest: packaged(pipeline, blocks, False, *rest))
     for said in ("exported", "loaded"):
         pipeline, args = bound(use_cached=False, compile_export_mode=None, vae_tiling=False, quiet=False,
                                cache_dir=str(package.parent.parent))
         assert pipeline.techniques["compile"].how.startswith(f"double, single: {said} {package.name}")
         assert ("exporting double, single; later starts load them" in capfd.readouterr().err) == (said == "exported")
     assert exports == [package.name] and torch.isfinite(latents(pipeline, args)).all()
+
+
+class Small(torch.nn.Module):
+    """Weights that inductor would write into the code: without a dimension, or of up to eight elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.colours = torch.nn.Conv2d(4, 3, 1)  # as the VAE's last
+        self.register_buffer("scale", torch.rand(()))
+        self.register_buffer("scales", torch.rand(1))
+
+    def forward(self, x):
+        return self.colours(x) * self.scale + self.scales
+
+
+def test_no_weight_is_compiled_in(tmp_path):
+    unit = aoti.Unit("small", [Small(), Small()], dict(x=torch.rand(1, 4, 8, 8)))
+    aoti.export([unit], tmp_path, "k")
+    fine_tune = aoti.Unit("small", [Small()], unit.arguments)
+    aoti.bind([fine_tune], tmp_path, "k")
+    module = fine_tune.modules[0]
+    with torch.no_grad():
+        assert relative(module(**unit.arguments), Small.forward(module, **unit.arguments)) < 1e-6
 
 
 def test_re_export_makes_it_anew(bound, copied):

@@ -26,6 +26,8 @@ class Products(torch.nn.Module):
         for name, by_row, sizes in (("qkv", True, (width, 3 * width)), ("up", True, (width, mlp)),
                                     ("down", False, (mlp, width))):
             linears = [torch.nn.Linear(*sizes) for _ in range(2)]
+            for linear in linears:
+                linear.weight.data *= 1 + seed  # or scales would be almost the same, whatever the seed
             setattr(self, name, fused_blocks.Float8Linear(linears, by_row, torch.device("cpu")))
         self.register_buffer("norms", 0.5 + torch.rand(2, 3, 64))
 
@@ -63,7 +65,7 @@ def test_packages_hold_fp8_attention(build, make_args, tmp_path):
         return pipeline(**call_kwargs(pipeline, args), output_type="latent").images
 
     expected = latents()
-    units = aoti.capture(aoti.packaged(pipeline, True, True, False, False), latents)
+    units = aoti.capture(aoti.packaged(pipeline, True, False, False, False), latents)
     aoti.export(units, tmp_path, "k")
     aoti.bind(units, tmp_path, "k")
     assert relative(latents(), expected) < 0.02

@@ -43,7 +43,7 @@ def test_packages_are_the_default_and_help_says_so():
     """What stands against them depends on the machine: the flag is left open, for `utils.techniques.plan` to decide."""
     assert create_parser().parse_args([]).compile_export_mode is None
     text = " ".join(create_parser().format_help().split())
-    assert "Default: export_aoti where it can be, else compile" in text and "default: None" not in text
+    assert "Default: export_aoti on a CPU, compile on a GPU" in text and "default: None" not in text
     assert "(default: blocks)" in text
 
 

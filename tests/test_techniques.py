@@ -71,9 +71,7 @@ def test_fused_kernels_where_they_run(argv, why, monkeypatch):
     if why:
         assert chosen.decisions["fused kernels"].how == why
     else:
-        assert chosen.decisions["compile"].how == "blocks, VAE, T5"  # as packages
-        compiled = decide(H100, *argv, "--compile_export_mode", "compile")
-        assert compiled.decisions["compile"].how == "VAE, T5; the blocks are kernels already"
+        assert chosen.decisions["compile"].how == "VAE, T5; the blocks are kernels already"
     for hardware in (L20, A100, MI300, CPU):
         assert not decide(hardware).is_on("fused kernels")
     assert "sm_90" in decide(L20).decisions["fused kernels"].how
@@ -226,10 +224,11 @@ TO_COMPILE = [
 
 @pytest.mark.parametrize("hardware, argv, mode, how", [
     (CPU, [], "export_aoti", "blocks, VAE"),
-    (H100, [], "export_aoti", "blocks, VAE, T5"),
-    (L20, ["--text_encoder_quant"], "export_aoti", "blocks, VAE, T5"),
+    (H100, ["--disable_fused_kernels"], "compile", "blocks, VAE, T5"),
+    (L20, ["--text_encoder_quant"], "compile", "blocks, VAE, T5"),
+    (MI300, [], "compile", "blocks, VAE, T5"),
     (H100, EXPORT, "export_aoti", "blocks, VAE, T5"),
-    (H100, ["--attention_backend", "fa3_bf16"], "export_aoti", "blocks, VAE, T5"),
+    (H100, [*EXPORT, "--attention_backend", "fa3_bf16"], "export_aoti", "blocks, VAE, T5"),
     (CPU, ["--attention_backend", "native"], "export_aoti", "blocks, VAE"),
     (CPU, ["--use-cached-model"], "export_aoti", "blocks, VAE"),
     (CPU, ["--re-export"], "export_aoti", "blocks, VAE"),
@@ -241,9 +240,9 @@ TO_COMPILE = [
     (CPU, DISABLED, "disabled", "--compile_export_mode disabled"),
     (H100, ["--offload", "group"], "disabled", "--offload group hooks into every layer"),
     (CPU, ["--vae_tiling"], "compile", "blocks, VAE; torch.compile, not packages: --vae_tiling"),
-    *((hardware, argv, "compile", f"; torch.compile, not packages: {why}") for hardware, argv, why in TO_COMPILE),
+    *((CPU, argv, "compile", f"; torch.compile, not packages: {why}") for _, argv, why in TO_COMPILE if argv),
 ], ids=str)
-def test_packages_are_the_default_where_they_can_be(hardware, argv, mode, how):
+def test_packages_are_a_cpus_default_where_they_can_be(hardware, argv, mode, how):
     chosen = decide(hardware, *argv)
     assert chosen.compile_mode == mode and chosen.is_on("compile") == (mode != "disabled")
     assert (how in chosen.decisions["compile"].how if how[0] == ";" else how == chosen.decisions["compile"].how)
@@ -261,11 +260,13 @@ def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypa
     monkeypatch.setattr(techniques, "find_spec", lambda name: True)
     for argv in (["--compile_scope", "whole"], ["--vae_tiling"], ["--attention_backend", "_native_cudnn"]):
         assert decide(H100, *argv, "--strict").compile_mode == "compile"
-    assert decide(H100, "--strict").compile_mode == "export_aoti"
+    assert decide(H100, "--strict", *EXPORT).compile_mode == "export_aoti"
     monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: "no libstdc++.so")
+    with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
+        decide(H100, "--strict", *EXPORT)
+    assert decide(H100, "--strict").compile_mode == "compile"
     with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):
-        decide(H100, "--strict")
-    assert decide(H100, "--strict", *COMPILE).compile_mode == "compile"
+        decide(CPU, "--strict", "--disable_fused_vae")
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: "no C++ compiler")
     with pytest.raises(RecipeError, match=r"--strict: compile is on by default.*no C\+\+ compiler"):
         decide(H100, "--strict")
@@ -293,9 +294,8 @@ def test_a_compiler_that_would_link_its_own_libstdcxx_makes_no_packages(tmp_path
         with pytest.raises(RecipeError, match=r"g\+\+ finds no libstdc\+\+\.so.*apt install"):
             decide(hardware, "--compile_export_mode", "export_aoti")
         decide(hardware, "--compile_export_mode", "export_aoti", "--use-cached-model")
-        chosen = decide(hardware)
-        assert chosen.compile_mode == "compile" and "not packages: " in chosen.decisions["compile"].how
-        assert "finds no libstdc++.so" in chosen.decisions["compile"].how
-        compiler.write_text('#!/bin/sh\necho "/usr/lib/${1#-print-file-name=}"\n')
-        assert decide(hardware).compile_mode == "export_aoti"
-        compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
+    chosen = decide(CPU)
+    assert chosen.compile_mode == "compile" and "not packages: " in chosen.decisions["compile"].how
+    assert "finds no libstdc++.so" in chosen.decisions["compile"].how
+    compiler.write_text('#!/bin/sh\necho "/usr/lib/${1#-print-file-name=}"\n')
+    assert decide(CPU).compile_mode == "export_aoti"

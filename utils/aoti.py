@@ -46,6 +46,15 @@ from utils.package_store import (
 # How far a package's first output may be from eager's: rounding in other places, nothing more.
 FLOAT32_BOUND, BOUND = 1e-4, 3e-2
 
+# Inductor's settings, besides its own defaults.
+SETTINGS = {
+    "aot_inductor.package_constants_in_so": False,
+    # No weight may become a number in the code: another block's, or another fine-tune's, is another number. Folding
+    # would write scales there, and inductor itself what has up to eight elements: the bias of the VAE's three colours.
+    "joint_graph_constant_folding": False,
+    "always_keep_tensor_constants": True,
+}
+
 
 @dataclass
 class Unit:
@@ -55,19 +64,20 @@ class Unit:
     arguments: dict
 
 
-def packaged(pipeline, blocks: bool, tiling: bool, needs_image: bool, text_encoder: bool
+def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder: bool
              ) -> dict[str, list[torch.nn.Module]]:
     """What is packaged: both kinds of block, the VAE's decoder, its encoder where pictures are read (Kontext), and T5's
     blocks. What lies before and after the transformer's blocks is a few small kernels, no code worth a package.
 
-    The recipe leaves fused blocks (`utils.fused_blocks`) out: four graphs of theirs would hold the same kernels in the
-    same order. With tiling the VAE sees tiles of several sizes and stays as it is.
+    The recipe leaves out fused blocks (`utils.fused_blocks`), since four graphs of theirs would hold the same kernels
+    in the same order; and the VAE where it sees tiles of several sizes, or is on a GPU: there packages of channels_last
+    convolutions gave another picture (torch 2.11), which the comparison with eager found.
     """
     kinds = {}
     if blocks:
         kinds["double"] = list(pipeline.transformer.transformer_blocks)
         kinds["single"] = list(pipeline.transformer.single_transformer_blocks)
-    if not tiling:
+    if vae:
         kinds["decoder"] = [pipeline.vae.decoder]
         if needs_image:
             kinds["encoder"] = [pipeline.vae.encoder]
@@ -145,7 +155,7 @@ def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
     models = {name: {k: repr(v) for k, v in sorted(getattr(pipeline, name).config.items()) if not k.startswith("_")}
               for name in ("transformer", "vae")}
     return {"models": models, "switches": switches, "versions": versions, "machine": machine(pipeline.device.type),
-            "sources": sources, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
+            "sources": sources, "settings": SETTINGS, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
 
 
 def machine(device: str) -> dict:
@@ -240,12 +250,7 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
 
 
 def _compile(unit: Unit, path: Path, key: str) -> None:
-    settings = {
-        "aot_inductor.package_constants_in_so": False,
-        # Folding would write one scale a tensor into the code as a number: another block's is another number.
-        "joint_graph_constant_folding": False,
-        "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name},
-    }
+    settings = SETTINGS | {"aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}}
     if any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor)):
         # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
         settings["aot_inductor.compile_wrapper_opt_level"] = "O0"

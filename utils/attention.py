@@ -278,6 +278,5 @@ def use_attention_library(transformer: torch.nn.Module, backend: str, attend: Ca
             added = hasattr(module, "norm_added_q")
             for name in ("q", "k"):
                 norms = [getattr(module, f"norm_{name}")] + ([getattr(module, f"norm_added_{name}")] if added else [])
-                # (1,), not (): AOTInductor writes a constant without a dimension into the code, for all blocks.
-                module.register_buffer(f"fp8_{name}_scale", norm_scale(*norms)[None], persistent=False)
+                module.register_buffer(f"fp8_{name}_scale", norm_scale(*norms), persistent=False)
     transformer.set_attn_processor(FusedAttnProcessor(library, precision, attend, agree))

@@ -145,7 +145,7 @@ def create_parser() -> argparse.ArgumentParser:
                         help="default inductor flags: minutes less compile time")
     recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"],
                         help="torch.compile; torch.export + AOTInductor, whose packages later starts load; or neither. "
-                        "Default: export_aoti where it can be, else compile")
+                        "Default: export_aoti on a CPU, compile on a GPU")
     recipe.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
                         help="compile each kind of block once (seconds) or the whole transformer (many minutes)")
     recipe.add_argument("--disable_cudagraphs", action="store_true", help="launch kernels one by one")
@@ -299,7 +299,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def packages_asked_for(args: argparse.Namespace) -> str | None:
-    """The flag that asks for exported packages by name. They are the default without it, where they can be."""
+    """The flag that asks for exported packages by name. Without it they are a CPU's default."""
     given = {"--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti",
              "--use-cached-model": args.use_cached_model, "--re-export": args.re_export,
              "--package-from": args.package_from}

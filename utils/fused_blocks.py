@@ -54,8 +54,7 @@ class Float8Linear(torch.nn.Module):
             if by_row:
                 weight, scale = quantize_rows(weight)
             else:
-                # (1,), not (): AOTInductor writes a constant without a dimension into the code, for all blocks.
-                scale = weight.float().abs().amax().clamp(min=1e-12)[None] / E4M3_MAX
+                scale = weight.float().abs().amax().clamp(min=1e-12) / E4M3_MAX
                 weight = (weight.float() / scale).to(E4M3)
             bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
             for name, value in (("weight", weight), ("scale", scale), ("bias", bias.to(device, torch.bfloat16))):

@@ -467,7 +467,7 @@ def products(x: Tensor, tensor_scales: Tensor, scales: list[int], w: list[Tensor
 
     Args:
         x: (B, S, K) e4m3; scales: for each w, which of tensor_scales (3, 4) its rows of x have.
-        w: (N, K) e4m3 each, w_scale: (1,) or () each, bias: (N,) bf16 each.
+        w: (N, K) e4m3 each, w_scale: () each, bias: (N,) bf16 each.
 
     Returns:
         (B, S, N), bf16.

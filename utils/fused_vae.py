@@ -93,7 +93,6 @@ def _apply_kernel(x, offset, out, statistics, weight, bias, PIXELS, C: tl.conste
     tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
 
-# Opaque to the compiler: AOTInductor of torch 2.11 made of its kernels a decoder of another function.
 @torch.library.custom_op("flux_faster::group_norm", mutates_args=())
 def group_norm(x: Tensor, offset: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
                ) -> Tensor:

@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     default_on("fused VAE", args.disable_fused_vae or args.disable_channels_last, unwanted, obstacle,
                "GroupNorm with SiLU; attention as two products")
 
-    unpackaged = _choose_compile_mode(args, hardware, chosen, default_on)
+    _choose_compile_mode(args, hardware, chosen, default_on)
     compiles = chosen.compile_mode != "disabled"
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
@@ -124,7 +124,7 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                   "LayerNorm, modulation, QK-norm, rotation, GELU, casts to e4m3; modulations of all steps at once"):
         on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
         if chosen.compile_mode == "compile":
-            on["compile"] = Decision(True, f"VAE, T5; the blocks are kernels already{unpackaged}")
+            on["compile"] = Decision(True, "VAE, T5; the blocks are kernels already")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
@@ -151,17 +151,15 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     return chosen
 
 
-def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> str:
-    """Packages unless something stands against them, else torch.compile. Asked for by name they are packages or an
-    error.
-
-    Returns:
-        Why torch.compile it is where packages are the default, as the end of the technique's line.
-    """
+def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> None:
+    """On a CPU packages unless something stands against them; on a GPU, where none of the VAE can be had
+    (`utils.aoti.packaged`) and a start with the others is none without a compiler, torch.compile. Asked for by name
+    they are packages or an error."""
     asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
     from_elsewhere = args.use_cached_model or args.package_from
     no_compiler = None if from_elsewhere else _compiler_obstacle(hardware)
-    mode, said = args.compile_export_mode or "export_aoti", ""
+    default = "export_aoti" if asked or hardware.device == "cpu" else "compile"
+    mode, said = args.compile_export_mode or default, ""
     if mode == "export_aoti":
         # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
@@ -181,7 +179,6 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
                   f"{args.compile_scope}, VAE"
                   + (", T5" if hardware.device == "cuda" and args.offload == "none" else "") + said):
         chosen.compile_mode = mode
-    return said
 
 
 def _compiler_obstacle(hardware: Hardware) -> str | None:
