@@ -35,7 +35,7 @@ FUSED, CHANNELS, FA3, QUANT = OFF = [
     "--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
 VAE = "--disable_fused_vae"
 EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
-# Named, since packages became the default: rows old and new are compiled, but for those that say otherwise further on.
+# Named, as packages are a CPU's default: rows are compiled there as elsewhere, but for those that say otherwise.
 COMPILE = ["--compile_export_mode", "compile"]
 QUICK = ["--disable_inductor_tuning_flags", *COMPILE]
 UNFUSED = ["--disable_fused_kernels", VAE]
@@ -53,10 +53,9 @@ LADDER = {
     "4_channels_last": [*QUICK, *OFF[2:], VAE],
     "5_fa3": [*QUICK, *OFF[3:], VAE],
     "6_float8": QUICK + UNFUSED,
-    # The VAE's own norms took over nine minutes to tune.
-    "7_flags": [*COMPILE, "--disable_fused_kernels"],
+    "7_flags": COMPILE + UNFUSED,
+    # Everything that is on by default: the tuning flags are for blocks that are compiled.
     "8_fused": QUICK,
-    "9_flags": COMPILE,
 }
 ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
 
@@ -159,7 +158,7 @@ WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
 
 # Nothing is prepared beside these: a whole process is what is timed, both GPUs are in use, or inductor chooses kernels
 # by timing them.
-ALONE = ("start_", "gpus_2", "7_flags", "9_flags")
+ALONE = ("start_", "gpus_2", "7_flags")
 
 
 def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:

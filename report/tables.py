@@ -18,9 +18,8 @@ NAMES = {
     "4_channels_last": "+ channels_last",
     "5_fa3": "+ FA3, fp8 scaled",
     "6_float8": "+ float8, one scale a row",
-    "7_flags": "+ fused VAE, inductor flags",
-    "8_fused": "float8 as above, + fused VAE, fused kernels",
-    "9_flags": "+ inductor flags, which is all that is on by default",
+    "7_flags": "+ inductor flags",
+    "8_fused": "float8 as above, + fused VAE, fused kernels (default)",
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
     "memory_16gib": "and one model at a time on the GPU, tiled VAE, 16 GiB",
     "memory_8gib": "bf16, layer by layer on the GPU, tiled VAE, 8 GiB",
@@ -29,7 +28,7 @@ NAMES = {
 CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}
 
 # Rows beside the ladder, each group after what it is compared with.
-FULL = {"8_fused": "all but inductor flags"}
+FULL = {"8_fused": "default"}
 GROUPS = {
     "ladder": NAMES,
     "without": FULL | {

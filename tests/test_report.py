@@ -86,7 +86,7 @@ def test_the_pages_figures_are_those_of_the_newest_results(results):
     # 69.47 TFLOP in 64 ms; at the ceilings 56.20 / 700 + 13.27 / 600 s.
     assert row[6:8] == ["1085", "160%"]
     assert 'href="schnell/6_float8.2.json"' in text
-    assert "+ fused VAE, inductor flags: timeout. still &lt;autotuning&gt;" in text
+    assert "+ inductor flags: timeout. still &lt;autotuning&gt;" in text
     assert "Made-up &lt;GPU&gt;, 79 GiB" in text
     assert "LPIPS needs weights." in text and "step cache, F2B2, against --x" in text
 

@@ -142,7 +142,8 @@ def create_parser() -> argparse.ArgumentParser:
                         "attention exchanges them for heads (ulysses) or passes keys and values on (ring); auto is "
                         "ulysses where heads can be divided")
     recipe.add_argument("--disable_inductor_tuning_flags", action="store_true",
-                        help="default inductor flags: minutes less compile time")
+                        help="inductor's own settings for the blocks, which are tuned for minutes otherwise. Where the "
+                        "fused kernels are on there is nothing to tune")
     recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"],
                         help="torch.compile; torch.export + AOTInductor, whose packages later starts load; or neither. "
                         "Default: export_aoti on a CPU, compile on a GPU")

@@ -25,6 +25,14 @@ from utils.techniques import GIB, Decision, detect, plan, where_to_build
 
 MAX_EMBEDDINGS = 16
 
+# flux-fast's inductor flags, but for the transformer alone: coordinate descent over the VAE's norms had not ended after
+# nine minutes on an H100. Its fourth flag, conv_1x1_as_mm, is about the VAE.
+TUNING_FLAGS = {
+    "epilogue_fusion": False,  # leave pointwise work out of the matrix products
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+}
+
 
 def load_pipeline(args):
     """The FluxPipeline or FluxKontextPipeline of `args`, LoRA fused, nothing else changed yet.
@@ -131,8 +139,6 @@ def optimize(pipeline, args, log: StageLog | None = None):
     else:
         pipeline.to(device)
 
-    if chosen.is_on("inductor flags"):
-        set_inductor_tuning_flags()
     if fused:
         leave_sums(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
                                   else (0, 0)))
@@ -149,7 +155,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
     if chosen.compile_mode == "compile":
-        compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir)
+        compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
+                         TUNING_FLAGS if chosen.is_on("inductor flags") else {})
     if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
         pipeline.transformer = parallel.SharedTokens(transformer)
     if graphed:
@@ -314,15 +321,6 @@ def fuse_projections(model: torch.nn.Module) -> None:
                     delattr(module, name)
 
 
-def set_inductor_tuning_flags() -> None:
-    """The four flags of flux-fast, for all compilation that follows in this process."""
-    config = torch._inductor.config
-    config.conv_1x1_as_mm = True  # 1x1 convolutions are matrix products, and NHWC ones need no reshuffling
-    config.epilogue_fusion = False  # leave pointwise work out of the matrix products
-    config.coordinate_descent_tuning = True
-    config.coordinate_descent_check_all_directions = True
-
-
 def kernel_cache(cache_dir: str) -> Path:
     """Where inductor keeps compiled kernels: a second start finds most of them there. PyTorch's own variable wins."""
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache_dir).expanduser() / "inductor")
@@ -343,24 +341,29 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
-    done = aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
-                             args.package_from, log.line)
+    with torch._inductor.config.patch(TUNING_FLAGS if chosen.is_on("inductor flags") else {}):
+        done = aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+                                 args.package_from, log.line)
     if on_gpu:
         compile_vae(pipeline)
     return done + "; VAE by torch.compile" * on_gpu
 
 
-def compile_pipeline(pipeline, scope: str, cache_dir: str) -> None:
+def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
     """Marks the transformer ("blocks", its two kinds; "whole"; or "no blocks"), the VAE, and on a GPU T5's blocks for
-    compilation at their first call."""
+    compilation at their first call.
+
+    Args:
+        flags: of inductor, for the transformer.
+    """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(cache_dir))
     # On ROCm static shapes gave black images in flux-fast's experience; not tried here.
     dynamic = True if torch.version.hip else None
     if scope == "blocks":
-        pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic)
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, options=flags)
     elif scope == "whole":
-        pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic,
-                                             mode="max-autotune-no-cudagraphs")
+        flags = torch._inductor.list_mode_options("max-autotune-no-cudagraphs") | flags
+        pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic, options=flags)
     compile_vae(pipeline, dynamic)
     if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
         compile_text_encoder(pipeline.text_encoder_2, dynamic)

@@ -131,8 +131,11 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
         raise RecipeError("--text_encoder_quant does not go with --offload group: its hooks know PyTorch's layers. "
                           "Use --offload model, or drop one of the two.")
     _choose_cache(args, configs, chosen)
-    default_on("inductor flags", args.disable_inductor_tuning_flags, "--disable_inductor_tuning_flags",
-               None if compiles else "nothing is compiled", "conv_1x1_as_mm, coordinate descent, no epilogue fusion")
+    unwanted = ("--disable_inductor_tuning_flags" if args.disable_inductor_tuning_flags else
+                "the blocks are kernels already" if chosen.is_on("fused kernels") else None)
+    default_on("inductor flags", bool(unwanted), unwanted or "--disable_inductor_tuning_flags",
+               "no GPU" if hardware.device == "cpu" else None if compiles else "nothing is compiled",
+               "coordinate descent, no epilogue fusion in the blocks")
     if args.context_parallel:
         chosen.context_parallel = parallel.choose(args.context_parallel, configs["transformer"],
                                                   chosen.attention_backend)
