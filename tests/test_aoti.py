@@ -96,6 +96,7 @@ def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch
     assert "loaded" in pipeline.techniques["compile"].how and calls
 
 
+@pytest.mark.slow
 def test_packages_of_t5_equal_eager(build, tmp_path):
     """Two graphs: the first block makes the position bias, the others are given it."""
     t5 = build("tiny-flux").text_encoder_2
@@ -123,7 +124,7 @@ class Layer(torch.nn.Module):
         return self.transformer_blocks[0](x)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", pytest.param("row", marks=pytest.mark.slow)])
 def test_one_package_serves_float8_weights_of_other_scales(float8_on_cpu, tmp_path, granularity, monkeypatch):
     """A folded scale would be the first layer's in every other; export compares the first and the last with eager."""
     layers = [Layer(size).bfloat16() for size in (1.0, 50.0)]

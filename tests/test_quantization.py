@@ -78,6 +78,7 @@ def test_no_unquantised_weight_of_t5_reaches_the_device(build):
     assert {m.weight.device.type for m in t5.modules() if isinstance(m, Int8Linear)} == {"meta"}
 
 
+@pytest.mark.slow
 def test_compiled_int8_weights_avoid_the_kernel_for_single_tokens(compiler):
     """inductor makes `_weight_int8pack_mm` of `x @ weight.to(x.dtype) * scale`: seconds instead of milliseconds."""
     linear = Int8Linear(torch.nn.Linear(64, 64).bfloat16(), torch.device("cpu"))

@@ -136,8 +136,10 @@ def test_a_step_waits_only_to_compare_residuals(load, policy):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("argv", [[], ["--num_images_per_prompt", "2", "--negative_prompt", "red",
-                                       "--true_cfg_scale", "2"]], ids=["one image", "batch 2, negative prompt"])
+@pytest.mark.parametrize("argv", [
+    pytest.param([], id="one image"),
+    pytest.param(["--num_images_per_prompt", "2", "--negative_prompt", "red", "--true_cfg_scale", "2"],
+                 id="batch 2, negative prompt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["F1B0, TaylorSeer", "F2B2"])
 def test_fused_blocks_leave_their_sums_within_a_segment(load, name, argv, static):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
