@@ -141,7 +141,7 @@ def test_one_package_serves_float8_weights_of_other_scales(float8_on_cpu, tmp_pa
     aoti.bind([unit], tmp_path, "k")
     with torch.no_grad():
         for layer in layers:
-            assert relative(layer(**unit.arguments), Layer.forward(layer, **unit.arguments)) < 0.02
+            assert relative(layer(**unit.arguments), Layer.forward(layer, **unit.arguments)) < aoti.BOUND
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_no_weight_is_compiled_in(tmp_path):
     aoti.bind([fine_tune], tmp_path, "k")
     module = fine_tune.modules[0]
     with torch.no_grad():
-        assert relative(module(**unit.arguments), Small.forward(module, **unit.arguments)) < 1e-6
+        assert relative(module(**unit.arguments), Small.forward(module, **unit.arguments)) < 1e-5
 
 
 def test_re_export_makes_it_anew(bound, copied):
