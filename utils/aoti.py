@@ -43,8 +43,10 @@ from utils.package_store import (
     verify,
 )
 
-# How far a package's first output may be from eager's: rounding in other places, nothing more.
-FLOAT32_BOUND, BOUND = 1e-4, 3e-2
+# How far a package's first output may be from eager's: rounding in other places, nothing more. In the VAE's sixty
+# layers bf16's roundings add up: FLUX.1's decoder, with random weights, is 2.5e-2 from itself in another memory format,
+# and compiled 2.7e-2 from eager (torch 2.13, CPU). Another function is 1 away.
+FLOAT32_BOUND, BOUND, VAE_BOUND = 1e-4, 3e-2, 1e-1
 
 # Inductor's settings, besides its own defaults.
 SETTINGS = {
@@ -70,8 +72,7 @@ def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder:
     blocks. What lies before and after the transformer's blocks is a few small kernels, no code worth a package.
 
     The recipe leaves out fused blocks (`utils.fused_blocks`), since four graphs of theirs would hold the same kernels
-    in the same order; and the VAE where it sees tiles of several sizes, or is on a GPU: there packages of channels_last
-    convolutions gave another picture (torch 2.11), which the comparison with eager found.
+    in the same order; and the VAE where it sees tiles of several sizes.
     """
     kinds = {}
     if blocks:
@@ -243,7 +244,7 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
         for module in {id(m): m for m in (unit.modules[0], unit.modules[-1])}.values():
             expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
             error = max(_relative(a, b) for a, b in zip(_tensors(found), _tensors(expected), strict=True))
-            if not error < _bound_of(module, _tensors(expected)[0].dtype):
+            if not error < _bound_of(unit.name, module, _tensors(expected)[0].dtype):
                 raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
                                   "please report this, and use --compile_export_mode compile.")
         say(f"exported {unit.name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.1f} MB")
@@ -264,11 +265,13 @@ def _tensors(output) -> list[torch.Tensor]:
     return [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
 
 
-def _bound_of(module: torch.nn.Module, dtype: torch.dtype) -> float:
+def _bound_of(name: str, module: torch.nn.Module, dtype: torch.dtype) -> float:
     """Values that are rounded to 8 bits on their way may go to the next of few, in any dtype: 1.2e-4 was seen of int8
     in float32."""
     quantised = any(x.dtype.itemsize == 1 for x in constants_of(module).values())
-    return BOUND if quantised or dtype != torch.float32 else FLOAT32_BOUND
+    if dtype == torch.float32 and not quantised:
+        return FLOAT32_BOUND
+    return VAE_BOUND if name in ("decoder", "encoder") else BOUND
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

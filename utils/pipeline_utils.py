@@ -332,7 +332,7 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
         settle_masks(pipeline.text_encoder_2)
-    kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not (args.vae_tiling or on_gpu),
+    kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
                           identify(configs_of(pipeline)).needs_image, on_gpu)
     show_progress(pipeline, False)
     units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
@@ -342,11 +342,8 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
     with torch._inductor.config.patch(TUNING_FLAGS if chosen.is_on("inductor flags") else {}):
-        done = aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+        return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
                                  args.package_from, log.line)
-    if on_gpu:
-        compile_vae(pipeline)
-    return done + "; VAE by torch.compile" * on_gpu
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
@@ -364,16 +361,11 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
     elif scope == "whole":
         flags = torch._inductor.list_mode_options("max-autotune-no-cudagraphs") | flags
         pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic, options=flags)
-    compile_vae(pipeline, dynamic)
-    if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
-        compile_text_encoder(pipeline.text_encoder_2, dynamic)
-
-
-def compile_vae(pipeline, dynamic: bool | None = None) -> None:
-    """Marks the VAE's decoder, and its encoder where pictures are read, for compilation at their first call."""
     pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)
     if identify(configs_of(pipeline)).needs_image:
         pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
+    if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
+        compile_text_encoder(pipeline.text_encoder_2, dynamic)
 
 
 def compile_text_encoder(t5: torch.nn.Module, dynamic: bool | None) -> None:

@@ -155,9 +155,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
 
 
 def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> None:
-    """On a CPU packages unless something stands against them; on a GPU, where none of the VAE can be had
-    (`utils.aoti.packaged`) and a start with the others is none without a compiler, torch.compile. Asked for by name
-    they are packages or an error."""
+    """On a CPU packages unless something stands against them; on a GPU torch.compile, until packages have been measured
+    there. Asked for by name they are packages or an error."""
     asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
     from_elsewhere = args.use_cached_model or args.package_from
     no_compiler = None if from_elsewhere else _compiler_obstacle(hardware)
