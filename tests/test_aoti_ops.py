@@ -56,6 +56,7 @@ def test_one_package_calls_the_fused_products_with_each_blocks_weights(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's packages for a CPU cannot name e4m3")
 def test_packages_hold_fp8_attention(build, make_args, tmp_path):
     """As on a Hopper GPU without the fused kernels, with the op's CPU kernel in FlashAttention's place."""
     pipeline, args = build("tiny-flux", torch.bfloat16), make_args("--ckpt", "tiny-flux", "--num_inference_steps", "2")
