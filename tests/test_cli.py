@@ -39,7 +39,7 @@ def test_a_prompt_that_looks_like_a_flag_value_stays_as_it_is():
     assert create_parser().parse_args(["--prompt=a-b_c --d-e"]).prompt == "a-b_c --d-e"
 
 
-def test_packages_are_the_default_and_help_says_so():
+def test_help_says_where_packages_are_the_default():
     """What stands against them depends on the machine: the flag is left open, for `utils.techniques.plan` to decide."""
     assert create_parser().parse_args([]).compile_export_mode is None
     text = " ".join(create_parser().format_help().split())

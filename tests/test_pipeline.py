@@ -7,11 +7,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import relative
+from conftest import relative, skip_without_float8_products
 from torch._dynamo.utils import counters
 
-from utils import attention, pipeline_utils, random_weights, step_cache, techniques
-from utils.benchmark_utils import RecipeError, create_parser
+from utils import aoti, attention, pipeline_utils, random_weights, step_cache, techniques
+from utils.benchmark_utils import RecipeError, StageLog, create_parser
+from utils.checkpoint import configs_of
 from utils.pipeline_utils import (
     TUNING_FLAGS,
     call_kwargs,
@@ -19,6 +20,7 @@ from utils.pipeline_utils import (
     compile_text_encoder,
     fuse_projections,
     optimize,
+    use_packages,
     with_embeddings,
 )
 from utils.quality import capture_step
@@ -94,6 +96,8 @@ def test_every_combination_is_close_to_the_plain_pipeline(build, args_for, refer
     flags = [flag for group in combination for flag in group]
     argv = [flag for flag in flags if flag.startswith("--")]
     kind = next((k for k in ("float8", "int8") if k in flags), "")
+    if kind == "float8":
+        skip_without_float8_products()
     if kind:
         argv += ["--quant_dtype", kind]
         # int8 is refused uncompiled because it would be slow, not because it would be wrong.
@@ -196,11 +200,16 @@ def test_inductors_own_cuda_graphs_stay_off():
 def test_our_attention_in_the_whole_pipeline(build, args_for, monkeypatch, name):
     """As on a Hopper GPU, with the op's CPU kernel in FlashAttention's place."""
     args = args_for(name, "--compile_export_mode", "disabled", "--num_images_per_prompt", "2")
-    expected = latents(build(name, torch.bfloat16), args)
+    noise = torch.randn(2, 64, 64)  # torch 2.11 draws another one, and other weights, in another dtype
+
+    def drawn(pipeline):
+        return pipeline(**call_kwargs(pipeline, args), latents=noise, output_type="latent").images
+
+    expected = drawn(build(name, torch.bfloat16).to(torch.float32))
     pipeline = build(name, torch.bfloat16)
     fuse_projections(pipeline.transformer)
     attention.use_attention_library(pipeline.transformer, "fa3")
-    assert relative(latents(pipeline, args), expected) < 0.006  # measured: 2.4e-3 to 2.8e-3
+    assert relative(drawn(pipeline), expected) < 0.04  # measured: 3.7e-3 to 2.4e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -302,6 +311,25 @@ def test_the_tuning_flags_are_for_the_transformer(build, tmp_path, monkeypatch):
     compile_pipeline(build("tiny-flux", torch.float32), "blocks", str(tmp_path), TUNING_FLAGS)
     tuned = {name for name, given in seen.items() if given.get("options") == TUNING_FLAGS}
     assert tuned == {"FluxTransformerBlock", "FluxSingleTransformerBlock"} and "Decoder" in seen
+
+
+def test_the_tuning_flags_are_for_the_packages_of_blocks(build, args_for, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    units, compiled = [], {}
+    monkeypatch.setattr(aoti, "use_packages", lambda pipeline, given, *_: units.extend(given))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path, inductor_configs:
+                        compiled.update({package_path: inductor_configs}))
+    for flags, tuned in ((["--disable_inductor_tuning_flags"], set()), ([], {"double", "single"})):
+        units.clear()
+        args, pipeline = args_for("tiny-flux", *flags), build("tiny-flux")
+        chosen = techniques.plan(args, configs_of(pipeline), techniques.Hardware("cpu"))
+        chosen.decisions["inductor flags"] = Decision(not flags, "as on a GPU")
+        use_packages(pipeline, args, chosen, StageLog(quiet=True))
+        for unit in units:
+            aoti._compile(unit, tmp_path / unit.name, "k")
+            assert TUNING_FLAGS.items() <= compiled[str(tmp_path / unit.name)].items() or unit.name not in tuned
+        assert {unit.name for unit in units if unit.settings} == tuned
+        assert {unit.name for unit in units} == {"double", "single", "decoder"}
 
 
 def make_lora(pipeline, folder, rank=4):

@@ -25,8 +25,8 @@ from utils.techniques import GIB, Decision, detect, plan, where_to_build
 
 MAX_EMBEDDINGS = 16
 
-# flux-fast's inductor flags, but for the transformer alone: coordinate descent over the VAE's norms had not ended after
-# nine minutes on an H100. Its fourth flag, conv_1x1_as_mm, is about the VAE.
+# flux-fast's inductor flags, but for the transformer alone: coordinate descent over the VAE's norms did not end in the
+# time at hand. Its fourth flag, conv_1x1_as_mm, is about the VAE.
 TUNING_FLAGS = {
     "epilogue_fusion": False,  # leave pointwise work out of the matrix products
     "coordinate_descent_tuning": True,
@@ -338,12 +338,15 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
                                                                                          num_inference_steps=1), {})))
     show_progress(pipeline, not args.quiet)
+    if chosen.is_on("inductor flags"):
+        for unit in units:
+            if unit.name.startswith(("double", "single")):
+                unit.settings = TUNING_FLAGS
     switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
-    with torch._inductor.config.patch(TUNING_FLAGS if chosen.is_on("inductor flags") else {}):
-        return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
-                                 args.package_from, log.line)
+    return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+                             args.package_from, log.line)
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
