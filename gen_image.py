@@ -7,14 +7,8 @@
 import sys
 
 from utils import parallel, step_cache
-from utils.benchmark_utils import (
-    RecipeError,
-    StageLog,
-    check_args,
-    create_parser,
-    exit_with_reason,
-    spare_the_garbage_collector,
-)
+from utils.benchmark_utils import RecipeError, StageLog, create_parser, exit_with_reason, spare_the_garbage_collector
+from utils.checks import check_args
 from utils.images import image_parameters, numbered_path, save_image
 from utils.many_prompts import join_processes, make_images, read_prompts
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize

@@ -22,7 +22,6 @@ from utils.benchmark_utils import (
     PeakMemory,
     RecipeError,
     StageLog,
-    check_args,
     create_parser,
     environment,
     exit_with_reason,
@@ -31,6 +30,7 @@ from utils.benchmark_utils import (
     summarize,
     write_json,
 )
+from utils.checks import check_args
 from utils.cuda_graph import recording_is_an_error
 from utils.images import image_parameters, save_image
 from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress

@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils import parallel, pipeline_utils
-from utils.benchmark_utils import check_args, create_parser, exit_with_reason
+from utils.benchmark_utils import create_parser, exit_with_reason
+from utils.checks import check_args
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.techniques import Decision
 

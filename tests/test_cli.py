@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from utils import benchmark_utils, pipeline_utils, random_weights
-from utils.benchmark_utils import RecipeError, check_args, create_parser, replacing, summarize
+from utils.benchmark_utils import RecipeError, create_parser, replacing, summarize
+from utils.checks import check_args
 from utils.pipeline_utils import load_pipeline
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import experiments
 from report import records, tables
 from tiny_flux.pictures import prompts
 from utils import benchmark_utils, processes
-from utils.benchmark_utils import check_args, create_parser
+from utils.benchmark_utils import create_parser
+from utils.checks import check_args
 
 
 def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ import pytest
 
 import gen_image
 from utils import many_prompts, pipeline_utils
-from utils.benchmark_utils import RecipeError, check_args, images_per_call
+from utils.benchmark_utils import RecipeError
+from utils.checks import check_args, images_per_call
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made, read_prompts
 

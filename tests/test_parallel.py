@@ -17,7 +17,8 @@ import torch.distributed as dist
 from conftest import relative
 
 from utils import many_prompts, parallel, pipeline_utils, random_weights
-from utils.benchmark_utils import RecipeError, check_args
+from utils.benchmark_utils import RecipeError
+from utils.checks import check_args
 from utils.images import read_parameters, reference_tokens
 from utils.parallel import bytes_sent, expected_step
 from utils.pipeline_utils import call_kwargs, load_pipeline

@@ -29,13 +29,13 @@ from utils import step_cache
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
     RecipeError,
-    check_args,
     create_parser,
     environment,
     exit_with_reason,
     replacing,
     write_json,
 )
+from utils.checks import check_args
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quality import broken_share, latent_drift, latent_recorder, perceptual, picture_drift
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from utils.benchmark_utils import RecipeError, images_per_call, manifest_path
+from utils.benchmark_utils import RecipeError
+from utils.checks import images_per_call, manifest_path
 from utils.images import image_parameters, numbered_path, read_parameters, save_image
 from utils.pipeline_utils import call_kwargs, show_progress, with_embeddings
 

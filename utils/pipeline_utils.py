@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from tiny_flux import presets
 from utils import aoti, attention, parallel, random_weights, step_cache
-from utils.benchmark_utils import RecipeError, StageLog, images_per_call
+from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
+from utils.checks import images_per_call
 from utils.cuda_graph import CUDAGraphed
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer

@@ -19,8 +19,9 @@ from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from utils import attention, parallel, step_cache
-from utils.benchmark_utils import RecipeError, images_per_call, packages_asked_for, unpackaged_by_choice
+from utils.benchmark_utils import RecipeError
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
+from utils.checks import images_per_call, packages_asked_for, unpackaged_by_choice
 
 GIB = 2**30
 CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")  # of diffusers' dispatcher, tried on torch 2.13
