@@ -2,7 +2,7 @@
 
     python experiments.py run h100                     # results/h100/<suite>/<row>.json
     python experiments.py run h100 --suite schnell --rows '1_eager' 'without_*' --dry-run
-    python experiments.py run h100 --suite schnell --jobs 3    # three load and compile at a time, one is timed
+    python experiments.py run h100 --suite schnell --jobs 2    # two load and compile at a time, one is timed
     python experiments.py report                       # README tables, results/<gpu>/report.html
 
 A row that fails becomes a result too: why, its exit code and the end of its output. The others go on.

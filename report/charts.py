@@ -5,7 +5,6 @@ Drawn 4.6 inches wide with names above their bars, so that they can be read on a
 
 import io
 import re
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -170,9 +169,9 @@ def caches(names: list[str], cached: list[list[float]], diffs: list[dict[str, fl
         return svg(figure)
 
 
-def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list[list[str]], prompts: list[str],
-                  path: Path) -> None:
-    """Rows are switches, columns prompts, the metric under each picture; WebP, on white."""
+def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list[list[str]], prompts: list[str]
+                  ) -> bytes:
+    """Rows are switches, columns prompts, the metric under each picture; a WebP, on white."""
     side = strips[0].height
     with matplotlib.rc_context(STYLE | {"text.color": "#1c1e21", "font.size": 7}):
         columns = len(prompts)
@@ -195,9 +194,11 @@ def contact_sheet(names: list[str], strips: list[PIL.Image.Image], metrics: list
         figure.savefig(buffer, format="png")
     with PIL.Image.open(buffer) as picture:
         for quality in (70, 50, 35, 20, 10):
-            picture.convert("RGB").save(path, "webp", quality=quality, method=6)
-            if path.stat().st_size < SHEET_BYTES:
+            found = io.BytesIO()
+            picture.convert("RGB").save(found, "webp", quality=quality, method=6)
+            if found.tell() < SHEET_BYTES:
                 break
+    return found.getvalue()
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""results/<gpu>/report.html: everything that was measured on one GPU on one page, and the charts beside it."""
+"""results/<gpu>/report.html: everything that was measured on one GPU on one page, and beside it the ladders' charts."""
 
 import base64
 import hashlib
@@ -20,20 +20,21 @@ TITLES = {"ladder": "From the plain pipeline upwards", "without": "One technique
 
 
 def write(gpu: str) -> list[Path]:
-    """Writes the page and the charts of results/<gpu>/; the paths, the page's first."""
+    """Writes the page of results/<gpu>/, which holds all pictures, and of these beside it the ladders, which READMEs
+    show; the paths, the page's first."""
     folder = records.RESULTS / gpu
-    pictures, sections = [], []
+    ladders, sections = [], []
     for suite, title in SUITES.items():
         if (folder / suite).is_dir():
-            sections.append(speed_section(folder, suite, title, pictures))
+            sections.append(speed_section(folder, suite, title, ladders))
     if (folder / "tiny").is_dir():
-        sections.append(quality_section(folder / "tiny", pictures))
-    for path in {*folder.glob("*.svg"), *folder.glob("contact_sheet.webp")} - set(pictures):
+        sections.append(quality_section(folder / "tiny"))
+    for path in {*folder.glob("*.svg"), *folder.glob("*.webp")} - set(ladders):
         path.unlink()
     page = environment().get_template("page.html").render(
         gpu=gpu, sections=[one for one in sections if one], machines=machines(folder), fingerprint=fingerprint(folder))
     (folder / "report.html").write_text(page)
-    return [folder / "report.html", *pictures]
+    return [folder / "report.html", *ladders]
 
 
 def environment() -> jinja2.Environment:
@@ -64,18 +65,13 @@ def machines(folder: Path) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def picture(path: Path, text: str, alt: str, pictures: list[Path]) -> dict:
-    """Writes an SVG, and what the page needs to show it without the file."""
-    path.write_text(text)
-    pictures.append(path)
-    return inlined(path, alt)
+def drawn(text: str, alt: str) -> dict:
+    """What the page needs to show an SVG; as quoted text, which is smaller than base64."""
+    return inlined("data:image/svg+xml," + quote(text, safe=" ='/:;,.()@+{}"), alt)
 
 
-def inlined(path: Path, alt: str) -> dict:
-    """A data URI; of SVG as quoted text, which is smaller than base64."""
-    uri = ("data:image/svg+xml," + quote(path.read_text(), safe=" ='/:;,.()@+{}") if path.suffix == ".svg" else
-           "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode())
-    return {"uri": Markup(uri), "alt": alt}  # neither holds a character that HTML would need escaped
+def inlined(uri: str, alt: str) -> dict:
+    return {"uri": Markup(uri), "alt": alt}  # neither kind holds a character that HTML would need escaped
 
 
 def read(folder: Path, names: dict[str, str]) -> list[tuple[str, str, dict]]:
@@ -91,7 +87,8 @@ def failed(folder: Path, names: dict[str, str]) -> list[dict]:
 
 # --- speed, with random weights ---
 
-def speed_section(folder: Path, suite: str, title: str, pictures: list[Path]) -> dict:
+def speed_section(folder: Path, suite: str, title: str, ladders: list[Path]) -> dict:
+    """The part of the page on one model. Writes its ladder, and puts that file's path into `ladders`."""
     folder, charted = folder / suite, {}
     ceilings = folder.parent / "ceilings.json"
     ceilings = json.loads(ceilings.read_text()) if ceilings.exists() else None
@@ -108,28 +105,27 @@ def speed_section(folder: Path, suite: str, title: str, pictures: list[Path]) ->
     if len(rows) > 1:
         names, seconds = [name for name, _, _ in rows], [record["seconds"]["median"] for _, _, record in rows]
         ratios = [eager and tables.speed_up(eager[1], record) for _, _, record in rows]
-        images.append(picture(folder.parent / f"{suite}_ladder.svg", charts.ladder(names, seconds, ratios),
-                              f"{title}: seconds of each row, with the speed-up over eager", pictures))
-        images.append(picture(
-            folder.parent / f"{suite}_stages.svg",
+        ladder = charts.ladder(names, seconds, ratios)
+        ladders.append(folder.parent / f"{suite}_ladder.svg")
+        ladders[-1].write_text(ladder)
+        images.append(drawn(ladder, f"{title}: seconds of each row, with the speed-up over eager"))
+        images.append(drawn(
             charts.stages(names, [record["stages_ms"] for _, _, record in rows],
                           [record["settings"]["num_inference_steps"] for _, _, record in rows]),
-            f"{title}: milliseconds of each stage", pictures))
+            f"{title}: milliseconds of each stage"))
     known = {name: record for name, record in charted.values() if record["step_relative_error"] is not None}
     if len(known) > 2:
-        images.append(picture(
-            folder.parent / f"{suite}_quality.svg",
+        images.append(drawn(
             charts.speed_against_quality(
                 list(known), [record["seconds"]["median"] for record in known.values()],
                 [record["step_relative_error"] * 100 for record in known.values()], "seconds an image",
                 "step error, %", higher_is_better=False),
-            f"{title}: seconds against the error of a step; the Pareto front is joined", pictures))
+            f"{title}: seconds against the error of a step; the Pareto front is joined"))
     cached = [(name, [float(i in record["cached_steps"]) for i in range(record["settings"]["num_inference_steps"])],
                record.get("residual_diffs") or {})
               for name, _, record in read(folder, tables.GROUPS["caches"]) if record["cached_steps"]]
     if cached:
-        drawn = charts.caches(*map(list, zip(*cached, strict=True)))
-        images.append(picture(folder.parent / f"{suite}_cache.svg", drawn, f"{title}: {CACHES_ALT}", pictures))
+        images.append(drawn(charts.caches(*map(list, zip(*cached, strict=True))), f"{title}: {CACHES_ALT}"))
     note = ("Random weights at full size: speed and memory are the model's, pixels mean nothing. Step error: relative "
             "error of one transformer step against float32 on the same weights. TFLOP/s: the products of a step over "
             "its time" + ("; ceiling: the time that they take at this GPU's measured rates, over the time that they "
@@ -174,7 +170,7 @@ QUALITY_HEAD = ["", "steps", "PSNR, all words given (min)", "PSNR, words left op
                 "latents, median (max)", "black, not finite", "LPIPS", "CLIP score", "judge, top 5", "seconds"]
 
 
-def quality_section(folder: Path, pictures: list[Path]) -> dict | None:
+def quality_section(folder: Path) -> dict | None:
     names = {"eager": "eager bf16: the reference"} | tables.QUALITY
     rows = read(folder, names)
     if not rows:
@@ -182,26 +178,24 @@ def quality_section(folder: Path, pictures: list[Path]) -> dict | None:
     images = []
     charted = [row for row in rows if row[0] not in (names["eager"], names["other_seed"])]
     if len(charted) > 1:
-        images.append(picture(
-            folder.parent / "tiny_quality.svg",
+        images.append(drawn(
             charts.speed_against_quality(
                 [name for name, _, _ in charted], [record["seconds"] for _, _, record in charted],
                 [mean_psnr(record) for _, _, record in charted],
                 f"seconds of {charted[0][2]['prompts']} pictures", "PSNR, dB (identical: 100)", higher_is_better=True),
-            "seconds against PSNR; the Pareto front is joined", pictures))
+            "seconds against PSNR; the Pareto front is joined"))
     curves = [(name, record["latents"]["by_step"]) for name, _, record in charted
               if "latents" in record and record["latents"]["by_step"] and record["latents"]["median"]]
     if curves:
-        images.append(picture(folder.parent / "tiny_drift.svg", charts.drift(*map(list, zip(*curves, strict=True))),
-                              "error of the latents after each step against eager bf16", pictures))
+        images.append(drawn(charts.drift(*map(list, zip(*curves, strict=True))),
+                            "error of the latents after each step against eager bf16"))
     cached = [(name, record["cached_share"], record["residual_diffs"]) for name, _, record in rows
               if record.get("cached_share")]
     if cached:
-        images.append(picture(folder.parent / "tiny_cache.svg", charts.caches(*map(list, zip(*cached, strict=True))),
-                              CACHES_ALT, pictures))
+        images.append(drawn(charts.caches(*map(list, zip(*cached, strict=True))), CACHES_ALT))
     if sheet := contact_sheet(folder, rows):
-        pictures.append(sheet)
-        images.append(inlined(sheet, "pictures of each row, PSNR against eager below each"))
+        images.append(inlined("data:image/webp;base64," + base64.b64encode(sheet).decode(),
+                              "pictures of each row, PSNR against eager below each"))
     groups = [filled("Against eager bf16, same prompts and seeds", QUALITY_HEAD,
                      [quality_cells(*row) for row in rows])]
     twins = [(f"{name}, against {' '.join(record['twin']['argv'])}", file, record | record["twin"])
@@ -237,9 +231,9 @@ def quality_cells(name: str, file: str, record: dict) -> list:
             f"{record['judge']['top5']:.0%}", f"{record['seconds']:.0f}"]
 
 
-def contact_sheet(folder: Path, rows: list[tuple[str, str, dict]]) -> Path | None:
-    """Writes contact_sheet.webp beside the page, from the strips that lie beside the rows' files, if any. Of rows that
-    were measured with other prompts than the first there is nothing to put into its columns."""
+def contact_sheet(folder: Path, rows: list[tuple[str, str, dict]]) -> bytes | None:
+    """A WebP of the strips that lie beside the rows' files, if any. Of rows that were measured with other prompts than
+    the first there is nothing to put into its columns."""
     strips = [(name, strip, record["shown"]) for name, file, record in rows
               if (strip := (folder / file).with_suffix(".webp")).exists()]
     asked = [[one["prompt"] for one in shown] for _, _, shown in strips]
@@ -247,11 +241,10 @@ def contact_sheet(folder: Path, rows: list[tuple[str, str, dict]]) -> Path | Non
              if prompts == asked[0]]
     if not found:
         return None
-    path = folder.parent / "contact_sheet.webp"
-    charts.contact_sheet(
+    sheet = charts.contact_sheet(
         [name for name, _, _ in found], [strip for _, strip, _ in found],
         [["the same" if one["identical"] == 1 else f"{one['psnr_mean']:.1f} dB" for one in shown]
-         for _, _, shown in found], [one["prompt"] for one in found[0][2]], path)
+         for _, _, shown in found], [one["prompt"] for one in found[0][2]])
     for _, strip, _ in found:
         strip.close()
-    return path
+    return sheet

@@ -1,6 +1,7 @@
 """Charts and page from made-up results, and that the committed ones are up to date."""
 
 import base64
+import io
 import json
 import re
 import sys
@@ -13,8 +14,21 @@ import pytest
 import experiments
 from report import charts, page, records, tables
 
-DRAWN = ("schnell_ladder.svg", "schnell_stages.svg", "schnell_quality.svg", "tiny_quality.svg", "tiny_drift.svg",
-         "tiny_cache.svg", "dev_cache.svg", "contact_sheet.webp")
+# The pictures of the made-up results, by a part of what the page says below them.
+DRAWN = {"ladder": "schnell: seconds of each row", "stages": "schnell: milliseconds",
+         "error": "schnell: seconds against", "psnr": "seconds against PSNR", "drift": "error of the latents",
+         "dev cache": "dev: residual differences", "tiny cache": "residual differences of",
+         "sheet": "pictures of each row"}
+
+
+def drawn(text: str) -> dict[str, bytes]:
+    """A page's pictures by the names in DRAWN."""
+    found = {}
+    for uri, alt in re.findall(r'<img src="([^"]+)" alt="([^"]+)"', text):
+        name, = (name for name, part in DRAWN.items() if alt.removeprefix("FLUX.1-").startswith(part))
+        content = uri.partition(",")[2]
+        found[name] = unquote(content).encode() if "svg" in uri[:20] else base64.b64decode(content)
+    return found
 
 
 def speed(seconds: float, error: float) -> dict:
@@ -66,15 +80,14 @@ def results(tmp_path, monkeypatch):
 
 def test_the_page_holds_everything_and_fetches_nothing(results):
     folder, text = results
-    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(
-        [*DRAWN, "report.html", "ceilings.json"])
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        "ceilings.json", "report.html", "schnell_ladder.svg"]
     sources = re.findall(r'(?:src|href)="([^"]+)"', text)
     inline = [source for source in sources if source.startswith("data:")]
     assert len(inline) == len(DRAWN) and not any("//" in source.split(",")[0] for source in sources)
     assert all((folder / source).exists() for source in set(sources) - set(inline))
-    found = {unquote(uri.partition(",")[2]).encode() if "svg" in uri[:20] else base64.b64decode(uri.partition(",")[2])
-             for uri in inline}
-    assert found == {(folder / name).read_bytes() for name in DRAWN}
+    found = drawn(text)
+    assert found.keys() == DRAWN.keys() and found["ladder"] == (folder / "schnell_ladder.svg").read_bytes()
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
@@ -92,21 +105,21 @@ def test_the_pages_figures_are_those_of_the_newest_results(results):
 
 
 def test_charts_say_what_the_results_say(results):
-    folder, _ = results
-    drawn = {name: (folder / name).read_text() for name in DRAWN if name.endswith("svg")}
-    assert "0.800 s ×1.00" in drawn["schnell_ladder.svg"] and "0.320 s ×2.50" in drawn["schnell_ladder.svg"]
-    assert "690 ms" in drawn["schnell_stages.svg"]  # 10 + 4 * 160 + 40
-    for text in drawn.values():
+    found = drawn(results[1])
+    assert PIL.Image.open(io.BytesIO(found.pop("sheet"))).width > 100
+    found = {name: picture.decode() for name, picture in found.items()}
+    assert "0.800 s ×1.00" in found["ladder"] and "0.320 s ×2.50" in found["ladder"]
+    assert "690 ms" in found["stages"]  # 10 + 4 * 160 + 40
+    for text in found.values():
         xml.etree.ElementTree.fromstring(text)
         assert charts.INK not in text and "currentColor" in text and "prefers-color-scheme:dark" in text
-    assert PIL.Image.open(folder / "contact_sheet.webp").width > 100
 
 
 def test_the_blocks_of_a_step_cache_are_counted_in_steps(results):
-    folder, text = results
+    _, text = results
     cells = re.findall(r"<td>(?:<a [^>]*>)?([^<]*)", text)
     assert cells[cells.index("step cache, F2B2") + 1] == "1.6" and cells[cells.index("int8, compiled") + 1] == "2"
-    compared, forced = ((folder / f"{name}_cache.svg").read_text() for name in ("tiny", "dev"))
+    compared, forced = (drawn(text)[f"{name} cache"].decode() for name in ("tiny", "dev"))
     assert "step cache, F2B2" in compared and "residual difference" in compared
     assert "step cache, fast" in forced and "residual difference" not in forced
     assert tables.computed_steps({"argv": [], "cached_steps": 8.0}) == "–"
@@ -115,21 +128,22 @@ def test_the_blocks_of_a_step_cache_are_counted_in_steps(results):
 
 def test_strips_of_other_prompts_are_left_out(results):
     """A row that was measured again with fewer pictures a strip."""
-    folder, _ = results
-    before = PIL.Image.open(folder / "contact_sheet.webp").size
+    folder, text = results
+    before = PIL.Image.open(io.BytesIO(drawn(text)["sheet"])).size
     record = pictures(30, 0.1)
     (folder / "tiny" / "int8.json").write_text(json.dumps(record | {"shown": record["shown"][:1]}))
     PIL.Image.new("RGB", (80, 80), "red").save(folder / "tiny" / "int8.webp")
     page.write("made-up")
-    assert PIL.Image.open(folder / "contact_sheet.webp").size == before
+    text = (folder / "report.html").read_text()
+    assert PIL.Image.open(io.BytesIO(drawn(text)["sheet"])).size == before
 
 
 def test_the_same_results_give_the_same_files(results):
     folder, text = results
-    before = {name: (folder / name).read_bytes() for name in DRAWN}
+    before = (folder / "schnell_ladder.svg").read_bytes()
     page.write("made-up")
     assert (folder / "report.html").read_text() == text
-    assert {name: (folder / name).read_bytes() for name in DRAWN} == before
+    assert (folder / "schnell_ladder.svg").read_bytes() == before
 
 
 def test_a_start_beside_other_rows_is_not_shown(results, monkeypatch):
