@@ -91,7 +91,7 @@ def main():
         seconds, image = time_images(pipeline, args)
         memory.end_of("image")
         with watching_tokens(pipeline.transformer) as tokens:
-            stages = time_stages(pipeline, args)
+            stages, steps = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
     if not parallel.is_first():
         if args.trace_file:  # of the first one, whose image takes all
@@ -109,7 +109,7 @@ def main():
                                            if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
-        "stages_ms": stages,
+        "stages_ms": stages, "steps_ms": steps,
         "roofline": step_record(pipeline.transformer.config, tokens, stages["denoising_step"],
                                 cached=pipeline.techniques["step cache"].on),
         "step_kernels": kernels, "cold_start_s": log.seconds,
@@ -154,13 +154,18 @@ def time_images(pipeline, args):
     return seconds, image
 
 
-def time_stages(pipeline, args) -> dict[str, float]:
-    """Median milliseconds of each stage over up to three more images: the timed ones carry no events."""
-    times = StageTimes(args.device)
+def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
+    """Median milliseconds of each stage over up to three more images, since the timed ones carry no events; and of each
+    step in turn, with --true_cfg_scale both of its calls: a GPU that meets its power limit slows down within an image.
+    """
+    times, images = StageTimes(args.device), min(3, args.runs)
     with in_regions(pipeline, times.timer):
-        for _ in range(min(3, args.runs)):
+        for _ in range(images):
             pipeline(**call_kwargs(pipeline, args))
-    return {name: statistics.median(spans) for name, spans in times.milliseconds().items()}
+    spans = times.milliseconds()
+    calls = spans["denoising_step"]
+    of_each_image = [calls[i::len(calls) // images] for i in range(len(calls) // images)]
+    return {name: statistics.median(each) for name, each in spans.items()}, list(map(statistics.median, of_each_image))
 
 
 def step_kernels(pipeline, args) -> list[dict]:

@@ -14,8 +14,9 @@ from conftest import relative, skip_without_float8_products
 from utils import aoti, package_store
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.package_store import key_of, open_store, publish
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, settle_masks
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quantization import quantize_transformer
+from utils.text_encoding import settle_masks
 
 CACHE = "Fn_compute_blocks: 1\nBn_compute_blocks: 0\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
 

@@ -17,11 +17,9 @@ from utils.pipeline_utils import (
     TUNING_FLAGS,
     call_kwargs,
     compile_pipeline,
-    compile_text_encoder,
     fuse_projections,
     optimize,
     use_packages,
-    with_embeddings,
 )
 from utils.quality import capture_step
 from utils.techniques import Decision
@@ -256,25 +254,6 @@ def test_each_image_of_a_batch_has_its_own_seed(build, args_for):
     assert relative(batch[1:], alone) < 1e-5 and relative(batch[:1], alone) > 0.1
 
 
-@pytest.mark.parametrize("argv", [[], ["--num_images_per_prompt", "2"],
-                                  ["--negative_prompt", "blue", "--true_cfg_scale", "3"]])
-def test_cached_embeddings_change_nothing_and_are_made_once(build, args_for, monkeypatch, argv):
-    pipeline, args, cache = build("tiny-flux-dev"), args_for("tiny-flux-dev", *argv), {}
-    expected = latents(pipeline, args)
-    for _ in range(2):
-        kwargs = with_embeddings(pipeline, call_kwargs(pipeline, args), cache)
-        found = pipeline(**kwargs, output_type="latent").images
-        assert torch.equal(found, expected)
-        monkeypatch.setattr(pipeline.text_encoder_2, "forward", lambda *_: pytest.fail("encoded again"))
-
-
-def test_only_the_last_embeddings_are_kept(build, args_for):
-    pipeline, args, cache = build("tiny-flux"), args_for("tiny-flux"), {}
-    for i in range(40):
-        with_embeddings(pipeline, call_kwargs(pipeline, args, prompt="first" if i % 5 == 0 else f"prompt {i}"), cache)
-    assert len(cache) == pipeline_utils.MAX_EMBEDDINGS and "first" in cache and "prompt 39" in cache
-
-
 def test_fusing_frees_the_separate_projections(build):
     pipeline = build("tiny-flux")
     before = sum(p.numel() for p in pipeline.transformer.parameters())
@@ -282,24 +261,6 @@ def test_fusing_frees_the_separate_projections(build):
     fuse_projections(pipeline.vae)
     assert sum(p.numel() for p in pipeline.transformer.parameters()) == before
     assert not [name for name, _ in pipeline.transformer.named_modules() if name.endswith(("to_q", "add_k_proj"))]
-
-
-def test_compiled_t5_is_the_same_function(build):
-    """Its mask of zeros must change nothing, and no call may look different from another."""
-    pipeline = build("tiny-flux")
-    t5 = pipeline.text_encoder_2
-    ids = torch.randint(0, 255, (2, 32))
-    with torch.no_grad():
-        expected = t5(ids)[0]
-        for block in t5.encoder.block:
-            block.compile = lambda **_: None
-        compile_text_encoder(t5, None)
-        seen, biases = [], []
-        t5.encoder.register_forward_pre_hook(lambda m, a, k: seen.append(k["attention_mask"]), with_kwargs=True)
-        t5.encoder.block[0].register_forward_hook(lambda m, a, output: biases.append(output[1]))
-        torch.testing.assert_close(t5(ids, output_hidden_states=False)[0], expected)
-    assert seen[0].shape == (2, 1, 1, 32)
-    assert (biases[0] + seen[0]).is_contiguous()  # what fused attention kernels ask of a mask
 
 
 def test_the_tuning_flags_are_for_the_transformer(build, tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def test_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
     assert record["images_per_second"] == pytest.approx(1 / record["seconds"]["median"])
     assert set(record["stages_ms"]) == {"prompt_encoding", "denoising_step", "decoding", "postprocessing",
                                         "pil_conversion"}
+    steps = record["steps_ms"]
+    assert len(steps) == 2 and min(steps) <= record["stages_ms"]["denoising_step"] <= max(steps)
     assert 1e-4 < record["step_relative_error"] < 0.03
     work = record["roofline"]
     assert (work["image_tokens"], work["text_tokens"], work["batch"]) == (64, 64, 1)

@@ -286,8 +286,7 @@ def environment(device: str) -> dict:
             continue
     record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
-              "commit": (_output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-                         or os.environ.get("GIT_COMMIT")),
+              "commit": _commit() or os.environ.get("GIT_COMMIT"),
               "processes": int(os.environ.get("WORLD_SIZE", 1)), "argv": sys.argv[1:],
               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
@@ -300,6 +299,14 @@ def environment(device: str) -> dict:
                    "compute_capability": f"{properties.major}.{properties.minor}",
                    "driver": driver or None, "power_limit": power or None}
     return record
+
+
+def _commit() -> str | None:
+    """With "-dirty" where files differ from it, but for those that a measurement before this one has written."""
+    git, written = ("git", "-C", str(Path(__file__).parent.parent)), (":!results/**/*.json", ":!*.html", ":!*.svg")
+    commit = _output_of(*git, "describe", "--always")
+    changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _output_of(*command: str) -> str | None:

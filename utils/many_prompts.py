@@ -21,7 +21,8 @@ from accelerate import PartialState
 from utils.benchmark_utils import RecipeError
 from utils.checks import images_per_call, manifest_path
 from utils.images import image_parameters, numbered_path, read_parameters, save_image
-from utils.pipeline_utils import call_kwargs, show_progress, with_embeddings
+from utils.pipeline_utils import call_kwargs, show_progress
+from utils.text_encoding import with_embeddings
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

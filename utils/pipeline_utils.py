@@ -23,8 +23,7 @@ from utils.cuda_graph import CUDAGraphed
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
-
-MAX_EMBEDDINGS = 16
+from utils.text_encoding import compile_text_encoder, encode_without_waiting, settle_masks, with_embeddings
 
 # flux-fast's inductor flags, but for the transformer alone: coordinate descent over the VAE's norms did not end in the
 # time at hand. Its fourth flag, conv_1x1_as_mm, is about the VAE.
@@ -161,8 +160,10 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
         pipeline.transformer = parallel.SharedTokens(transformer)
     if graphed:
-        pipeline.text_encoder = graphed(pipeline.text_encoder)
+        # In a pool of its own, since it runs beside T5.
+        pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, torch.cuda.graph_pool_handle())
         pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
+        encode_without_waiting(pipeline)
         vae.decoder = graphed(vae.decoder)
         if not chosen.cache:
             pipeline.transformer = graphed(pipeline.transformer)
@@ -233,38 +234,6 @@ def _reference_kwargs(image, width: int, height: int) -> dict:
     if area == MEGAPIXEL:
         return dict(image=image, max_area=area)
     return dict(image=image.resize(reference_size(image, area)), max_area=area, _auto_resize=False)
-
-
-@torch.no_grad()
-def with_embeddings(pipeline, kwargs: dict, cache: dict) -> dict:
-    """`kwargs` with the prompts replaced by their embeddings; the last few of them stay in `cache` and are not encoded
-    again. (A dev prompt's take 4 MiB of GPU memory, and a file may hold thousands.)
-
-    A batch's prompts are encoded one by one: however many of them are in `cache`, the encoders see one shape.
-    """
-    kwargs = dict(kwargs)
-    images = kwargs.pop("num_images_per_prompt")
-    for prefix in ("", "negative_"):
-        if (prompts := kwargs.pop(f"{prefix}prompt", None)) is None:
-            continue
-        encoded = [_encode(pipeline, prompt, images, kwargs["max_sequence_length"], cache)
-                   for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        for name, parts in zip(("prompt_embeds", "pooled_prompt_embeds"), zip(*encoded, strict=True), strict=True):
-            kwargs[prefix + name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return kwargs
-
-
-def _encode(pipeline, prompt: str, images: int, max_sequence_length: int, cache: dict) -> tuple:
-    """(embeddings (images, tokens, D), pooled (images, P)) of a prompt; `cache` forgets what was used longest ago."""
-    if prompt in cache:
-        cache[prompt] = cache.pop(prompt)
-    else:
-        if len(cache) >= MAX_EMBEDDINGS:
-            cache.pop(next(iter(cache)))
-        embeds, pooled, _ = pipeline.encode_prompt(prompt=prompt, prompt_2=None, num_images_per_prompt=images,
-                                                   max_sequence_length=max_sequence_length)
-        cache[prompt] = embeds, pooled
-    return cache[prompt]
 
 
 def split_lora(lora: str) -> tuple[str, float]:
@@ -370,33 +339,3 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
         pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
     if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
         compile_text_encoder(pipeline.text_encoder_2, dynamic)
-
-
-def compile_text_encoder(t5: torch.nn.Module, dynamic: bool | None) -> None:
-    """Marks T5's blocks for compilation: two graphs, of the block that makes the position bias and of the others."""
-    settle_masks(t5)
-    for block in t5.encoder.block:
-        block.compile(fullgraph=True, dynamic=dynamic)
-
-
-def settle_masks(t5: torch.nn.Module) -> None:
-    """Gives T5 a mask of zeros in every call, and its position bias in the order of memory in which it is read.
-
-    Without a mask transformers makes one of its own during a CUDA graph's recording and none otherwise, which would
-    compile the blocks again in the middle of the recording. A mask of zeros keeps every call the same; the pipelines
-    attend to padding, so zeros are what they mean.
-
-    The bias is looked up as (query, key, head) and permuted; PyTorch's fused attention kernels want neighbouring keys
-    next to each other, and without them all 24 blocks attend in float32 by separate products. On an H100 a dev
-    prompt's encoding took 18.3 ms so, and takes 12.1 (results/h100/dev/8_fused.json and 8_fused.3.json).
-    """
-    def with_mask(module, args, kwargs):
-        ids = args[0] if args else kwargs["input_ids"]
-        mask = torch.zeros(ids.shape[0], 1, 1, ids.shape[1], device=ids.device, dtype=module.dtype)
-        return args, kwargs | {"attention_mask": mask}
-
-    def heads_first(module, args, bias):
-        return bias.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-
-    t5.register_forward_pre_hook(with_mask, with_kwargs=True)
-    t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.register_forward_hook(heads_first)

@@ -24,6 +24,7 @@ def in_regions(pipeline, region):
     methods = [(pipeline, "encode_prompt", "prompt_encoding"), (pipeline.vae, "encode", "image_encoding"),
                (pipeline.vae, "decode", "decoding"), (pipeline.image_processor, "postprocess", "postprocessing"),
                (pipeline.image_processor, "numpy_to_pil", "pil_conversion")]
+    before = [vars(owner).get(method) for owner, method, _ in methods]  # None where it is the class's
     for owner, method, name in methods:
         setattr(owner, method, inside(getattr(owner, method), name))
 
@@ -43,8 +44,10 @@ def in_regions(pipeline, region):
     finally:
         for hook in hooks:
             hook.remove()
-        for owner, method, _ in methods:
+        for (owner, method, _), own in zip(methods, before, strict=True):
             delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
 
 
 class StageTimes:
