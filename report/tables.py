@@ -76,7 +76,8 @@ GLANCE = {
     "schnell": ("schnell, 4 steps", {"8_fused": "every step"}),
     "dev": ("dev, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
                               "cache_balanced": "step cache `balanced`", "cache_fast": "step cache `fast`"}),
-    "kontext": ("Kontext, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs"}),
+    "kontext": ("Kontext, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
+                                      "cache_balanced": "step cache `balanced`"}),
 }
 
 
@@ -97,17 +98,21 @@ def glance_table(gpu: str) -> str:
 
 def beside_table(where: str) -> str:
     """The markdown table of a group of rows beside the ladder, `where` being <gpu>/<suite>/<group>, with ratios to its
-    first row too."""
+    first row too; without columns in which next to nothing stands."""
     gpu, suite, group = where.split("/")
     found, eager = _rows(f"{gpu}/{suite}", GROUPS[group]), newest(RESULTS / gpu / suite, "1_eager")
-    lines = ["| | seconds (min–max) | × eager | × first row | step | steps cached | GiB |", "|---" * 7 + "|"]
+    head, rows = ["", "seconds (min–max)", "× eager", "× first row", "step", "steps cached", "step error", "GiB"], []
     for link, record in found:
-        cached = record["cached_steps"]
-        lines.append("| " + " | ".join([
+        cached, error = record["cached_steps"], record["step_relative_error"]
+        rows.append([
             link, _seconds(record), _ratio(eager and eager[1], record), _ratio(found[0][1], record),
             "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
-            f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–", _gib(record)]) + " |")
-    return "\n".join(lines) + "\n"
+            f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–",
+            "–" if error is None else f"{error * 100:.2f} %", _gib(record)])
+    # Of the first row alone a figure is compared with nothing.
+    kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows[1:])]
+    lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(kept) + "|", *lines[1:]]) + "\n"
 
 
 # Of each batch the rows of diffusers' own pipeline and of the full recipe.
