@@ -51,6 +51,32 @@ def fail(*_):
     pytest.fail("exported again")
 
 
+@torch.no_grad()
+def test_convolutions_are_traced_as_they_will_run(tmp_path, monkeypatch):
+    """torch.export turns cuDNN off, and without it results have another layout. Afterwards all is as it was."""
+    seen = []
+
+    class Convolution(torch.nn.Conv2d):
+        def forward(self, input):
+            seen.append(torch.backends.cudnn.enabled)
+            return super().forward(input)
+
+    module, x = Convolution(4, 4, 3), torch.randn(1, 4, 8, 8)
+    torch.export.export(module, (x,), strict=False)
+    assert False in seen, "torch.export leaves cuDNN on by itself: `_cudnn_left_on` is not needed any more"
+    seen.clear()
+    unit = aoti.Unit("x", [module], {"input": x})
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
+    aoti._compile(unit, tmp_path / "x.pt2", "k")
+    assert set(seen) == {True}
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        aoti._compile(unit, tmp_path / "x.pt2", "k")
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled
+
+
 CASES = {
     "schnell, float32": ["--ckpt", "tiny-flux", "--disable_bf16", "--disable_quant", "--vae_tiling"],
     "dev, int8, batch 2, cache": [

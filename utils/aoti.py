@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -261,10 +262,24 @@ def _compile(unit: Unit, path: Path, key: str) -> None:
     if any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor)):
         # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
         settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _cudnn_left_on():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+
+
+@contextmanager
+def _cudnn_left_on():
+    """torch.export turns cuDNN off while it traces. Without it convolutions of channels_last pictures would give
+    contiguous ones, and PyTorch remembers that for whoever asks next about the same shapes: AOTInductor, whose code
+    then reads what cuDNN gives in the wrong order. (Seen with torch 2.11 on an H100, of weights that need no gradients:
+    what is remembered goes by that too. The VAE's package drew another picture.)"""
+    set_flags = torch.backends.cudnn.set_flags
+    torch.backends.cudnn.set_flags = lambda *_, **__: ()  # what export hands back when it is done
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.set_flags = set_flags
 
 
 def _tensors(output) -> list[torch.Tensor]:

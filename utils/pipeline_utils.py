@@ -297,23 +297,17 @@ def kernel_cache(cache_dir: str) -> Path:
 
 
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
-    """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done.
-
-    On a GPU the VAE is left to torch.compile: its package was made with torch 2.11 on an H100 and drew another picture
-    than eager, by itself it did not, and why is not known yet.
-    """
+    """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
         settle_masks(pipeline.text_encoder_2)
-    kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not (args.vae_tiling or on_gpu),
+    kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
                           identify(configs_of(pipeline)).needs_image, on_gpu)
     show_progress(pipeline, False)
     units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
                                                                                          num_inference_steps=1), {})))
     show_progress(pipeline, not args.quiet)
-    if on_gpu:
-        compile_vae(pipeline)
     if chosen.is_on("inductor flags"):
         for unit in units:
             if unit.name.startswith(("double", "single")):
@@ -321,9 +315,8 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
-    done = aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+    return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
                              args.package_from, log.line)
-    return f"{done}; the VAE by torch.compile" if on_gpu else done
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
@@ -341,13 +334,8 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
     elif scope == "whole":
         flags = torch._inductor.list_mode_options("max-autotune-no-cudagraphs") | flags
         pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic, options=flags)
-    compile_vae(pipeline, dynamic)
-    if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
-        compile_text_encoder(pipeline.text_encoder_2, dynamic)
-
-
-def compile_vae(pipeline, dynamic: bool | None = None) -> None:
-    """Marks the decoder, and the encoder where pictures are read (Kontext), for compilation."""
     pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)
     if identify(configs_of(pipeline)).needs_image:
         pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
+    if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
+        compile_text_encoder(pipeline.text_encoder_2, dynamic)
