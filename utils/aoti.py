@@ -260,8 +260,9 @@ def _compile(unit: Unit, path: Path, key: str) -> None:
     settings = SETTINGS | unit.settings | {
         "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}}
     if any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor)):
-        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
-        settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
+        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time, and
+        # which vector instructions the CPU has, for which inductor compiles and runs six programs, is nothing to it.
+        settings |= {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": False}
     with warnings.catch_warnings(), _cudnn_left_on():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
