@@ -32,6 +32,7 @@ from utils.benchmark_utils import (
 )
 from utils.checks import check_args
 from utils.cuda_graph import recording_is_an_error
+from utils.gpu_load import watching_load
 from utils.images import image_parameters, save_image
 from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress
 from utils.processes import wait_for_turn
@@ -90,7 +91,7 @@ def main():
             pipeline(**call_kwargs(pipeline, args))  # the stop let clocks sink and others fill the caches
         seconds, image = time_images(pipeline, args)
         memory.end_of("image")
-        with watching_tokens(pipeline.transformer) as tokens:
+        with watching_tokens(pipeline.transformer) as tokens, watching_load(args.device) as load:
             stages, steps = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
     if not parallel.is_first():
@@ -109,7 +110,7 @@ def main():
                                            if isinstance(value, (int, float, str))},
         "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
-        "stages_ms": stages, "steps_ms": steps,
+        "stages_ms": stages, "steps_ms": steps, "gpu_load": load,
         "roofline": step_record(pipeline.transformer.config, tokens, stages["denoising_step"],
                                 cached=pipeline.techniques["step cache"].on),
         "step_kernels": kernels, "cold_start_s": log.seconds,
@@ -213,6 +214,8 @@ def report(record: dict) -> None:
     print(f"median {seconds['median']:.4f} s, min {seconds['min']:.4f}, max {seconds['max']:.4f}; "
           f"{record['images_per_second']:.3f} images/s")
     print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
+    if record["gpu_load"]:
+        print("meanwhile (median): {sm_clock_mhz:.0f} MHz, {power_w:.0f} W".format(**record["gpu_load"]))
     work = record["roofline"]
     print(f"a step: {sum(work['flops'].values()) / 1e12:.3f} TFLOP over {work['image_tokens']} + {work['text_tokens']} "
           f"tokens" + (f", {work['tflops']:.3f} TFLOP/s" if work["tflops"] else ", some of them cached"))

@@ -1,0 +1,61 @@
+"""Clock and power while a GPU works, from a made-up nvidia-smi."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from utils.gpu_load import medians, watching_load
+
+
+def test_medians_leave_out_what_is_no_sample():
+    lines = "1980, 300.5\n1410, 699.0\n1395, 698.0\n[N/A], [N/A]\n\n13"
+    assert medians(lines) == {"sm_clock_mhz": 1410, "power_w": 698.0, "samples": 3}
+    assert medians("") == medians("Field is not a valid field to query.") == {}
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """Puts a script into nvidia-smi's place, and a GPU into PyTorch's."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("GPU", (), {"uuid": "12-34"}))
+
+    def write(script):
+        path = tmp_path / "nvidia-smi"
+        path.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\n{script}")
+        path.chmod(0o755)
+        return tmp_path / "asked"
+    return write
+
+
+def test_the_gpu_is_watched_until_the_block_ends(smi):
+    asked = smi("while true; do echo 1400, 690.5; sleep 0.02; done")
+    with watching_load("cuda") as found:
+        assert found == {}
+        deadline = time.monotonic() + 20
+        while not asked.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+    assert found.pop("samples") >= 1 and found == {"sm_clock_mhz": 1400, "power_w": 690.5}
+    assert "--id=GPU-12-34" in asked.read_text()
+
+
+def test_it_ends_with_the_block_that_fails(smi):
+    smi("exec sleep 1000")
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError), watching_load("cuda"):
+        raise ZeroDivisionError
+    assert time.monotonic() - start < 100
+
+
+def test_nothing_is_said_where_nobody_knows(smi, monkeypatch):
+    smi("echo 'Field is not a valid field to query.'; exit 2")
+    with watching_load("cuda") as found, watching_load("cpu") as none:
+        pass
+    assert found == none == {}
+    monkeypatch.setenv("PATH", "")
+    with watching_load("cuda") as found:
+        pass
+    assert found == {}
