@@ -17,6 +17,7 @@ DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")])]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_kernels_in_the_interpreter():
     run_in_the_interpreter(__file__)

@@ -27,6 +27,7 @@ def picture(the_judge, wanted, size=128, pose=0):
     return PIL.Image.fromarray(pixels).resize((size, size), PIL.Image.Resampling.BICUBIC)
 
 
+@pytest.mark.slow
 def test_the_judge_knows_the_datas_pictures_and_no_others(the_judge):
     wanted = training_captions(40)
     pictures = [picture(the_judge, one, size=128 + 128 * (i % 2), pose=i % 19) for i, one in enumerate(wanted)]

@@ -216,6 +216,7 @@ def call(folder, run, *phases, steps, stop_after=None):
     train.main([str(item) for item in argv])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_phases_resume_and_end_in_a_checkpoint(folder, tmp_path, monkeypatch):
     # The schedule reads the clock; here progress is to be that of steps alone.
