@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -256,14 +257,23 @@ def where(folder: Path, row: str, resume: bool) -> Path | None:
     return before[-1] if resume and before else records.next_path(folder, row)
 
 
-Measured = tuple[Job, dict, Path]  # with the scratch folder, which the next one finds gone
+Measured = tuple[Job, dict, Path]  # with the scratch folder, which is there until the next one is asked for
 
 
 def one_by_one(jobs: list[Job], args) -> Iterator[Measured]:
-    """Measures rows in their order."""
-    for job in jobs:
-        with tempfile.TemporaryDirectory() as folder:
-            yield job, measure(lines_of(job, Path(folder), args), Path(folder), args.timeout), Path(folder)
+    """Measures rows in their order. One that starts from what the row just before it has left (AFTER) finds that there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        scratch, left_by = Path(folder, "scratch"), None
+        for job in jobs:
+            goes_on = left_by == (job.suite, AFTER.get(job.row))
+            if not goes_on:
+                shutil.rmtree(scratch, ignore_errors=True)
+            (scratch / "result.json").unlink(missing_ok=True)
+            lines = lines_of(job, scratch, args)
+            record = measure(lines[-1:] if goes_on else lines, scratch, args.timeout)
+            yield job, record, scratch
+            left_by = None if "error" in record else (job.suite, job.row)
 
 
 def beside_others(jobs: list[Job], args) -> Iterator[Measured]:

@@ -145,6 +145,29 @@ def test_a_failed_repetition_does_not_hide_a_finished_result(stand_ins, monkeypa
     assert experiments.where(folder, "fine", resume=True) is None
 
 
+def test_what_a_row_leaves_the_next_one_starts_from(stand_ins, monkeypatch, tmp_path):
+    """Run once for both if they follow each other, and again if only the second is asked for or the first failed."""
+    program = """if True:
+        import json, pathlib, sys
+        logs = [pathlib.Path(sys.argv[1]).with_name("log"), pathlib.Path(sys.argv[2])]
+        for log in logs:
+            log.open("a").write(sys.argv[3] + " ")
+        json.dump({"seconds": {"median": 0.5}, "log": logs[0].read_text().split()}, open(sys.argv[1], "w"))
+        sys.exit("failing" in sys.argv[3])"""
+    ran = tmp_path / "ran"
+    monkeypatch.setattr(experiments, "ROWS", {"fake": {"first": [], "second": [], "failing": [], "fourth": []}})
+    monkeypatch.setattr(experiments, "AFTER", {"second": "first", "fourth": "failing"})
+    monkeypatch.setattr(experiments, "commands", lambda gpu, suite, row, scratch, metrics=False: [
+        [sys.executable, "-S", "-c", program, str(scratch / "result.json"), str(ran), one]
+        for one in (experiments.AFTER.get(row), row) if one])
+    _, found = stand_ins()
+    assert ran.read_text().split() == ["first", "second", "failing", "failing"]
+    assert found["first.json"]["log"] == ["first"] and found["second.json"]["log"] == ["first", "second"]
+    assert found["failing.json"]["exit_code"] == found["fourth.json"]["exit_code"] == 1
+    _, found = stand_ins("--rows", "second")
+    assert found["second.2.json"]["log"] == ["first", "second"]
+
+
 def test_an_interruption_keeps_what_is_done(stand_ins, monkeypatch, capsys):
     execute = experiments.execute
 
