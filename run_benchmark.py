@@ -165,8 +165,8 @@ def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
             pipeline(**call_kwargs(pipeline, args))
     spans = times.milliseconds()
     calls = spans["denoising_step"]
-    of_each_image = [calls[i::len(calls) // images] for i in range(len(calls) // images)]
-    return {name: statistics.median(each) for name, each in spans.items()}, list(map(statistics.median, of_each_image))
+    of_each_step = [calls[i::len(calls) // images] for i in range(len(calls) // images)]
+    return {name: statistics.median(each) for name, each in spans.items()}, list(map(statistics.median, of_each_step))
 
 
 def step_kernels(pipeline, args) -> list[dict]:

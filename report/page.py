@@ -20,7 +20,7 @@ TITLES = {"ladder": "From the plain pipeline upwards", "without": "One technique
 
 
 def write(gpu: str) -> list[Path]:
-    """Writes the page of results/<gpu>/, which holds all pictures, and of these beside it the ladders, which READMEs
+    """Writes the page of results/<gpu>/, which holds all pictures, and of these beside it the ladders, for READMEs to
     show; the paths, the page's first."""
     folder = records.RESULTS / gpu
     ladders, sections = [], []

@@ -110,7 +110,7 @@ def beside_table(where: str) -> str:
             f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–",
             "–" if error is None else f"{error * 100:.2f} %", _gib(record)])
     # Of the first row alone a figure is compared with nothing.
-    kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows[1:])]
+    kept = [i for i in range(len(head)) if i < 2 or any(row[i] != "–" for row in rows[1:])]
     lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in [head, *rows]]
     return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(kept) + "|", *lines[1:]]) + "\n"
 

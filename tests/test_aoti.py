@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import relative, skip_without_float8_products
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from utils import aoti, package_store
 from utils.benchmark_utils import RecipeError, StageLog
@@ -54,7 +55,7 @@ def fail(*_):
 @torch.no_grad()
 def test_convolutions_are_traced_as_they_will_run(tmp_path, monkeypatch):
     """torch.export turns cuDNN off, and without it results have another layout. Afterwards all is as it was."""
-    seen = []
+    seen, set_flags = [], torch.backends.cudnn.set_flags
 
     class Convolution(torch.nn.Conv2d):
         def forward(self, input):
@@ -68,13 +69,20 @@ def test_convolutions_are_traced_as_they_will_run(tmp_path, monkeypatch):
     unit = aoti.Unit("x", [module], {"input": x})
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
     aoti._compile(unit, tmp_path / "x.pt2", "k")
-    assert set(seen) == {True}
+    assert set(seen) == {True} and torch.backends.cudnn.set_flags is set_flags
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         aoti._compile(unit, tmp_path / "x.pt2", "k")
-    with torch.backends.cudnn.flags(enabled=False):
-        assert not torch.backends.cudnn.enabled
-    assert torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled and torch.backends.cudnn.set_flags is set_flags
+
+
+def test_a_gpus_packages_leave_the_cpus_instructions_known():
+    before = pick_vec_isa()
+    with aoti._no_vector_instructions(True):
+        assert not pick_vec_isa()
+    assert pick_vec_isa() == before
+    with aoti._no_vector_instructions(False):
+        assert pick_vec_isa() == before
 
 
 CASES = {

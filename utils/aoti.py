@@ -27,6 +27,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch._inductor import cpu_vec_isa
+from torch._inductor.cpu_vec_isa import VecISA
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
@@ -50,6 +52,9 @@ FLOAT32_BOUND, BOUND = 1e-4, 3e-2
 # The VAE's layers are so many that bf16's roundings alone come near to that. Its package may also be this many times as
 # far from float32 as eager is.
 VAE_RATIO = 1.5
+
+# Of how a package is traced and compiled, beyond the settings: another number, and those of before are not found.
+MADE_BY = 2
 
 # Inductor's settings, besides its own defaults.
 SETTINGS = {
@@ -161,7 +166,8 @@ def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
     models = {name: {k: repr(v) for k, v in sorted(getattr(pipeline, name).config.items()) if not k.startswith("_")}
               for name in ("transformer", "vae")}
     return {"models": models, "switches": switches, "versions": versions, "machine": machine(pipeline.device.type),
-            "sources": sources, "settings": SETTINGS, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
+            "sources": sources, "settings": SETTINGS, "made_by": MADE_BY,
+            "inputs": {unit.name: describe(unit.arguments) for unit in units}}
 
 
 def machine(device: str) -> dict:
@@ -259,11 +265,11 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
 def _compile(unit: Unit, path: Path, key: str) -> None:
     settings = SETTINGS | unit.settings | {
         "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}}
-    if any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor)):
-        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time, and
-        # which vector instructions the CPU has, for which inductor compiles and runs six programs, is nothing to it.
-        settings |= {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": False}
-    with warnings.catch_warnings(), _cudnn_left_on():
+    on_gpu = any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor))
+    if on_gpu:
+        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
+        settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
+    with warnings.catch_warnings(), _cudnn_left_on(), _no_vector_instructions(on_gpu):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
         program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
@@ -281,6 +287,29 @@ def _cudnn_left_on():
         yield
     finally:
         torch.backends.cudnn.set_flags = set_flags
+
+
+@contextmanager
+def _no_vector_instructions(on_gpu: bool):
+    """To find out which vector instructions the CPU has, inductor compiles and runs six programs, for nothing if the
+    code is a GPU's. It remembers what it found: forgotten again here."""
+    if not on_gpu:
+        yield
+        return
+    kinds = [kind for kind in vars(cpu_vec_isa).values() if isinstance(kind, type) and issubclass(kind, VecISA)]
+
+    def forget():
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for kind in kinds:
+            if hasattr(kind.__bool__, "cache_clear"):
+                kind.__bool__.cache_clear()
+
+    forget()
+    try:
+        with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+            yield
+    finally:
+        forget()
 
 
 def _tensors(output) -> list[torch.Tensor]:

@@ -302,8 +302,8 @@ def environment(device: str) -> dict:
 
 
 def _commit() -> str | None:
-    """With "-dirty" where files differ from it, but for those that a measurement before this one has written."""
-    git, written = ("git", "-C", str(Path(__file__).parent.parent)), (":!results/**/*.json", ":!*.html", ":!*.svg")
+    """With "-dirty" where files differ from it, but for what measurements and reports write below results/."""
+    git, written = ("git", "-C", str(Path(__file__).parent.parent)), (":!results/*/*",)
     commit = _output_of(*git, "describe", "--always")
     changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return f"{commit}-dirty" if commit and changed else commit

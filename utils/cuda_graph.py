@@ -28,7 +28,7 @@ def signature(args: tuple, kwargs: dict) -> tuple:
 class _Recording:
     """One CUDA graph with its static input buffers and the output tensors that it overwrites."""
 
-    def __init__(self, module: torch.nn.Module, args: tuple, kwargs: dict, pool):
+    def __init__(self, module: torch.nn.Module, args: tuple, kwargs: dict, pool, stream: torch.cuda.Stream):
         leaves, tree = tree_flatten((args, kwargs))
         static = [x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x for x in leaves]
         self.inputs = [x for x in static if isinstance(x, torch.Tensor)]
@@ -36,7 +36,6 @@ class _Recording:
 
         # Compilation, autotuning and lazy library handles must not happen inside a recording, and nothing may run on
         # the default stream meanwhile: warm up, then record, on a stream of our own.
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -102,6 +101,7 @@ class CUDAGraphed(InPlaceOf):
         super().__init__(module)
         self.pool = pool
         self.max_graphs = max_graphs
+        self.stream = None  # to record on, its own: a stream has a workspace of cuBLAS, and T5 and CLIP run at once
         self.recordings: OrderedDict[tuple, _Recording] = OrderedDict()
 
     def forward(self, *args, **kwargs):
@@ -115,7 +115,8 @@ class CUDAGraphed(InPlaceOf):
                 print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} kinds of input, "
                       "dropping the one unused for longest (recording again costs about a second)", file=sys.stderr)
                 self.recordings.popitem(last=False)
-            recording = self.recordings[key] = _Recording(self.module, args, kwargs, self.pool)
+            self.stream = self.stream or torch.cuda.Stream()
+            recording = self.recordings[key] = _Recording(self.module, args, kwargs, self.pool, self.stream)
         self.recordings.move_to_end(key)
         return recording.replay(args, kwargs)
 

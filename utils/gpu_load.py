@@ -1,6 +1,7 @@
 """A GPU's clock and power while it works. At its power limit it lowers the clock: then work is as fast as it is frugal,
 and a kernel that is faster by itself need not be so in the middle of others."""
 
+import select
 import statistics
 import subprocess
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 SAMPLE_MS = 20
+START_S = 5  # how long nvidia-smi may take to answer
 
 
 @contextmanager
@@ -23,7 +25,11 @@ def watching_load(device: str):
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError:
-            process = None
+            pass
+        else:
+            # It starts for as long as some images take; its first line is of an idle GPU.
+            if select.select([process.stdout], [], [], START_S)[0]:
+                process.stdout.readline()
     try:
         yield found
     finally:

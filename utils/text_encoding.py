@@ -46,12 +46,13 @@ def encode_without_waiting(pipeline) -> None:
     Here T5 comes first, CLIP runs beside it on a stream of its own, and the zeros are made where they are needed, so
     that the noise is drawn while T5 runs. Not for encoders that move between CPU and GPU.
     """
-    device = pipeline.text_encoder_2.device
-    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    own_device = pipeline.text_encoder_2.device
+    beside = torch.cuda.Stream(own_device) if own_device.type == "cuda" else None
 
-    def encode_prompt(prompt, prompt_2=None, device=device, num_images_per_prompt=1, prompt_embeds=None,
+    def encode_prompt(prompt, prompt_2=None, device=None, num_images_per_prompt=1, prompt_embeds=None,
                       pooled_prompt_embeds=None, max_sequence_length=512, lora_scale=None):
         """As FluxPipeline's, of diffusers 0.42. `lora_scale` is for LoRAs that are not fused; here all are."""
+        device = device or own_device
         if prompt_embeds is None:
             prompt_embeds = pipeline._get_t5_prompt_embeds(prompt_2 or prompt, num_images_per_prompt,
                                                            max_sequence_length, device)
