@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -264,14 +263,13 @@ def one_by_one(jobs: list[Job], args) -> Iterator[Measured]:
     """Measures rows in their order. One that starts from what the row just before it has left (AFTER) finds that there.
     """
     with tempfile.TemporaryDirectory() as folder:
-        scratch, left_by = Path(folder), None
+        scratch = left_by = None
         for place, job in enumerate(jobs):
             goes_on = left_by == (job.suite, AFTER.get(job.row))
-            if not goes_on:
-                if place:
-                    shutil.rmtree(scratch, ignore_errors=True)
+            if goes_on:
+                (scratch / "result.json").unlink()
+            else:
                 scratch = Path(folder, str(place))
-            (scratch / "result.json").unlink(missing_ok=True)
             lines = lines_of(job, scratch, args)
             record = measure(lines[-1:] if goes_on else lines, scratch, args.timeout)
             yield job, record, scratch

@@ -12,7 +12,7 @@ import torch
 from conftest import relative, skip_without_float8_products
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from utils import aoti, package_store
+from utils import aoti, aoti_compile, package_store
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.package_store import key_of, open_store, publish
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
@@ -66,22 +66,21 @@ def test_convolutions_are_traced_as_they_will_run(tmp_path, monkeypatch):
     torch.export.export(module, (x,), strict=False)
     assert False in seen, "torch.export leaves cuDNN on by itself: `_cudnn_left_on` is not needed any more"
     seen.clear()
-    unit = aoti.Unit("x", [module], {"input": x})
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
-    aoti._compile(unit, tmp_path / "x.pt2", "k")
+    aoti_compile.write_package(module, {"input": x}, tmp_path / "x.pt2", {}, {})
     assert set(seen) == {True} and torch.backends.cudnn.set_flags is set_flags
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        aoti._compile(unit, tmp_path / "x.pt2", "k")
+        aoti_compile.write_package(module, {"input": x}, tmp_path / "x.pt2", {}, {})
     assert torch.backends.cudnn.enabled and torch.backends.cudnn.set_flags is set_flags
 
 
 def test_a_gpus_packages_leave_the_cpus_instructions_known():
     before = pick_vec_isa()
-    with aoti._no_vector_instructions(True):
+    with aoti_compile._no_vector_instructions(True):
         assert not pick_vec_isa()
     assert pick_vec_isa() == before
-    with aoti._no_vector_instructions(False):
+    with aoti_compile._no_vector_instructions(False):
         assert pick_vec_isa() == before
 
 
@@ -334,7 +333,7 @@ def test_no_weight_is_compiled_in(tmp_path):
 def test_the_vaes_roundings_are_held_against_float32(build, tmp_path, monkeypatch):
     """Where they are more than `aoti.BOUND`: another memory format passes, any other function does not."""
     monkeypatch.setattr(aoti, "BOUND", 1e-4)
-    monkeypatch.setattr(aoti, "_compile", lambda unit, path, key: path.write_bytes(b""))
+    monkeypatch.setattr(aoti, "write_package", lambda module, arguments, path, *_: path.write_bytes(b""))
     decoder = build("tiny-flux", torch.bfloat16).vae.decoder
     unit = aoti.Unit("decoder", [decoder], {"sample": torch.randn(1, 16, 16, 16).bfloat16()})
 

@@ -11,6 +11,7 @@ from conftest import relative, skip_without_float8_products
 from torch._dynamo.utils import counters
 
 from utils import aoti, attention, pipeline_utils, random_weights, step_cache, techniques
+from utils.aoti_compile import write_package
 from utils.benchmark_utils import RecipeError, StageLog, create_parser
 from utils.checkpoint import configs_of
 from utils.pipeline_utils import (
@@ -287,7 +288,7 @@ def test_the_tuning_flags_are_for_the_packages_of_blocks(build, args_for, tmp_pa
         chosen.decisions["inductor flags"] = Decision(not flags, "as on a GPU")
         use_packages(pipeline, args, chosen, StageLog(quiet=True))
         for unit in units:
-            aoti._compile(unit, tmp_path / unit.name, "k")
+            write_package(unit.modules[0], unit.arguments, tmp_path / unit.name, unit.settings, {})
             assert TUNING_FLAGS.items() <= compiled[str(tmp_path / unit.name)].items() or unit.name not in tuned
         assert {unit.name for unit in units if unit.settings} == tuned
         assert {unit.name for unit in units} == {"double", "single", "decoder"}

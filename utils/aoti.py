@@ -19,19 +19,16 @@ import inspect
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch._inductor import cpu_vec_isa
-from torch._inductor.cpu_vec_isa import VecISA
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
+from utils.aoti_compile import write_package
 from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason
 from utils.package_store import (
     Rejected,
@@ -52,19 +49,6 @@ FLOAT32_BOUND, BOUND = 1e-4, 3e-2
 # The VAE's layers are so many that bf16's roundings alone come near to that. Its package may also be this many times as
 # far from float32 as eager is.
 VAE_RATIO = 1.5
-
-# Of how a package is traced and compiled, beyond the settings: another number, and those of before are not found.
-MADE_BY = 2
-
-# Inductor's settings, besides its own defaults.
-SETTINGS = {
-    "aot_inductor.package_constants_in_so": False,
-    # No weight may become a number in the code: another block's, or another fine-tune's, is another number. Folding
-    # would write scales there, and inductor itself what has up to eight elements: the bias of the VAE's three colours.
-    "joint_graph_constant_folding": False,
-    "always_keep_tensor_constants": True,
-}
-
 
 @dataclass
 class Unit:
@@ -162,12 +146,11 @@ def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
         except metadata.PackageNotFoundError:
             continue
     sources = {name: hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:16]
-               for name in ("attention.py", "fused_kernels.py", "fused_blocks.py", "fused_vae.py")}
+               for name in ("aoti_compile.py", "attention.py", "fused_kernels.py", "fused_blocks.py", "fused_vae.py")}
     models = {name: {k: repr(v) for k, v in sorted(getattr(pipeline, name).config.items()) if not k.startswith("_")}
               for name in ("transformer", "vae")}
     return {"models": models, "switches": switches, "versions": versions, "machine": machine(pipeline.device.type),
-            "sources": sources, "settings": SETTINGS, "made_by": MADE_BY,
-            "inputs": {unit.name: describe(unit.arguments) for unit in units}}
+            "sources": sources, "inputs": {unit.name: describe(unit.arguments) for unit in units}}
 
 
 def machine(device: str) -> dict:
@@ -248,7 +231,8 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
     for unit in units:
         start, path = time.perf_counter(), folder / f"{unit.name}.pt2"
         try:
-            _compile(unit, path, key)
+            write_package(unit.modules[0], unit.arguments, path, unit.settings,
+                          {"flux_faster_key": key, "flux_faster_unit": unit.name})
         except Exception as error:
             error.add_note(f"Exporting {unit.name} failed. --compile_export_mode compile does without packages.")
             raise
@@ -260,56 +244,6 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
                 raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
                                   "please report this, and use --compile_export_mode compile.")
         say(f"exported {unit.name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.1f} MB")
-
-
-def _compile(unit: Unit, path: Path, key: str) -> None:
-    settings = SETTINGS | unit.settings | {
-        "aot_inductor.metadata": {"flux_faster_key": key, "flux_faster_unit": unit.name}}
-    on_gpu = any(x.is_cuda for x in tree_leaves(unit.arguments) if isinstance(x, torch.Tensor))
-    if on_gpu:
-        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
-        settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
-    with warnings.catch_warnings(), _cudnn_left_on(), _no_vector_instructions(on_gpu):
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
-        program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
-
-
-@contextmanager
-def _cudnn_left_on():
-    """torch.export turns cuDNN off while it traces. Without it convolutions of channels_last pictures would give
-    contiguous ones, and PyTorch remembers that for whoever asks next about the same shapes: AOTInductor, whose code
-    then reads what cuDNN gives in the wrong order. (Seen with torch 2.11 on an H100, of weights that need no gradients:
-    what is remembered goes by that too. The VAE's package drew another picture.)"""
-    set_flags = torch.backends.cudnn.set_flags
-    torch.backends.cudnn.set_flags = lambda *_, **__: ()  # what export hands back when it is done
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.set_flags = set_flags
-
-
-@contextmanager
-def _no_vector_instructions(on_gpu: bool):
-    """To find out which vector instructions the CPU has, inductor compiles and runs six programs, for nothing if the
-    code is a GPU's. It remembers what it found: forgotten again here."""
-    if not on_gpu:
-        yield
-        return
-    kinds = [kind for kind in vars(cpu_vec_isa).values() if isinstance(kind, type) and issubclass(kind, VecISA)]
-
-    def forget():
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        for kind in kinds:
-            if hasattr(kind.__bool__, "cache_clear"):
-                kind.__bool__.cache_clear()
-
-    forget()
-    try:
-        with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
-            yield
-    finally:
-        forget()
 
 
 def _tensors(output) -> list[torch.Tensor]:

@@ -24,12 +24,11 @@ def watching_load(device: str):
                    "--format=csv,noheader,nounits", f"--loop-ms={SAMPLE_MS}"]
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        except OSError:
-            pass
-        else:
             # It starts for as long as some images take; its first line is of an idle GPU.
             if select.select([process.stdout], [], [], START_S)[0]:
                 process.stdout.readline()
+        except OSError:
+            pass  # no nvidia-smi; or Windows, whose pipes cannot be waited for
     try:
         yield found
     finally:
