@@ -61,6 +61,8 @@ def main():
         parallel.join(args)
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
+    if __name__ == "__main__":
+        log.seconds["imports"] = since_start()
 
     with log.stage("load"):
         pipeline = load_pipeline(args)
@@ -83,7 +85,7 @@ def main():
             # Called from elsewhere the imports would not be in it, and with --step_error more than a start.
             if i == 0 and __name__ == "__main__" and not args.step_error:
                 synchronize(args.device)
-                log.seconds["process start to first image"] = time.time() - psutil.Process().create_time()
+                log.seconds["process start to first image"] = since_start()
     with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error():
         if args.stop_before_timing:
             synchronize(args.device)
@@ -126,6 +128,11 @@ def main():
         write_trace(pipeline, args)
     report(record)
     print(json.dumps(record))
+
+
+def since_start() -> float:
+    """Seconds since the operating system started this process."""
+    return time.time() - psutil.Process().create_time()
 
 
 def synchronize(device: str) -> None:

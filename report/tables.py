@@ -264,7 +264,8 @@ def _kind(name: str) -> str:
 
 
 # The product of the same shape in results/kernels.py's `alternative` rows.
-PRODUCTS = {"qkv_product": "qkv", "gelu_product": "up", "gelu_product with attention": "up",
+PRODUCTS = {"qkv_product": "qkv", "gelu_product": "up",
+            "gelu_product with attention": "up",  # of before attention was placed by itself
             "products, out": "single out", "products, attention's out": "attention's out",
             "products, MLP's down": "down"}
 

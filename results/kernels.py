@@ -80,9 +80,12 @@ def calls(given: dict) -> list[dict]:
 
     found = []
 
-    def add(name, block, op, args, flops, size):
-        found.append({"kernel": name, "block": block, "call": lambda: op(*args), "flops": flops, "bytes": size,
-                      "reference": lambda: getattr(k, f"{op._name}_reference")(*args)})
+    def add(name, block, op, args, flops, size, room=0):
+        found.append({"kernel": name, "block": block, "call": lambda: shown(op(*args), room), "flops": flops,
+                      "bytes": size, "reference": lambda: shown(getattr(k, f"{op._name}_reference")(*args), room)})
+
+    def shown(result, room):
+        return result[..., room:] if room else result
 
     plane = tokens * width
     for block, streams in (("single", 1), ("double", 2)):
@@ -98,9 +101,8 @@ def calls(given: dict) -> list[dict]:
             6 * plane * width, 4 * plane + qkv[0].numel())
         up = stacked("up", streams)
         if joint:
-            add("gelu_product with attention", block, k.gelu_product,
-                (x, given["x_scale"], *up, given["scales"], 0, 1, given["y"]), 2 * plane * mlp,
-                4 * plane + tokens * mlp + up[0].numel())
+            add("gelu_product", block, k.gelu_product, (x, given["x_scale"], *up, given["scales"], 0, 1, width),
+                2 * plane * mlp, plane + tokens * mlp + up[0].numel(), room=width)
             out = [[part] for part in given["single out"]]
             add("products, out", block, k.products, (given["wide"], given["scales"], [0], *out, 0),
                 2 * plane * (width + mlp), 3 * plane + tokens * mlp + out[0][0].numel())
@@ -110,13 +112,17 @@ def calls(given: dict) -> list[dict]:
                 (x, given["scales"], [0, 0], *lists("out", 2), t), 2 * plane * width, 3 * plane + 2 * width**2)
             add("residual_adaln", block, k.residual_adaln,
                 (text, image, given["y"], given["gates"], *common, 3, 4, 1, joint), 0, 7 * plane)
-            add("gelu_product", block, k.gelu_product, (x, given["x_scale"], *up, given["scales"], t, 2, None),
+            add("gelu_product", block, k.gelu_product, (x, given["x_scale"], *up, given["scales"], t, 2, 0),
                 2 * plane * mlp, plane + tokens * mlp + up[0].numel())
             add("products, MLP's down", block, k.products,
                 (given["hidden"], given["scales"], [1, 2], *lists("down", 2), t), 2 * plane * mlp,
                 2 * plane + tokens * mlp + 2 * width * mlp)
         add("gated_residual", block, k.gated_residual, (text, image, given["y"], given["gates"], given["table"]), 0,
             6 * plane)
+    attended, hidden = (given["y"], given["scales"]), [torch.zeros_like(given["wide"]) for _ in range(2)]
+    found.append({"kernel": "place_attention", "block": "single", "flops": 0, "bytes": 3 * plane,
+                  "call": lambda: k.place_attention(*attended, hidden[0]) or hidden[0],
+                  "reference": lambda: k.place_attention_reference(*attended, hidden[1]) or hidden[1]})
     q, key, v = given["q"]
     descale = given["descale"].unbind(1)
     found.append({"kernel": "attention", "block": "both", "flops": 4 * tokens * plane, "bytes": 5 * plane,

@@ -77,10 +77,10 @@ def test_convolutions_are_traced_as_they_will_run(tmp_path, monkeypatch):
 
 def test_a_gpus_packages_leave_the_cpus_instructions_known():
     before = pick_vec_isa()
-    with aoti_compile._no_vector_instructions(True):
+    with aoti_compile.no_vector_instructions(True):
         assert not pick_vec_isa()
     assert pick_vec_isa() == before
-    with aoti_compile._no_vector_instructions(False):
+    with aoti_compile.no_vector_instructions(False):
         assert pick_vec_isa() == before
 
 

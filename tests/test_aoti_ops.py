@@ -34,7 +34,7 @@ class Products(torch.nn.Module):
     def forward(self, x, x_scale, cos, sin, descale, scales):
         q, k, v = fused_kernels.qkv_product(x, x_scale, *self.qkv.operands(), self.norms, cos, sin, descale, 32,
                                             2).unbind()
-        hidden = fused_kernels.gelu_product(x, x_scale, *self.up.operands(), scales, 32, 2, None)
+        hidden = fused_kernels.gelu_product(x, x_scale, *self.up.operands(), scales, 32, 2, 0)
         return (attention.attention(q, k, v, *descale.unbind(1), "fa3"),
                 fused_kernels.products(hidden, scales, [1, 2], *self.down.operands(), 32))
 

@@ -72,6 +72,17 @@ def run(op, device, *args):
     return [[x.cpu() for x in (part if isinstance(part, tuple) else (part,))] for part in (found, expected)]
 
 
+def placed(device, attention, case):
+    """What `place_attention` and its reference make of a tensor of ones."""
+    there = "cuda" if device == "cuda" else "cpu"
+    expected, found = (torch.ones(case.B, case.tokens, case.D + case.mlp).to(kernels.E4M3) for _ in range(2))
+    kernels.place_attention_reference(attention, case.scales, expected)
+    place, found = (kernels.place_attention if device == "cuda" else kernels.place_attention._init_fn), found.to(there)
+    place(attention.to(there), case.scales.to(there), found)
+    assert (found[..., case.D:].float() == 1).all() and not (expected[..., :case.D].float() == 1).all()
+    return [found.cpu()], [expected]
+
+
 def assert_near(found, expected, device, rounding):
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         if a.shape == (3, 4):
@@ -118,11 +129,12 @@ def test_products(device, shape):
     for part in (parts, torch.stack(cast.chunk(case.heads, -1))):
         found, expected = run(kernels.cast_attention, device, part, case.scales)
         assert_near(found, expected, device, [0.001])
-    for streams, attention in ((1, case.y), (1, part), (2, None)):
+        assert_near(*placed(device, part, case), device, [0.001])
+    assert_near(*placed(device, case.y, case), device, [0.001])
+    for streams, room in ((1, case.D), (2, 0)):
         weights = case.weights(streams * case.mlp)
-        found, expected = run(kernels.gelu_product, device, case.x, case.x_scale, *weights, case.scales, case.T,
-                              streams, attention)
-        assert_near(found, expected, device, [0.02])
+        results = run(kernels.gelu_product, device, case.x, case.x_scale, *weights, case.scales, case.T, streams, room)
+        assert_near(*([x[..., room:] for x in result] for result in results), device, [0.02])
     angle = case.normal(case.tokens, case.D // case.heads // 2)
     descale = 0.02 + 0.02 * torch.rand(case.B, 3, case.heads, generator=case.generator)
     for streams in (1, 2):
@@ -135,6 +147,21 @@ def test_products(device, shape):
                               norms, angle.cos().half(), angle.sin().half(), descale, case.T, streams, case.heads)
         assert_near(found, expected, device, [0.02])
         assert found[0].shape == (case.heads, case.B, case.tokens, 3, 1, case.D // case.heads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@both(SHAPES, LARGE)
+def test_attention_is_written_into_each_gpus_memory(device, shape):
+    """Of two: tensors of this GPU stand for the others' memory, and rank 1 leaves rank 0's part as it is."""
+    case, there = Case(shape), "cuda" if device == "cuda" else "cpu"
+    y = case.y[:, :case.tokens // 2 * 2].contiguous().to(there)
+    memory = [torch.ones(2, case.B, y.shape[1] // 2, case.D, device=there).to(kernels.E4M3) for _ in range(2)]
+    addresses = torch.tensor([x.data_ptr() for x in memory], device=there)
+    kernels.send_attention(y, case.scales.to(there), addresses, 1)
+    expected = kernels.cast_attention_reference(y.cpu(), case.scales)
+    for found, part in zip(memory, expected.chunk(2, 1), strict=True):
+        assert_near([found[1].cpu()], [part], device, [0.001])
+        assert (found[0].float() == 1).all()
 
 
 @pytest.mark.gpu
@@ -162,9 +189,12 @@ def test_products_say_what_they_give():
         norms = torch.ones(streams, 3, case.D // case.heads)
         args = case.x, case.x_scale, *case.weights(streams * 3 * case.D), norms, angle, angle, descale, case.T, streams
         torch.library.opcheck(kernels.qkv_product, (*args, parts), test_utils="test_faketensor")
-    for streams, attention in ((2, None), (1, case.y), (1, torch.stack(case.y.chunk(3, -1)))):
-        args = case.x, case.x_scale, *case.weights(streams * case.mlp), case.scales, case.T, streams, attention
+    for streams, room in ((2, 0), (1, case.D)):
+        args = case.x, case.x_scale, *case.weights(streams * case.mlp), case.scales, case.T, streams, room
         torch.library.opcheck(kernels.gelu_product, args, test_utils="test_faketensor")
+    hidden = kernels.gelu_product(*args)
+    for attention in (case.y, torch.stack(case.y.chunk(3, -1))):
+        torch.library.opcheck(kernels.place_attention, (attention, case.scales, hidden), test_utils="test_faketensor")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
@@ -202,9 +232,9 @@ def test_the_kernel_table_runs_every_op_of_both_blocks():
 
     given = table.random_inputs(16, 48, 128, 2, 256, "cpu")
     rows = [table.measure(call, lambda function: function() is None or 2.0) for call in table.calls(given)]
-    assert {row["kernel"].split(",")[0].split(" with")[0] for row in rows} == {
+    assert {row["kernel"].split(",")[0] for row in rows} == {
         "adaln", "qkv_product", "attention", "gelu_product", "products", "gated_residual", "cast_attention",
-        "residual_adaln"}
+        "place_attention", "residual_adaln"}
     assert all(row["error"] < 1e-6 and row["ms"] == 2.0 for row in rows)
     by_name = {(row["block"], row["kernel"]): row for row in rows}
     # 64 tokens, 128 wide, 256 in the MLP, by hand.

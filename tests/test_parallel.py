@@ -165,10 +165,11 @@ def test_a_dead_process_ends_them_all(tmp_path, argv, how, text):
 
 @pytest.mark.gpu
 @two_gpus
-def test_two_gpus_make_the_picture_of_one(tmp_path):
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_two_gpus_make_the_picture_of_one(tmp_path, kind):
     """1 + 2 blocks of full width with all that is on by default, CUDA graphs among it; without the fused kernels,
     whose blocks are then compiled; and PyTorch's attention. The bound is that of one GPU against eager bf16."""
-    variants = [[kind, *more] for kind in ("ulysses", "ring") for more in (
+    variants = [[kind, *more] for more in (
         [], ["--disable_fused_kernels"], ["--attention_backend", "native"],
         ["--num_images_per_prompt", "2", "--negative_prompt", "red", "--true_cfg_scale", "2"])]
     cases = {" ".join(argv): {"argv": [*FULL_WIDTH, "--cache-dir", str(tmp_path), "--context_parallel", *argv]}

@@ -28,7 +28,7 @@ import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
-from utils.aoti_compile import write_package
+from utils.aoti_compile import no_vector_instructions, write_package
 from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason
 from utils.package_store import (
     Rejected,
@@ -180,7 +180,7 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
     root, fields = open_store(cache_dir), fields_of(pipeline, units, switches)
     key = key_of(fields)
     folder, names = root / key, ", ".join(unit.name for unit in units)
-    with locked(root, key):
+    with locked(root, key), no_vector_instructions(pipeline.device.type == "cuda"):
         if folder.is_symlink() or (folder.exists() and not re_export):
             try:
                 verify(folder)

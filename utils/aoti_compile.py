@@ -31,7 +31,7 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
     if on_gpu:
         # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
         settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
-    with warnings.catch_warnings(), _cudnn_left_on(), _no_vector_instructions(on_gpu):
+    with warnings.catch_warnings(), _cudnn_left_on():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
         program = torch.export.export(module, (), kwargs=arguments, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
@@ -52,9 +52,10 @@ def _cudnn_left_on():
 
 
 @contextmanager
-def _no_vector_instructions(on_gpu: bool):
-    """To find out which vector instructions the CPU has, inductor compiles and runs six programs, for nothing if the
-    code is a GPU's. It remembers what it found: forgotten again here."""
+def no_vector_instructions(on_gpu: bool):
+    """Within it packages are made and loaded as on a CPU without vector instructions, if their code is a GPU's. To find
+    out which ones there are, which goes into a package and is compared when it is loaded, inductor compiles and runs
+    six programs: half a minute on an H100's host. It remembers what it found: forgotten again here."""
     if not on_gpu:
         yield
         return

@@ -3,15 +3,18 @@
     single block                                      double block, text and image side by side
     residual_adaln  LayerNorm, modulation -> e4m3     residual_adaln
     qkv_product     QK-norm, rotation -> e4m3         qkv_product
-    attention       FlashAttention-3, fp8             attention
-    gelu_product    [attention | GELU] -> e4m3        cast_attention, products
-    products        by cuBLAS                         residual_adaln, gelu_product, products
+    gelu_product    -> e4m3                           attention
+    attention       FlashAttention-3, fp8             cast_attention, products
+    place_attention beside GELU -> e4m3               residual_adaln, gelu_product, products
+    products        by cuBLAS
 
 A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
 it. Only `temb` is another: the modulations of all blocks, of which each knows its place. And where no cache looks in
 between, a block leaves its last sum to the LayerNorm of the next one, which reads it anyway (`leave_sums`): what it
 gives as text is then (text, y, gates) with x + gate * y yet to be made.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +30,14 @@ from utils.fused_kernels import (
     cast_attention,
     gated_residual,
     gelu_product,
+    place_attention,
     products,
     qkv_product,
     quantize_rows,
     residual_adaln,
     use_torch_memory,
 )
-from utils.parallel import own_part, ring, to_heads, to_tokens
+from utils.parallel import all_tokens, exchange, own_part, ring, token_parts
 
 # The parts of a modulation, in the order of diffusers' AdaLayerNormZero; AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
@@ -94,7 +98,8 @@ class _Block(torch.nn.Module):
     """How both kinds begin and end."""
 
     leaves_sum = False
-    context_parallel, parts = None, 1  # of several GPUs: how they share attention, among how many its heads
+    # Of several GPUs: how they share attention, among how many its heads, and through what, if not NCCL.
+    context_parallel, parts, boxes = None, 1, None
 
     def first_adaln(self, text, image: Tensor, table: Tensor, joint: bool) -> tuple[Tensor, ...]:
         """text and image, complete, and what `adaln` makes of them."""
@@ -104,17 +109,27 @@ class _Block(torch.nn.Module):
             return residual_adaln(text, image, y, gates, *common)
         return text, image, *adaln(text, image, *common)
 
-    def attend(self, x: Tensor, x_scale: Tensor, rotation: tuple, descale: Tensor, scales: Tensor, text_tokens: int,
-               streams: int) -> Tensor:
-        """What attention makes of x, as `cast_attention` and `gelu_product` take it."""
+    def project(self, x: Tensor, x_scale: Tensor, rotation: tuple, descale: Tensor, text_tokens: int, streams: int
+                ) -> Callable[[], Tensor]:
+        """q, k and v; between several GPUs on their way to who attends to them, until what is returned is called."""
         qkv = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *rotation, descale, text_tokens, streams,
                           self.parts)
+        if self.boxes:
+            return self.boxes.start(qkv, "qkv")
         if self.context_parallel == "ulysses":
-            attended = attention(*to_heads(qkv).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
-            return to_tokens(cast_attention(attended, scales))  # e4m3 moves half the bytes
+            qkv = exchange(qkv)
+        return lambda: qkv
+
+    def attend(self, qkv: Callable[[], Tensor], descale: Tensor, scales: Tensor) -> Tensor:
+        """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it."""
+        if self.context_parallel == "ulysses":
+            attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
+            if self.boxes:
+                return self.boxes.send_attention(attended, scales)
+            return exchange(token_parts(cast_attention(attended, scales)))  # e4m3 moves half the bytes
         if self.context_parallel == "ring":
-            return ring(qkv[0], qkv[1:], *descale.unbind(1), "fa3").flatten(2)
-        return attention(*qkv.unbind(), *descale.unbind(1), "fa3").flatten(2)
+            return ring(qkv()[0], qkv()[1:], *descale.unbind(1), "fa3").flatten(2)
+        return attention(*qkv().unbind(), *descale.unbind(1), "fa3").flatten(2)
 
     def last_sum(self, text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor) -> tuple:
         return ((text, y, gates), image) if self.leaves_sum else gated_residual(text, image, y, gates, table)
@@ -142,8 +157,10 @@ class FusedSingleBlock(_Block):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, True)
-        attended = self.attend(x, x_scale, image_rotary_emb, descale, scales, 0, 1)
-        hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, attended)
+        qkv = self.project(x, x_scale, image_rotary_emb, descale, 0, 1)
+        # Before attention: between GPUs q, k and v take as long.
+        hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, x.shape[2])
+        place_attention(self.attend(qkv, descale, scales), scales, hidden)
         y = products(hidden, scales, [0], *self.out.operands(), 0)
         return self.last_sum(text, image, y, self.gates, temb)
 
@@ -179,11 +196,11 @@ class FusedDoubleBlock(_Block):
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, False)
         tokens = text.shape[1]
-        attended = self.attend(x, x_scale, image_rotary_emb, descale, scales, tokens, 2)
+        attended = self.attend(self.project(x, x_scale, image_rotary_emb, descale, tokens, 2), descale, scales)
         y = products(cast_attention(attended, scales), scales, [0, 0], *self.out.operands(), tokens)
         text, image, x, x_scale, _, scales = residual_adaln(text, image, y, self.gates, temb, self.offsets, self.bounds,
                                                             self.qk_scale, MLP_SHIFT, MLP_SCALE, 1, False)
-        hidden = gelu_product(x, x_scale, *self.up.operands(), scales, tokens, 2, None)
+        hidden = gelu_product(x, x_scale, *self.up.operands(), scales, tokens, 2, 0)
         y = products(hidden, scales, [1, 2], *self.down.operands(), tokens)
         return self.last_sum(text, image, y, self.mlp_gates, temb)
 
@@ -352,10 +369,15 @@ def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 
         block.leaves_sum = count not in (first, len(blocks) - last, len(blocks))
 
 
-def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int) -> None:
-    """Has every fused block attend to the tokens of all GPUs; see `utils.parallel`."""
+def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, device: torch.device) -> str:
+    """Has every fused block attend to the tokens of all GPUs; see `utils.parallel`. Returns what there is to say."""
+    boxes = None
+    if kind == "ulysses" and device.type == "cuda":
+        from utils.peer_memory import mailboxes
+        boxes = mailboxes()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.context_parallel, block.parts = kind, gpus if kind == "ulysses" else 1
+        block.context_parallel, block.parts, block.boxes = kind, gpus if kind == "ulysses" else 1, boxes
+    return ", by copy engines" if boxes else ""
 
 
 def follow_schedule(pipeline) -> RemovableHandle:

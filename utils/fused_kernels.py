@@ -161,6 +161,19 @@ def _cast_kernel(x, out, tensor_scales, out_stride, part_stride, D: tl.constexpr
         tl.store(out + row * out_stride + i, _to_e4m3_kernel(value, MAX), i < D)
 
 
+@triton.jit
+def _send_kernel(x, addresses, tensor_scales, tokens, own, offset, D: tl.constexpr, BLOCK: tl.constexpr,
+                 MAX: tl.constexpr):
+    """A row of D elements over its scale as e4m3, into the memory of the GPU that has this token."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    token = row % tokens
+    out = tl.load(addresses + token // own).to(tl.pointer_type(tl.float8e4nv))
+    out += offset + (row // tokens * own + token % own) * D
+    value = tl.load(x + row * D + i, i < D, 0.).to(tl.float32) / tl.load(tensor_scales)
+    tl.store(tl.multiple_of(out, 16) + i, _to_e4m3_kernel(value, MAX), i < D)
+
+
 # --- fp8 products that finish their tile ---
 
 @triton.jit
@@ -374,6 +387,33 @@ def cast_attention(attention: Tensor, tensor_scales: Tensor) -> Tensor:
     return out
 
 
+def send_attention(attention: Tensor, tensor_scales: Tensor, addresses: Tensor, rank: int) -> None:
+    """`cast_attention` into the memory of other GPUs, which nobody compiles or exports.
+
+    Args:
+        attention: (B, S, D) bf16, D a multiple of 16.
+        addresses: (N,) int64, of what each GPU's tokens are written into, one N-th of them each: (N, B, S / N, D) e4m3,
+            of which part `rank` is.
+    """
+    B, tokens, D = attention.shape
+    own = tokens // len(addresses)
+    _send_kernel[(B * tokens,)](attention, addresses, tensor_scales, tokens, own, rank * B * own * D, D,
+                                triton.next_power_of_2(D), E4M3_MAX, num_warps=4)
+
+
+@torch.library.custom_op("flux_faster::place_attention", mutates_args=("hidden",))
+def place_attention(attention: Tensor, tensor_scales: Tensor, hidden: Tensor) -> None:
+    """`cast_attention` into the first D columns of hidden (B, S, D + N) e4m3, for which `gelu_product` left room."""
+    B, tokens, D, parts = _whole(attention)
+    _cast_kernel[(B * tokens,)](attention, hidden, tensor_scales, hidden.shape[2], attention.stride(0), D,
+                                triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX, num_warps=4)
+
+
+@place_attention.register_fake
+def _(attention, tensor_scales, hidden):
+    pass
+
+
 def _whole(attention: Tensor) -> tuple[int, int, int, int]:
     """B, S and D of all parts together, and how many there are."""
     parts = 1 if attention.dim() == 3 else attention.shape[0]
@@ -383,38 +423,33 @@ def _whole(attention: Tensor) -> tuple[int, int, int, int]:
 
 @torch.library.custom_op("flux_faster::gelu_product", mutates_args=())
 def gelu_product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor, tensor_scales: Tensor,
-                 text_tokens: int, streams: int, attention: Tensor | None) -> Tensor:
+                 text_tokens: int, streams: int, room: int) -> Tensor:
     """GELU(x w^T + bias), tanh's approximation, over its stream's scale, as e4m3.
 
     Args:
         x: (B, S, K) e4m3, x_scale: (B, S). w: (streams N, K) e4m3, w_scale the same without K, bias in bf16.
-        attention: as `cast_attention` takes it, to come first in each row of the result, over its own scale; or None.
+        room: columns before the result's own that are left as they are, for `place_attention`.
 
     Returns:
-        (B, S, N) or (B, S, D + N), e4m3.
+        (B, S, room + N), e4m3.
     """
     B, tokens, K = x.shape
     N = w.shape[0] // streams
-    _, _, D, parts = (0, 0, 0, 0) if attention is None else _whole(attention)
-    out = x.new_empty(B, tokens, D + N)
-    if attention is not None:
-        _cast_kernel[(B * tokens,)](attention, out, tensor_scales, D + N, attention.stride(0), D,
-                                    triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX, num_warps=4)
+    out = x.new_empty(B, tokens, room + N)
     for b in range(B):
         for row, rows, stream in _ranges(tokens, text_tokens, streams):
             whole, tiles = _tiles(rows, N, N, 1, K, x.device)
             own = slice(stream * N, (streams if rows == tokens else stream + 1) * N)
             _product_kernel[(tiles["PROGRAMS"],)](
-                x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], out[b, row:, D:], tensor_scales, bias,
-                bias, bias, bias, rows, text_tokens, whole, D + N, 0, N, K, *tiles.values(), False, 1 + stream,
+                x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], out[b, row:, room:], tensor_scales, bias,
+                bias, bias, bias, rows, text_tokens, whole, room + N, 0, N, K, *tiles.values(), False, 1 + stream,
                 w[own].shape[0] // N, N, 16, 1, EPS, E4M3_MAX, num_warps=8, num_stages=3)
     return out
 
 
 @gelu_product.register_fake
-def _(x, x_scale, w, w_scale, bias, tensor_scales, text_tokens, streams, attention):
-    own = 0 if attention is None else _whole(attention)[2]
-    return x.new_empty(*x.shape[:2], own + w.shape[0] // streams)
+def _(x, x_scale, w, w_scale, bias, tensor_scales, text_tokens, streams, room):
+    return x.new_empty(*x.shape[:2], room + w.shape[0] // streams)
 
 
 @torch.library.custom_op("flux_faster::qkv_product", mutates_args=())
@@ -556,12 +591,18 @@ def _product(x, x_scale, w, w_scale, bias, text_tokens, streams):
 
 
 @gelu_product.register_kernel("cpu")
-def gelu_product_reference(x, x_scale, w, w_scale, bias, tensor_scales, text_tokens, streams, attention):
+def gelu_product_reference(x, x_scale, w, w_scale, bias, tensor_scales, text_tokens, streams, room):
     hidden = F.gelu(_product(x, x_scale, w, w_scale, bias, text_tokens, streams), approximate="tanh")
     scales = [scale.expand(rows) for rows, scale in zip(_rows(x, text_tokens, streams), tensor_scales[1:, 0],
                                                         strict=False)]
     hidden = _to_e4m3(hidden / torch.cat(scales)[:, None])
-    return hidden if attention is None else torch.cat([cast_attention_reference(attention, tensor_scales), hidden], -1)
+    return torch.cat([hidden.new_zeros(*hidden.shape[:2], room), hidden], -1)
+
+
+@place_attention.register_kernel("cpu")
+def place_attention_reference(attention, tensor_scales, hidden):
+    cast = cast_attention_reference(attention, tensor_scales)
+    hidden[..., :cast.shape[-1]] = cast
 
 
 @qkv_product.register_kernel("cpu")

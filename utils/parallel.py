@@ -145,14 +145,14 @@ def own_part(x: Tensor, dim: int) -> Tensor:
     return x.chunk(dist.get_world_size(), dim)[dist.get_rank()]
 
 
-def to_heads(x: Tensor) -> Tensor:
-    """x (N, B, S / N, ...), part i for GPU i: all tokens of this GPU's part, (B, S, ...). Without a copy if B is 1."""
-    return exchange(x).transpose(0, 1).flatten(1, 2)
+def all_tokens(x: Tensor) -> Tensor:
+    """x (N, B, S / N, ...), part i from GPU i, as (B, S, ...). Without a copy if B is 1."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
-def to_tokens(x: Tensor) -> Tensor:
-    """The way back: x (B, S, C / N), of this GPU's heads, to (N, B, S / N, C / N), of all heads, part by part."""
-    return exchange(x.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1))
+def token_parts(x: Tensor) -> Tensor:
+    """x (B, S, ...) as (N, B, S / N, ...), part i for GPU i, contiguous. Without a copy if B is 1."""
+    return x.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1).contiguous()
 
 
 # --- attention over all tokens, called as `attention` is: q, k, v (B, S / N, H, D), scales (B, H) or None ---
@@ -161,13 +161,13 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None,
                       v_descale: Tensor | None, library: str) -> Tensor:
     # Laid out here, where compiled code does it as it casts.
     heads = torch.stack([q, k, v], dim=2).unflatten(3, (dist.get_world_size(), -1)).movedim(3, 0).contiguous()
-    own_q, own_k, own_v = to_heads(heads).unbind(2)
+    own_q, own_k, own_v = all_tokens(exchange(heads)).unbind(2)
     if library == "sdpa":
         attended = sdpa(own_q, own_k, own_v)
     else:
         descale = (x if x is None else own_part(x, 1) for x in (q_descale, k_descale, v_descale))
         attended = attention(own_q, own_k, own_v, *descale, library)
-    return to_tokens(attended.flatten(2)).permute(1, 2, 0, 3).reshape(q.shape)
+    return exchange(token_parts(attended.flatten(2))).permute(1, 2, 0, 3).reshape(q.shape)
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
@@ -293,21 +293,33 @@ def expected_step(one_gpu: dict[str, float], sent: int, rounds: int, gpus: int, 
 
 def measure() -> dict:
     """What this machine's exchanges take, in a CUDA graph as in a step: q, k, v and the way back of one block of
-    FLUX.1-dev at 1024x1024 on the fused kernels, a shift of the ring, and next to nothing. Medians of milliseconds;
-    bytes that each GPU sends, and GB a second."""
+    FLUX.1-dev at 1024x1024 on the fused kernels, and next to nothing, by NCCL and, where that can be, through each
+    other's memory (the way back with its cast); a shift of the ring by NCCL. Medians of milliseconds; bytes that each
+    GPU sends, and GB a second."""
+    from utils.peer_memory import mailboxes
+
     gpus, heads, head = dist.get_world_size(), 24, 128
     own = (4096 + 512) // gpus
     keys = torch.empty(2, 1, own, heads, head, dtype=torch.uint8, device="cuda")
 
     qkv, back, nothing = (torch.empty(gpus, size, dtype=torch.uint8, device="cuda")
                           for size in (keys[0].numel() * 3 // gpus, keys[0].numel() // gpus, 16))
+    sizes = {"qkv": qkv.numel() - qkv[0].numel(), "back": back.numel() - back[0].numel(), "nothing": 16 * (gpus - 1)}
+    calls = {"nccl": {
+        "qkv": lambda: exchange(qkv), "back": lambda: exchange(back), "nothing": lambda: exchange(nothing),
+        "ring": lambda: _pass_on(keys, torch.empty_like(keys)).wait()}}
+    if boxes := mailboxes():
+        attended = torch.zeros(1, own * gpus, heads * head // gpus, dtype=torch.bfloat16, device="cuda")
+        scales = torch.ones(3, 4, device="cuda")
+        calls["peer memory"] = {
+            "qkv": lambda: boxes.start(qkv, "qkv")(), "back": lambda: boxes.send_attention(attended, scales),
+            "nothing": lambda: boxes.start(nothing, "nothing")()}
     found = {"gpu": torch.cuda.get_device_name(), "gpus": gpus}
-    for name, call, sent in (("qkv", lambda: exchange(qkv), qkv.numel() - qkv[0].numel()),
-                             ("back", lambda: exchange(back), back.numel() - back[0].numel()),
-                             ("ring", lambda: _pass_on(keys, torch.empty_like(keys)).wait(), keys.numel()),
-                             ("nothing", lambda: exchange(nothing), nothing.numel() - nothing[0].numel())):
-        milliseconds = _replayed_ms(call)
-        found[name] = {"ms": milliseconds, "bytes": sent, "gb_s": sent / milliseconds / 1e6}
+    for way, named in calls.items():
+        found[way] = {}
+        for name, call in named.items():
+            milliseconds, sent = _replayed_ms(call), sizes.get(name, keys.numel())
+            found[way][name] = {"ms": milliseconds, "bytes": sent, "gb_s": sent / milliseconds / 1e6}
     return found
 
 

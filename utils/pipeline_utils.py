@@ -149,7 +149,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.is_on("CUDA graphs"):
         graphed = partial(CUDAGraphed, pool=torch.cuda.graph_pool_handle())
     if fused and chosen.context_parallel:
-        share_attention(transformer, chosen.context_parallel, parallel.launched())
+        found = share_attention(transformer, chosen.context_parallel, parallel.launched(), pipeline.device)
+        techniques["context parallel"] = Decision(True, techniques["context parallel"].how + found)
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:

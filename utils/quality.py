@@ -7,7 +7,6 @@ import PIL.Image
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def capture_step(pipeline, kwargs: dict) -> dict:
@@ -71,6 +70,9 @@ def relative_error(found: Tensor, reference: Tensor) -> float:
 def picture_drift(found: list[PIL.Image.Image], reference: list[PIL.Image.Image]) -> dict[str, float]:
     """PSNR (dB, of each picture; mean and minimum) and mean SSIM of 8-bit pictures against others of the same prompts
     and seeds. Identical pictures count as 100 dB, so that the mean stays finite."""
+    # Brings matplotlib along: not at a start that compares no pictures.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     a, b = (torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(0, 3, 1, 2)
             .double() for images in (found, reference))
     psnr = (10 * (255**2 / (a - b).pow(2).mean((1, 2, 3))).log10()).clamp(max=100.0)
