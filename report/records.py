@@ -4,6 +4,7 @@ A measurement that failed has the key "error". Readers take the newest that did 
 """
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,18 @@ def newest(folder: Path, row: str) -> tuple[Path, dict] | None:
         if "error" not in record:
             return path, record
     return None
+
+
+def beside(folder: Path, row: str, others: list[dict]) -> tuple[Path, dict] | None:
+    """File and record of that finished measurement of `row` that is nearest in time to most of the `others`: cards
+    differ by some percent, and a ratio is to be one card's."""
+    dates = sorted(filter(None, (record.get("environment", {}).get("date") for record in others)))
+    records = [(path, json.loads(path.read_text())) for path in attempts(folder, row)]
+    found = [(path, record) for path, record in records if "error" not in record]
+    if not (dates and found):
+        return newest(folder, row)
+    then = datetime.fromisoformat(dates[len(dates) // 2])
+    return min(reversed(found), key=lambda one: abs(datetime.fromisoformat(one[1]["environment"]["date"]) - then))
 
 
 def failures(folder: Path) -> dict[str, dict]:

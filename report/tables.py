@@ -4,9 +4,11 @@ typed by hand. `python experiments.py report` rewrites what stands between the m
 
 import json
 import re
+import statistics
 import sys
+from pathlib import Path
 
-from report.records import RESULTS, ROOT, attempts, newest
+from report.records import RESULTS, ROOT, attempts, beside, newest
 
 PAGES = (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md")
 MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -98,14 +100,16 @@ def glance_table(gpu: str) -> str:
 
 def beside_table(where: str) -> str:
     """The markdown table of a group of rows beside the ladder, `where` being <gpu>/<suite>/<group>, with ratios to its
-    first row too; without columns in which next to nothing stands."""
+    first row too, as it was measured beside each; without columns in which next to nothing stands."""
     gpu, suite, group = where.split("/")
     found, eager = _rows(f"{gpu}/{suite}", GROUPS[group]), newest(RESULTS / gpu / suite, "1_eager")
+    first = next(iter(GROUPS[group]))
     head, rows = ["", "seconds (min–max)", "× eager", "× first row", "step", "steps cached", "step error", "GiB"], []
     for link, record in found:
         cached, error = record["cached_steps"], record["step_relative_error"]
         rows.append([
-            link, _seconds(record), _ratio(eager and eager[1], record), _ratio(found[0][1], record),
+            link, _seconds(record), _ratio(eager and eager[1], record),
+            _ratio(beside(RESULTS / gpu / suite, first, [record])[1], record),
             "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
             f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–",
             "–" if error is None else f"{error * 100:.2f} %", _gib(record)])
@@ -123,16 +127,19 @@ def images_a_minute_table(where: str) -> str:
     """The markdown table of images a minute against batch size, `where` being <gpu>/<suite>."""
     lines = ["| batch | bf16, eager: images a minute | GiB | full recipe: images a minute | GiB | × |",
              "|---" * 6 + "|"]
+    batches = [found[1] for _, row in BATCHES.values() if row not in FULL and (found := newest(RESULTS / where, row))]
     for batch, rows in BATCHES.items():
-        eager, full = (newest(RESULTS / where, row) for row in rows)
-        cells = [cell for row in rows for cell in _images_a_minute(where, row)]
+        eager, full = (beside(RESULTS / where, row, batches) if row in FULL else newest(RESULTS / where, row)
+                       for row in rows)
+        cells = [cell for row, found in zip(rows, (eager, full), strict=True)
+                 for cell in _images_a_minute(where, row, found)]
         lines.append(f"| {batch} | {' | '.join(cells)} | {_ratio(eager and eager[1], full[1]) if full else '–'} |")
     return "\n".join(lines) + "\n"
 
 
-def _images_a_minute(where: str, row: str) -> tuple[str, str]:
+def _images_a_minute(where: str, row: str, found: tuple[Path, dict] | None) -> tuple[str, str]:
     """Images a minute and GiB; what did not fit is told from what was not measured."""
-    if found := newest(RESULTS / where, row):
+    if found:
         path, record = found
         images = 60 * record["settings"]["num_images_per_prompt"] / record["seconds"]["median"]
         return f"[{images:.1f}](results/{where}/{path.name})", _gib(record)
@@ -143,9 +150,13 @@ def _images_a_minute(where: str, row: str) -> tuple[str, str]:
 
 
 def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
-    """A link to each finished row, with its name, and its record."""
-    return [(f"[{name}](results/{where}/{found[0].name})", found[1]) for row, name in names.items()
-            if (found := newest(RESULTS / where, row))]
+    """A link to each finished row, with its name, and its record: the newest one, but of what the others are compared
+    with that which was measured beside them."""
+    found = {row: newest(RESULTS / where, row) for row in names}
+    if names.items() >= FULL.items():
+        others = [one[1] for row, one in found.items() if one and row not in FULL]
+        found |= {row: beside(RESULTS / where, row, others) for row in FULL}
+    return [(f"[{names[row]}](results/{where}/{one[0].name})", one[1]) for row, one in found.items() if one]
 
 
 def _seconds(record: dict) -> str:
@@ -291,18 +302,35 @@ def roofline_table(where: str) -> str:
 
 def starts_table(where: str) -> str:
     """The markdown table of what comes before the first image: `where` is <gpu>/<suite>."""
-    lines = ["| | load weights | quantise | packages | compile, record | start to first image | step | GiB |",
-             "|---" * 8 + "|"]
+    lines = ["| | imports | load weights | quantise | packages | compile, record | start to first image | step | GiB |",
+             "|---" * 9 + "|"]
     for row, name in STARTS.items():
         if found := newest(RESULTS / where, row):
             path, record = found
             spent = record["cold_start_s"] or {}  # null: prepared beside other rows
-            cells = [f"{spent[stage]:.1f}" if stage in spent else "–" for stage in ("load", "quantise", "packages")]
+            cells = [f"{spent[stage]:.1f}" if stage in spent else "–"
+                     for stage in ("imports", "load", "quantise", "packages")]
             compiled = f"{spent.get('compile', 0) + spent.get('record', 0):.1f}" if spent else "–"
             first = f"**{spent['process start to first image']:.1f}**" if spent else "–"
             lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join([*cells, compiled, first])} | "
                          f"{record['stages_ms']['denoising_step']:.1f} | "
                          f"{record['peak_memory']['image']['reserved_gib']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+LOADED = {("schnell", "kernels_unfused"): "schnell, without the fused kernels", ("schnell", "8_fused"): "schnell",
+          ("dev", "8_fused"): "dev", ("kontext", "8_fused"): "Kontext"}
+
+
+def load_table(gpu: str) -> str:
+    """The markdown table of how steps lengthen within an image, and of the GPU's clock and power meanwhile."""
+    lines = ["| | first step, ms | median | longest | clock, MHz | power, W | its limit |", "|---" * 7 + "|"]
+    for (suite, row), name in LOADED.items():
+        path, record = newest(RESULTS / gpu / suite, row)
+        steps, load = record["steps_ms"], record["gpu_load"]
+        lines.append(f"| [{name}](results/{gpu}/{suite}/{path.name}) | {steps[0]:.1f} | "
+                     f"{statistics.median(steps):.1f} | {max(steps):.1f} | {load['sm_clock_mhz']:.0f} | "
+                     f"{load['power_w']:.0f} | {float(record['environment']['power_limit'].split()[0]):.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -313,21 +341,25 @@ def expected_table(where: str) -> str:
     from utils.random_weights import architecture
 
     gpu = where.split("/")[0]
-    link = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())
+    link = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())["copy engines"]
     latency = link["nothing"]["ms"] / 1e3
     moving = [link[name]["ms"] / 1e3 - latency for name in ("qkv", "back")]
     rate = sum(link[name]["bytes"] for name in ("qkv", "back")) / sum(moving)
     _, one = newest(RESULTS / where, "8_fused")
     step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
     config = architecture(one["model"].rpartition("/")[2])["transformer"]
+    singles, blocks = config["num_single_layers"], config["num_layers"] + config["num_single_layers"]
     lines = ["| GPUs | each sends a step | step expected | measured |", "|---" * 4 + "|",
              f"| 1 | – | – | {step * 1e3:.1f} ms |"]
     for gpus in (2, 4, 8):
-        sent = sum(bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus).values())
-        rounds = 2 * (config["num_layers"] + config["num_single_layers"]) + 1
-        expected = expected_step({"shared": step, "fixed": 0}, sent, rounds, gpus, rate, latency)
+        sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
+        every = sum(sent.values())
+        # A single block's q, k and v, three bytes of four, move beside a product.
+        waited_for = every - sent["attention"] * singles / blocks * 3 / 4
+        rounds = 2 * blocks - singles + 1
+        expected = expected_step({"shared": step, "fixed": 0}, waited_for, rounds, gpus, rate, latency)
         found = newest(RESULTS / where, f"gpus_{gpus}_ulysses")
-        lines.append(f"| {gpus} | {sent / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "
+        lines.append(f"| {gpus} | {every / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "
                      + (f"{found[1]['stages_ms']['denoising_step']:.1f} ms |" if found else "– |"))
     return "\n".join(lines) + "\n"
 
@@ -347,7 +379,8 @@ def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
     makers = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
               "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
-              "expected": expected_table, "tried": tried_table, "images_a_minute": images_a_minute_table}
+              "load": load_table, "expected": expected_table, "tried": tried_table,
+              "images_a_minute": images_a_minute_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 

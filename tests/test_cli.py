@@ -44,7 +44,7 @@ def test_help_says_where_packages_are_the_default():
     """What stands against them depends on the machine: the flag is left open, for `utils.techniques.plan` to decide."""
     assert create_parser().parse_args([]).compile_export_mode is None
     text = " ".join(create_parser().format_help().split())
-    assert "Default: export_aoti on a CPU, compile on a GPU" in text and "default: None" not in text
+    assert "Default: export_aoti; compile where that cannot be" in text and "default: None" not in text
     assert "(default: blocks)" in text
 
 

@@ -149,11 +149,11 @@ def test_the_same_results_give_the_same_files(results):
 def test_a_start_beside_other_rows_is_not_shown(results, monkeypatch):
     folder, _ = results
     monkeypatch.setattr(tables, "RESULTS", records.RESULTS)
-    for row, spent in (("start_compile", {"load": 3.0, "compile": 40.0, "record": 2.0,
+    for row, spent in (("start_compile", {"imports": 9.0, "load": 3.0, "compile": 40.0, "record": 2.0,
                                           "process start to first image": 61.5}), ("start_export", None)):
         (folder / "schnell" / f"{row}.json").write_text(json.dumps(speed(0.5, None) | {"cold_start_s": spent}))
-    cells = [line.strip("| ").split(" | ")[1:6] for line in tables.starts_table("made-up/schnell").splitlines()[2:]]
-    assert cells == [["3.0", "–", "–", "42.0", "**61.5**"], ["–"] * 5]
+    cells = [line.strip("| ").split(" | ")[1:7] for line in tables.starts_table("made-up/schnell").splitlines()[2:]]
+    assert cells == [["9.0", "3.0", "–", "–", "42.0", "**61.5**"], ["–"] * 6]
     record = speed(0.5, None)
     assert page.speed_cells("", "", "", record | {"cold_start_s": None}, None, None)[-1] == "–"
     assert page.speed_cells("", "", "", record | {
@@ -181,6 +181,21 @@ def test_images_a_minute_against_batch_size(results, monkeypatch):
         ["2", f"[80.0{link}eager_batch_2.json)", "26.6", f"[240.0{link}batch_2.2.json)", "26.6", "3.00"],
         ["4", f"[out of memory{link}eager_batch_4.2.json)", "–", f"[240.0{link}batch_4.json)", "26.6", "–"],
         ["8", "–", "–", "–", "–", "–"]]
+
+
+def test_a_row_is_compared_with_the_default_that_was_measured_beside_it(results, monkeypatch):
+    """Of three cards, the last of which measured the default alone."""
+    folder, _ = results
+    monkeypatch.setattr(tables, "RESULTS", records.RESULTS)
+    for name, seconds, hour in (("8_fused", 0.5, 9), ("without_compile", 0.6, 10), ("without_fa3", 0.8, 10),
+                                ("8_fused.2", 0.4, 20), ("without_quant", 0.6, 19), ("8_fused.3", 0.3, 23)):
+        record = speed(seconds, None)
+        record["environment"]["date"] = f"2026-11-24T{hour:02}:00:00Z"
+        (folder / "schnell" / f"{name}.json").write_text(json.dumps(record))
+    cells = [line.strip("| ").split(" | ") for line in tables.beside_table("made-up/schnell/without").splitlines()[2:]]
+    assert [row[0].split("/")[-1] for row in cells] == [
+        "8_fused.json)", "without_compile.json)", "without_fa3.json)", "without_quant.json)"]
+    assert [row[3] for row in cells] == ["1.00", "0.83", "0.62", "0.67"]
 
 
 def test_kernels_by_kind():

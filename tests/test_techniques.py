@@ -224,10 +224,17 @@ TO_COMPILE = [
 
 @pytest.mark.parametrize("hardware, argv, mode, how", [
     (CPU, [], "export_aoti", "blocks, VAE"),
-    (H100, ["--disable_fused_kernels"], "compile", "blocks, VAE, T5"),
-    (L20, ["--text_encoder_quant"], "compile", "blocks, VAE, T5"),
-    (MI300, [], "compile", "blocks, VAE, T5"),
-    (H100, EXPORT, "export_aoti", "blocks, VAE, T5"),
+    (H100, [], "export_aoti", "VAE, T5; the blocks are kernels already"),
+    (H100, COMPILE, "compile", "VAE, T5; the blocks are kernels already"),
+    (H100, ["--vae_tiling"], "compile", "VAE, T5; the blocks are kernels already; torch.compile, not packages: "
+                                        "--vae_tiling"),
+    (H100, ["--cache_preset", "fast", "--num_inference_steps", "28"], "export_aoti", "VAE, T5; the blocks are kernels"
+                                                                                     " already"),
+    (H100, ["--disable_fused_kernels"], "compile", "; torch.compile, not packages: without the fused kernels"),
+    (L20, ["--text_encoder_quant"], "compile", "; torch.compile, not packages: without the fused kernels"),
+    (L20, COMPILE, "compile", "blocks, VAE, T5"),
+    (MI300, [], "compile", "; torch.compile, not packages: torch.export does not work on AMD"),
+    (L20, EXPORT, "export_aoti", "blocks, VAE, T5"),
     (H100, [*EXPORT, "--attention_backend", "fa3_bf16"], "export_aoti", "blocks, VAE, T5"),
     (CPU, ["--attention_backend", "native"], "export_aoti", "blocks, VAE"),
     (CPU, ["--use-cached-model"], "export_aoti", "blocks, VAE"),
@@ -242,7 +249,7 @@ TO_COMPILE = [
     (CPU, ["--vae_tiling"], "compile", "blocks, VAE; torch.compile, not packages: --vae_tiling"),
     *((CPU, argv, "compile", f"; torch.compile, not packages: {why}") for _, argv, why in TO_COMPILE if argv),
 ], ids=str)
-def test_packages_are_a_cpus_default_where_they_can_be(hardware, argv, mode, how):
+def test_packages_are_the_default_where_they_can_be(hardware, argv, mode, how):
     chosen = decide(hardware, *argv)
     assert chosen.compile_mode == mode and chosen.is_on("compile") == (mode != "disabled")
     assert (how in chosen.decisions["compile"].how if how[0] == ";" else how == chosen.decisions["compile"].how)
@@ -264,9 +271,10 @@ def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypa
     monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: "no libstdc++.so")
     with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
         decide(H100, "--strict", *EXPORT)
-    assert decide(H100, "--strict").compile_mode == "compile"
-    with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):
-        decide(CPU, "--strict", "--disable_fused_vae")
+    assert decide(H100, "--strict", *COMPILE).compile_mode == "compile"
+    for hardware in (CPU, H100):
+        with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):
+            decide(hardware, "--strict", "--disable_fused_vae")
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: "no C++ compiler")
     with pytest.raises(RecipeError, match=r"--strict: compile is on by default.*no C\+\+ compiler"):
         decide(H100, "--strict")

@@ -143,7 +143,7 @@ def create_parser() -> argparse.ArgumentParser:
                         "fused kernels are on there is nothing to tune")
     recipe.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"],
                         help="torch.compile; torch.export + AOTInductor, whose packages later starts load; or neither. "
-                        "Default: export_aoti on a CPU, compile on a GPU")
+                        "Default: export_aoti; compile where that cannot be, and on GPUs without the fused kernels")
     recipe.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
                         help="compile each kind of block once (seconds) or the whole transformer (many minutes)")
     recipe.add_argument("--disable_cudagraphs", action="store_true", help="launch kernels one by one")

@@ -124,9 +124,8 @@ class _Block(torch.nn.Module):
         """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it."""
         if self.context_parallel == "ulysses":
             attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
-            if self.boxes:
-                return self.boxes.send_attention(attended, scales)
-            return exchange(token_parts(cast_attention(attended, scales)))  # e4m3 moves half the bytes
+            attended = token_parts(cast_attention(attended, scales))  # e4m3 moves half the bytes
+            return self.boxes.start(attended, "attended")() if self.boxes else exchange(attended)
         if self.context_parallel == "ring":
             return ring(qkv()[0], qkv()[1:], *descale.unbind(1), "fa3").flatten(2)
         return attention(*qkv().unbind(), *descale.unbind(1), "fa3").flatten(2)

@@ -280,12 +280,13 @@ def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpu
 
 
 def expected_step(one_gpu: dict[str, float], sent: int, rounds: int, gpus: int, rate: float, latency: float) -> float:
-    """Seconds of a step on `gpus` GPUs if nothing overlaps.
+    """Seconds of a step on `gpus` GPUs, if products of fewer rows took their share of the time. They fill a GPU less.
 
     Args:
         one_gpu: seconds of a step on one GPU, {"shared", "fixed"}: what is shared out, and what each GPU does anyway.
-        sent: bytes that each GPU sends (`bytes_sent`), in `rounds` exchanges: two a block with Ulysses, N - 1 in a
-            ring, where attention hides some of them.
+        sent: bytes that each GPU sends (`bytes_sent`) in `rounds` exchanges: two a block with Ulysses, N - 1 in a ring.
+            Without what nothing waits for: q, k and v of a single block with `utils.peer_memory`, and what attention
+            hides in a ring.
         rate: bytes a second; latency: seconds of an exchange that moves next to nothing. Both as `measure` finds them.
     """
     return one_gpu["shared"] / gpus + one_gpu["fixed"] + sent / rate + rounds * latency
@@ -293,9 +294,9 @@ def expected_step(one_gpu: dict[str, float], sent: int, rounds: int, gpus: int, 
 
 def measure() -> dict:
     """What this machine's exchanges take, in a CUDA graph as in a step: q, k, v and the way back of one block of
-    FLUX.1-dev at 1024x1024 on the fused kernels, and next to nothing, by NCCL and, where that can be, through each
-    other's memory (the way back with its cast); a shift of the ring by NCCL. Medians of milliseconds; bytes that each
-    GPU sends, and GB a second."""
+    FLUX.1-dev at 1024x1024 on the fused kernels, and next to nothing, by NCCL and, where that can be, by copy engines
+    (`utils.peer_memory`); a shift of the ring by NCCL. Medians of milliseconds; bytes that each GPU sends, and GB a
+    second."""
     from utils.peer_memory import mailboxes
 
     gpus, heads, head = dist.get_world_size(), 24, 128
@@ -309,10 +310,8 @@ def measure() -> dict:
         "qkv": lambda: exchange(qkv), "back": lambda: exchange(back), "nothing": lambda: exchange(nothing),
         "ring": lambda: _pass_on(keys, torch.empty_like(keys)).wait()}}
     if boxes := mailboxes():
-        attended = torch.zeros(1, own * gpus, heads * head // gpus, dtype=torch.bfloat16, device="cuda")
-        scales = torch.ones(3, 4, device="cuda")
-        calls["peer memory"] = {
-            "qkv": lambda: boxes.start(qkv, "qkv")(), "back": lambda: boxes.send_attention(attended, scales),
+        calls["copy engines"] = {
+            "qkv": lambda: boxes.start(qkv, "qkv")(), "back": lambda: boxes.start(back, "back")(),
             "nothing": lambda: boxes.start(nothing, "nothing")()}
     found = {"gpu": torch.cuda.get_device_name(), "gpus": gpus}
     for way, named in calls.items():

@@ -15,8 +15,6 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from utils.fused_kernels import E4M3, send_attention
-
 
 class Mailboxes:
     """One for each kind of exchange and each size. All GPUs make theirs in the same order, and not while a CUDA graph
@@ -30,20 +28,14 @@ class Mailboxes:
         self.stream = torch.cuda.Stream()
         self.boxes: dict[tuple, tuple] = {}
 
-    def box(self, kind: str, gpus: int, size: int):
-        """This GPU's memory, of `size` bytes from each GPU, and the handle of everyone's."""
-        if (kind, size) not in self.boxes:
-            mine = symmetric_memory.empty(gpus * size, dtype=torch.uint8, device="cuda")
-            handle = symmetric_memory.rendezvous(mine, dist.group.WORLD)
-            addresses = torch.tensor(handle.buffer_ptrs, device="cuda")
-            self.boxes[kind, size] = mine, handle, addresses
-        return self.boxes[kind, size]
-
     def start(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
         """Sends part i of x (N, ...), contiguous, to GPU i. Returns what waits, on the current stream, for the part
         from each GPU, and gives them: (N, ...), until the next exchange of this kind."""
         gpus, size, rank = len(x), x[0].numel() * x.element_size(), dist.get_rank()
-        mine, handle, _ = self.box(kind, gpus, size)
+        if (kind, size) not in self.boxes:
+            mine = symmetric_memory.empty(gpus * size, dtype=torch.uint8, device=x.device)
+            self.boxes[kind, size] = mine, symmetric_memory.rendezvous(mine, dist.group.WORLD)
+        mine, handle = self.boxes[kind, size]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             # Each begins with another one, so that no GPU is written into by all others at once.
@@ -56,16 +48,6 @@ class Mailboxes:
             return mine.view(x.dtype).view(x.shape)
 
         return wait
-
-    def send_attention(self, attention: Tensor, tensor_scales: Tensor) -> Tensor:
-        """`cast_attention` of attention (B, S, D / N), of all tokens and this GPU's heads, each GPU's tokens written
-        right into its mailbox: a few MB that nothing hides. Returns (N, B, S / N, D / N), of all heads, part by part,
-        until the next call."""
-        gpus, (B, tokens, width) = dist.get_world_size(), attention.shape
-        mine, handle, addresses = self.box("attention", gpus, B * tokens // gpus * width)
-        send_attention(attention, tensor_scales, addresses, dist.get_rank())
-        handle.barrier()
-        return mine.view(E4M3).view(gpus, B, tokens // gpus, width)
 
 
 def mailboxes() -> Mailboxes | None:

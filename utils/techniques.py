@@ -124,8 +124,14 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                   _fusion_obstacle(hardware, chosen, configs),
                   "LayerNorm, modulation, QK-norm, rotation, GELU, casts to e4m3; modulations of all steps at once"):
         on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
-        if chosen.compile_mode == "compile":
-            on["compile"] = Decision(True, "VAE, T5; the blocks are kernels already")
+        if compiles:
+            what, *why = on["compile"].how.split("; ", 1)
+            what = what.removeprefix(f"{args.compile_scope}, ")
+            on["compile"] = Decision(True, "; ".join([what, "the blocks are kernels already", *why]))
+    elif hardware.device == "cuda" and chosen.compile_mode == "export_aoti" and not packages_asked_for(args):
+        chosen.compile_mode = "compile"
+        on["compile"] = Decision(True, f"{on['compile'].how}; torch.compile, not packages: without the fused kernels "
+                                       "those have not been measured on a GPU")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
@@ -156,21 +162,21 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
 
 
 def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> None:
-    """On a CPU packages unless something stands against them; on a GPU torch.compile, until packages have been measured
-    there. Asked for by name they are packages or an error."""
+    """Packages, unless something stands against them: then torch.compile. Asked for by name they are packages or an
+    error."""
     asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
     from_elsewhere = args.use_cached_model or args.package_from
     no_compiler = None if from_elsewhere else _compiler_obstacle(hardware)
-    default = "export_aoti" if asked or hardware.device == "cpu" else "compile"
-    mode, said = args.compile_export_mode or default, ""
+    mode, said = args.compile_export_mode or "export_aoti", ""
     if mode == "export_aoti":
         # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
                       None if from_elsewhere else no_compiler or _libstdcxx_obstacle())
         unpackaged = " ".join(by_choice) if by_choice else of_machine
+        given_up = by_choice or no_compiler or hardware.is_rocm  # asked for, said below, or known of all such machines
         if unpackaged and asked:
             raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
-        if unpackaged and args.strict and not (by_choice or no_compiler):  # without a compiler: below
+        if unpackaged and args.strict and not given_up:
             raise RecipeError(f"--strict: exported packages are the default but cannot be had here: {unpackaged}. "
                               "Use --compile_export_mode compile, or drop --strict.")
         # Tiles come in several sizes, so packages would leave the VAE uncompiled.
