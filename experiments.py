@@ -35,7 +35,7 @@ FUSED, CHANNELS, FA3, QUANT = OFF = [
     "--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
 VAE = "--disable_fused_vae"
 EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
-# Named, as packages are a CPU's default: rows are compiled there as elsewhere, but for those that say otherwise.
+# Named, since packages are the default: rows are compiled by torch.compile, but for those that say otherwise.
 COMPILE = ["--compile_export_mode", "compile"]
 QUICK = ["--disable_inductor_tuning_flags", *COMPILE]
 UNFUSED = ["--disable_fused_kernels", VAE]
@@ -85,11 +85,12 @@ BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2
 SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
-# Under a cap of the allocator, as on a smaller card.
+# Under a cap of the allocator, as on a smaller card. Where weights travel an image takes many seconds.
 MEMORY = {
     "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
-    "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "model", "--vae_tiling", "--gpu_memory_limit", "16"],
-    "memory_8gib": [*QUICK, "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8"],
+    "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "model", "--vae_tiling", "--gpu_memory_limit", "16",
+                     "--runs", "3"],
+    "memory_8gib": [*QUICK, "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8", "--runs", "3"],
 }
 
 # From the start of a process to its first image, with a cache folder of the row's own. (What Triton keeps of the fused

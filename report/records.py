@@ -40,15 +40,23 @@ def newest(folder: Path, row: str) -> tuple[Path, dict] | None:
 
 
 def beside(folder: Path, row: str, others: list[dict]) -> tuple[Path, dict] | None:
-    """File and record of that finished measurement of `row` that is nearest in time to most of the `others`: cards
-    differ by some percent, and a ratio is to be one card's."""
-    dates = sorted(filter(None, (record.get("environment", {}).get("date") for record in others)))
+    """File and record of that finished measurement of `row` that is nearest in time to most of the `others`, of their
+    card if it is known: cards differ by some percent, and a ratio is to be one card's."""
+    environments = sorted((one for record in others if (one := record.get("environment", {})).get("date")),
+                          key=lambda one: one["date"])
     records = [(path, json.loads(path.read_text())) for path in attempts(folder, row)]
-    found = [(path, record) for path, record in records if "error" not in record]
-    if not (dates and found):
+    found = [(path, record) for path, record in records if "error" not in record and record["environment"].get("date")]
+    if not (environments and found):
         return newest(folder, row)
-    then = datetime.fromisoformat(dates[len(dates) // 2])
-    return min(reversed(found), key=lambda one: abs(datetime.fromisoformat(one[1]["environment"]["date"]) - then))
+    middle = environments[len(environments) // 2]
+
+    def distance(one: tuple[Path, dict]) -> tuple:
+        here = one[1]["environment"]
+        cards = here.get("gpu_uuid"), middle.get("gpu_uuid")
+        return (None in cards or len(set(cards)) > 1,
+                abs(datetime.fromisoformat(here["date"]) - datetime.fromisoformat(middle["date"])))
+
+    return min(reversed(found), key=distance)
 
 
 def failures(folder: Path) -> dict[str, dict]:

@@ -107,9 +107,10 @@ def beside_table(where: str) -> str:
     head, rows = ["", "seconds (min–max)", "× eager", "× first row", "step", "steps cached", "step error", "GiB"], []
     for link, record in found:
         cached, error = record["cached_steps"], record["step_relative_error"]
+        base = beside(RESULTS / gpu / suite, first, [record])
         rows.append([
             link, _seconds(record), _ratio(eager and eager[1], record),
-            _ratio(beside(RESULTS / gpu / suite, first, [record])[1], record),
+            _ratio(base and base[1], record),
             "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
             f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–",
             "–" if error is None else f"{error * 100:.2f} %", _gib(record)])
@@ -150,8 +151,8 @@ def _images_a_minute(where: str, row: str, found: tuple[Path, dict] | None) -> t
 
 
 def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
-    """A link to each finished row, with its name, and its record: the newest one, but of what the others are compared
-    with that which was measured beside them."""
+    """A link to each finished row, with its name, and its record: the newest one, but of the default the one that was
+    measured beside most of the others."""
     found = {row: newest(RESULTS / where, row) for row in names}
     if names.items() >= FULL.items():
         others = [one[1] for row, one in found.items() if one and row not in FULL]
@@ -341,7 +342,9 @@ def expected_table(where: str) -> str:
     from utils.random_weights import architecture
 
     gpu = where.split("/")[0]
-    link = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())["copy engines"]
+    links = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())
+    engines = "copy engines" in links
+    link = links["copy engines" if engines else "nccl"]
     latency = link["nothing"]["ms"] / 1e3
     moving = [link[name]["ms"] / 1e3 - latency for name in ("qkv", "back")]
     rate = sum(link[name]["bytes"] for name in ("qkv", "back")) / sum(moving)
@@ -354,9 +357,9 @@ def expected_table(where: str) -> str:
     for gpus in (2, 4, 8):
         sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
         every = sum(sent.values())
-        # A single block's q, k and v, three bytes of four, move beside a product.
-        waited_for = every - sent["attention"] * singles / blocks * 3 / 4
-        rounds = 2 * blocks - singles + 1
+        # By copy engines a single block's q, k and v, three bytes of four, move beside a product.
+        waited_for = every - engines * sent["attention"] * singles / blocks * 3 / 4
+        rounds = 2 * blocks - engines * singles + 1
         expected = expected_step({"shared": step, "fixed": 0}, waited_for, rounds, gpus, rate, latency)
         found = newest(RESULTS / where, f"gpus_{gpus}_ulysses")
         lines.append(f"| {gpus} | {every / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "

@@ -51,6 +51,7 @@ def latents(argv: list[str], as_on_hopper: tuple | list = (), **failure) -> torc
         parallel.TIMEOUT = timedelta(seconds=10)
         if torch.distributed.get_rank() == failure["fails_on"]:  # while the others wait for it in an exchange
             pipeline.transformer.register_forward_pre_hook(lambda *_: fail(failure["how"]))
+    latents.how = pipeline.techniques["context parallel"].how
     found = pipeline(**call_kwargs(pipeline, args), output_type="latent").images.cpu()
     torch._dynamo.reset()  # each case is compiled for itself
     return found
@@ -68,6 +69,8 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), {}
     for name, case in cases.items():
         out[name] = latents(**case)
+        if parallel.is_first():
+            print(f"{name}: {latents.how}", file=sys.stderr)
         gc.collect()
     if parallel.is_first():
         torch.save(out, sys.argv[2])

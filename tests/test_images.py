@@ -1,3 +1,4 @@
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -28,6 +29,20 @@ def test_other_outputs_are_left_to_diffusers(output_type):
     theirs = VaeImageProcessor().postprocess(image.clone(), output_type)
     ours = GPUImageProcessor().postprocess(image.clone(), output_type)
     assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none here")])])
+def test_a_reference_is_diffusers(device):
+    """Of every value that a pixel can have; of another size or mode, and several, it is diffusers that reads them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    image, ours = PIL.Image.fromarray(pixels), GPUImageProcessor(vae_scale_factor=16)
+    ours.device = torch.device(device)
+    for given, size in ((image, (48, 80)), (image, (32, 64)), (image.convert("L"), (48, 80)), ([image] * 2, (48, 80))):
+        theirs = VaeImageProcessor(vae_scale_factor=16).preprocess(given, *size)
+        found = ours.preprocess(given, *size)
+        assert found.device.type == (device if (given, size) == (image, (48, 80)) else "cpu")
+        assert torch.equal(found.cpu(), theirs) and found.stride() == theirs.stride()
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

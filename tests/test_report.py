@@ -197,6 +197,23 @@ def test_a_row_is_compared_with_the_default_that_was_measured_beside_it(results,
         "8_fused.json)", "without_compile.json)", "without_fa3.json)", "without_quant.json)"]
     assert [row[3] for row in cells] == ["1.00", "0.83", "0.62", "0.67"]
 
+    def of_card(name, **environment):
+        path = folder / "schnell" / f"{name}.json"
+        record = json.loads(path.read_text())
+        record["environment"] |= environment
+        path.write_text(json.dumps(record))
+
+    # A card that is known counts for more than the hour; a default without a date is no neighbour.
+    of_card("without_quant", gpu_uuid="a")
+    of_card("8_fused", gpu_uuid="a")
+    of_card("8_fused.3", date=None)
+    cells = [line.strip("| ").split(" | ") for line in tables.beside_table("made-up/schnell/without").splitlines()[2:]]
+    assert [row[3] for row in cells] == ["1.00", "0.83", "0.62", "0.83"]
+    for path in (folder / "schnell").glob("8_fused*"):
+        path.unlink()
+    cells = [line.strip("| ").split(" | ") for line in tables.beside_table("made-up/schnell/without").splitlines()]
+    assert cells[0][1:3] == ["× eager", "step"] and len(cells) == 5
+
 
 def test_kernels_by_kind():
     """Of the committed results: each part adds up to the whole, and the fused step has no other kinds of kernel."""

@@ -271,7 +271,8 @@ def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypa
     monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: "no libstdc++.so")
     with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
         decide(H100, "--strict", *EXPORT)
-    assert decide(H100, "--strict", *COMPILE).compile_mode == "compile"
+    for argv in (COMPILE, ["--disable_fused_kernels"]):
+        assert decide(H100, "--strict", *argv).compile_mode == "compile"
     for hardware in (CPU, H100):
         with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):
             decide(hardware, "--strict", "--disable_fused_vae")

@@ -53,9 +53,10 @@ def _cudnn_left_on():
 
 @contextmanager
 def no_vector_instructions(on_gpu: bool):
-    """Within it packages are made and loaded as on a CPU without vector instructions, if their code is a GPU's. To find
-    out which ones there are, which goes into a package and is compared when it is loaded, inductor compiles and runs
-    six programs: half a minute on an H100's host. It remembers what it found: forgotten again here."""
+    """Within it packages are made and loaded as on a CPU without vector instructions, if their code is a GPU's.
+
+    Inductor writes the CPU's into a package and compares them when it loads one. To find them it compiles and runs six
+    programs: half a minute on an H100's host. What it found it remembers: forgotten again here."""
     if not on_gpu:
         yield
         return

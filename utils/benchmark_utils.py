@@ -292,10 +292,11 @@ def environment(device: str) -> dict:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         # By its UUID: nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES.
-        smi = _output_of("nvidia-smi", f"--id=GPU-{getattr(properties, 'uuid', '')}",
+        uuid = str(getattr(properties, "uuid", ""))
+        smi = _output_of("nvidia-smi", f"--id=GPU-{uuid}",
                          "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
         driver, _, power = (smi or "").partition(", ")
-        record |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30,
+        record |= {"gpu": properties.name, "gpu_uuid": uuid or None, "gpu_memory_gib": properties.total_memory / 2**30,
                    "compute_capability": f"{properties.major}.{properties.minor}",
                    "driver": driver or None, "power_limit": power or None}
     return record

@@ -127,7 +127,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def packages_asked_for(args: argparse.Namespace) -> str | None:
-    """The flag that asks for exported packages by name. Without it they are a CPU's default."""
+    """The flag that asks for exported packages by name. Without it they are the default where they can be."""
     given = {"--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti",
              "--use-cached-model": args.use_cached_model, "--re-export": args.re_export,
              "--package-from": args.package_from}

@@ -157,7 +157,7 @@ class FusedSingleBlock(_Block):
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, True)
         qkv = self.project(x, x_scale, image_rotary_emb, descale, 0, 1)
-        # Before attention: between GPUs q, k and v take as long.
+        # Before attention, so that it runs while q, k and v travel between GPUs.
         hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, x.shape[2])
         place_attention(self.attend(qkv, descale, scales), scales, hidden)
         y = products(hidden, scales, [0], *self.out.operands(), 0)

@@ -1,14 +1,15 @@
 """Exchanges between the GPUs of one host through each other's memory: copy engines move, and every multiprocessor goes
 on computing.
 
-NCCL's exchanges are kernels. Beside a product that fills the GPU they would wait for its end, or it for theirs. Here
-each GPU has a mailbox, memory that the others write into by plain copies (PyTorch's symmetric memory, over NVLink or
-PCIe), on a stream of its own, and a flag on each GPU says that all have arrived. On two H100s it is also faster:
-results/h100/gpus_2_link.json.
+NCCL's exchanges are kernels of several blocks. Beside a product that fills the GPU they would wait for its end, or it
+for theirs. Here each GPU has mailboxes, memory that the others write into by plain copies (PyTorch's symmetric memory),
+on a stream of its own; behind them a barrier, one block, which may well wait for the product's end, says that all have
+arrived. On two H100s it is also faster: results/h100/gpus_2_link.json.
 """
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,9 @@ class Mailboxes:
     """One for each kind of exchange and each size. All GPUs make theirs in the same order, and not while a CUDA graph
     is recorded.
 
-    A mailbox is written into again by the next exchange of its kind. Two kinds that take turns make that safe: whoever
-    sends the next one has everyone's answer of the kind in between, sent after the last one was read.
+    Two kinds have to take turns, and what an exchange gave has to be read before the next one starts. Then no mailbox
+    is written into too early: whoever sends the next one of a kind has passed the barrier of the kind in between, which
+    every GPU reaches only after it has read what it got before.
     """
 
     def __init__(self):
@@ -30,7 +32,7 @@ class Mailboxes:
 
     def start(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
         """Sends part i of x (N, ...), contiguous, to GPU i. Returns what waits, on the current stream, for the part
-        from each GPU, and gives them: (N, ...), until the next exchange of this kind."""
+        from each GPU, and gives them: (N, ...), to be read before anything else is sent."""
         gpus, size, rank = len(x), x[0].numel() * x.element_size(), dist.get_rank()
         if (kind, size) not in self.boxes:
             mine = symmetric_memory.empty(gpus * size, dtype=torch.uint8, device=x.device)
@@ -53,14 +55,24 @@ class Mailboxes:
 def mailboxes() -> Mailboxes | None:
     """Mailboxes on the current GPU, if all processes are of this host and every GPU can write into the others' memory;
     else None."""
-    own, here = torch.cuda.current_device(), os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    works = torch.zeros(1, device="cuda")
-    if here and all(torch.cuda.can_device_access_peer(own, i) for i in range(dist.get_world_size()) if i != own):
-        try:
-            mine = symmetric_memory.empty(16, dtype=torch.uint8, device=torch.device("cuda", own))
-            symmetric_memory.rendezvous(mine, dist.group.WORLD)
-            works += 1
-        except RuntimeError:
-            pass  # a container may forbid it
-    dist.all_reduce(works, dist.ReduceOp.MIN)
-    return Mailboxes() if works.item() else None
+    own, mine = torch.device("cuda", torch.cuda.current_device()), None
+    others = [i for i in range(dist.get_world_size()) if i != own.index]
+    if (os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+            and all(torch.cuda.can_device_access_peer(own, i) for i in others)):
+        with suppress(RuntimeError):  # a container may forbid it
+            mine = symmetric_memory.empty(16, dtype=torch.uint8, device=own)
+    if not _of_all(mine is not None):
+        return None
+    try:
+        symmetric_memory.rendezvous(mine, dist.group.WORLD)
+        works = True
+    except RuntimeError:
+        works = False
+    return Mailboxes() if _of_all(works) else None
+
+
+def _of_all(fine: bool) -> bool:
+    """Whether it is so in every process: none may go on alone into what all have to take part in."""
+    found = torch.tensor(int(fine), device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found.item())

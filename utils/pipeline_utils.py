@@ -175,6 +175,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
         follow_schedule(pipeline)  # outside the graph
     if chosen.is_on("GPU postprocess"):
         pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
+        pipeline.image_processor.device = device
 
     width = max(len(name) for name in techniques)
     for name, decision in techniques.items():

@@ -173,7 +173,9 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
                       None if from_elsewhere else no_compiler or _libstdcxx_obstacle())
         unpackaged = " ".join(by_choice) if by_choice else of_machine
-        given_up = by_choice or no_compiler or hardware.is_rocm  # asked for, said below, or known of all such machines
+        # By a flag, said below, or on all such machines.
+        given_up = (by_choice or no_compiler or hardware.is_rocm or
+                    (hardware.device == "cuda" and (args.disable_fused_kernels or _unfused_by_choice(args))))
         if unpackaged and asked:
             raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
         if unpackaged and args.strict and not given_up:
