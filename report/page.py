@@ -76,8 +76,7 @@ def inlined(uri: str, alt: str) -> dict:
 
 def read(folder: Path, names: dict[str, str]) -> list[tuple[str, str, dict]]:
     """Name, file and record of each row of `names` that is finished."""
-    return [(name, path.name, record) for row, name in names.items()
-            if (found := records.newest(folder, row)) for path, record in [found]]
+    return [(names[row], path.name, record) for row, (path, record) in tables.finished(folder, names).items()]
 
 
 def failed(folder: Path, names: dict[str, str]) -> list[dict]:
@@ -100,7 +99,7 @@ def speed_section(folder: Path, suite: str, title: str, ladders: list[Path]) -> 
             groups.append(filled(TITLES[group], SPEED_HEAD,
                                  [speed_cells(suite, *row, eager and eager[1], ceilings) for row in rows]))
             charted |= {file: (name.partition(", and so")[0], record) for name, file, record in rows
-                        if group in ("ladder", "without", "caches") and file not in charted}
+                        if group in ("ladder", "without", "caches") and name not in tables.FULL.values()}
     images, rows = [], read(folder, {row: name for row, name in tables.NAMES.items() if not row.startswith("memory_")})
     if len(rows) > 1:
         names, seconds = [name for name, _, _ in rows], [record["seconds"]["median"] for _, _, record in rows]

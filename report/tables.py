@@ -151,13 +151,19 @@ def _images_a_minute(where: str, row: str, found: tuple[Path, dict] | None) -> t
 
 
 def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
-    """A link to each finished row, with its name, and its record: the newest one, but of the default the one that was
-    measured beside most of the others."""
-    found = {row: newest(RESULTS / where, row) for row in names}
-    if names.items() >= FULL.items():
-        others = [one[1] for row, one in found.items() if one and row not in FULL]
-        found |= {row: beside(RESULTS / where, row, others) for row in FULL}
-    return [(f"[{names[row]}](results/{where}/{one[0].name})", one[1]) for row, one in found.items() if one]
+    """A link to each finished row, with its name, and its record."""
+    return [(f"[{names[row]}](results/{where}/{path.name})", record)
+            for row, (path, record) in finished(RESULTS / where, names).items()]
+
+
+def finished(folder: Path, names: dict[str, str]) -> dict[str, tuple[Path, dict]]:
+    """File and record of each finished row: the newest, but where rows are compared with the default, the default that
+    was measured beside most of them."""
+    found = {row: one for row in names if (one := newest(folder, row))}
+    if names.items() >= FULL.items() and found.keys() >= FULL.keys():
+        others = [record for row, (_, record) in found.items() if row not in FULL]
+        found |= {row: beside(folder, row, others) for row in FULL}
+    return found
 
 
 def _seconds(record: dict) -> str:
