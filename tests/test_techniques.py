@@ -231,6 +231,7 @@ TO_COMPILE = [
     (H100, ["--cache_preset", "fast", "--num_inference_steps", "28"], "export_aoti", "VAE, T5; the blocks are kernels"
                                                                                      " already"),
     (H100, ["--disable_fused_kernels"], "compile", "; torch.compile, not packages: without the fused kernels"),
+    (H100, ["--text_encoder_quant"], "compile", "; torch.compile, not packages: of T5 in int8"),
     (L20, ["--text_encoder_quant"], "compile", "; torch.compile, not packages: without the fused kernels"),
     (L20, COMPILE, "compile", "blocks, VAE, T5"),
     (MI300, [], "compile", "; torch.compile, not packages: torch.export does not work on AMD"),
@@ -271,7 +272,7 @@ def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypa
     monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: "no libstdc++.so")
     with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
         decide(H100, "--strict", *EXPORT)
-    for argv in (COMPILE, ["--disable_fused_kernels"]):
+    for argv in (COMPILE, ["--disable_fused_kernels"], ["--text_encoder_quant"]):
         assert decide(H100, "--strict", *argv).compile_mode == "compile"
     for hardware in (CPU, H100):
         with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):

@@ -128,10 +128,13 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
             what, *why = on["compile"].how.split("; ", 1)
             what = what.removeprefix(f"{args.compile_scope}, ")
             on["compile"] = Decision(True, "; ".join([what, "the blocks are kernels already", *why]))
-    elif hardware.device == "cuda" and chosen.compile_mode == "export_aoti" and not packages_asked_for(args):
+    untried = ("without the fused kernels" if not chosen.is_on("fused kernels") else
+               "of T5 in int8" if args.text_encoder_quant else None)
+    if (untried and hardware.device == "cuda" and chosen.compile_mode == "export_aoti"
+            and not packages_asked_for(args)):
         chosen.compile_mode = "compile"
-        on["compile"] = Decision(True, f"{on['compile'].how}; torch.compile, not packages: without the fused kernels "
-                                       "those have not been measured on a GPU")
+        on["compile"] = Decision(True, f"{on['compile'].how}; torch.compile, not packages: {untried} those have not "
+                                       "been measured on a GPU")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
@@ -175,7 +178,8 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
         unpackaged = " ".join(by_choice) if by_choice else of_machine
         # By a flag, said below, or on all such machines.
         given_up = (by_choice or no_compiler or hardware.is_rocm or
-                    (hardware.device == "cuda" and (args.disable_fused_kernels or _unfused_by_choice(args))))
+                    (hardware.device == "cuda" and (args.disable_fused_kernels or args.text_encoder_quant
+                                                    or _unfused_by_choice(args))))
         if unpackaged and asked:
             raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
         if unpackaged and args.strict and not given_up:
