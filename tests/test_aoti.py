@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -82,6 +83,20 @@ def test_a_gpus_packages_leave_the_cpus_instructions_known():
     assert pick_vec_isa() == before
     with aoti_compile.no_vector_instructions(False):
         assert pick_vec_isa() == before
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_gpus_packages_are_made_and_loaded_without_asking_for_them(device, tmp_path, monkeypatch):
+    """Loading asks as exporting does: half a minute of each start."""
+    before, asked = pick_vec_isa(), []
+    monkeypatch.setattr(aoti, "fields_of", lambda *_: {"made": "up"})
+    monkeypatch.setattr(aoti, "export", lambda units, folder, *_: asked.append(pick_vec_isa())
+                        or (folder / "u.pt2").write_bytes(b"code"))
+    monkeypatch.setattr(aoti, "bind", lambda *_: asked.append(pick_vec_isa()))
+    for said in ("exported", "loaded"):
+        assert said in aoti.use_packages(SimpleNamespace(device=torch.device(device)), [aoti.Unit("u", [], {})], {},
+                                         tmp_path, False, False, None, lambda line: None)
+    assert len(asked) == 3 and [bool(found) for found in asked] == [device == "cpu"] * 3 and pick_vec_isa() == before
 
 
 CASES = {

@@ -147,6 +147,7 @@ def test_the_scripts_write_once(tmp_path):
     assert record == json.loads((tmp_path / "r.json").read_text()) and (tmp_path / "t.json").exists()
     assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1
     assert record["environment"]["processes"] == 2 and record["techniques"]["context parallel"]["on"]
+    assert 0.5 < record["cold_start_s"]["imports"] < 60
     assert record["roofline"]["image_tokens"] == 64 and record["step_relative_error"] < 1e-5
 
 

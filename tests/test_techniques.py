@@ -274,9 +274,9 @@ def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypa
         decide(H100, "--strict", *EXPORT)
     for argv in (COMPILE, ["--disable_fused_kernels"], ["--text_encoder_quant"]):
         assert decide(H100, "--strict", *argv).compile_mode == "compile"
-    for hardware in (CPU, H100):
+    for hardware, argv in ((H100, []), (CPU, ["--disable_fused_vae", "--disable_fa3", "--disable_fused_kernels"])):
         with pytest.raises(RecipeError, match=r"--strict: exported packages.*no libstdc\+\+\.so"):
-            decide(hardware, "--strict", "--disable_fused_vae")
+            decide(hardware, "--strict", *argv)
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: "no C++ compiler")
     with pytest.raises(RecipeError, match=r"--strict: compile is on by default.*no C\+\+ compiler"):
         decide(H100, "--strict")

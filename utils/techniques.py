@@ -115,7 +115,7 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     default_on("fused VAE", args.disable_fused_vae or args.disable_channels_last, unwanted, obstacle,
                "GroupNorm with SiLU; attention as two products")
 
-    _choose_compile_mode(args, hardware, chosen, default_on)
+    lacking = _choose_compile_mode(args, hardware, chosen, default_on)
     compiles = chosen.compile_mode != "disabled"
     _choose_attention(args, hardware, chosen, default_on, configs)
     _choose_quant(args, hardware, chosen, default_on, compiles)
@@ -128,10 +128,13 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
             what, *why = on["compile"].how.split("; ", 1)
             what = what.removeprefix(f"{args.compile_scope}, ")
             on["compile"] = Decision(True, "; ".join([what, "the blocks are kernels already", *why]))
-    untried = ("without the fused kernels" if not chosen.is_on("fused kernels") else
+    untried = (None if hardware.device == "cpu" else
+               "without the fused kernels" if not chosen.is_on("fused kernels") else
                "of T5 in int8" if args.text_encoder_quant else None)
-    if (untried and hardware.device == "cuda" and chosen.compile_mode == "export_aoti"
-            and not packages_asked_for(args)):
+    if lacking and args.strict and not untried:
+        raise RecipeError(f"--strict: exported packages are the default but cannot be had here: {lacking}. Use "
+                          "--compile_export_mode compile, or drop --strict.")
+    if untried and chosen.compile_mode == "export_aoti" and not packages_asked_for(args):
         chosen.compile_mode = "compile"
         on["compile"] = Decision(True, f"{on['compile'].how}; torch.compile, not packages: {untried} those have not "
                                        "been measured on a GPU")
@@ -164,27 +167,22 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     return chosen
 
 
-def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> None:
+def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> str | None:
     """Packages, unless something stands against them: then torch.compile. Asked for by name they are packages or an
-    error."""
+    error. Returns what this machine lacks for them, if it is that."""
     asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
     from_elsewhere = args.use_cached_model or args.package_from
     no_compiler = None if from_elsewhere else _compiler_obstacle(hardware)
-    mode, said = args.compile_export_mode or "export_aoti", ""
+    mode, said, lacking = args.compile_export_mode or "export_aoti", "", None
     if mode == "export_aoti":
         # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
                       None if from_elsewhere else no_compiler or _libstdcxx_obstacle())
         unpackaged = " ".join(by_choice) if by_choice else of_machine
-        # By a flag, said below, or on all such machines.
-        given_up = (by_choice or no_compiler or hardware.is_rocm or
-                    (hardware.device == "cuda" and (args.disable_fused_kernels or args.text_encoder_quant
-                                                    or _unfused_by_choice(args))))
         if unpackaged and asked:
             raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
-        if unpackaged and args.strict and not given_up:
-            raise RecipeError(f"--strict: exported packages are the default but cannot be had here: {unpackaged}. "
-                              "Use --compile_export_mode compile, or drop --strict.")
+        if not (by_choice or no_compiler or hardware.is_rocm):  # without a compiler: below; on no AMD machine
+            lacking = of_machine
         # Tiles come in several sizes, so packages would leave the VAE uncompiled.
         unpackaged = unpackaged or ("--vae_tiling" if args.vae_tiling and not asked else None)
         if unpackaged:
@@ -194,6 +192,7 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
                   f"{args.compile_scope}, VAE"
                   + (", T5" if hardware.device == "cuda" and args.offload == "none" else "") + said):
         chosen.compile_mode = mode
+    return lacking
 
 
 def _compiler_obstacle(hardware: Hardware) -> str | None:
