@@ -349,11 +349,10 @@ def expected_table(where: str) -> str:
 
     gpu = where.split("/")[0]
     links = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())
-    engines = "copy engines" in links
-    link = links["copy engines" if engines else "nccl"]
+    memory = "peer memory" in links
+    link = links["peer memory" if memory else "nccl"]
     latency = link["nothing"]["ms"] / 1e3
-    moving = [link[name]["ms"] / 1e3 - latency for name in ("qkv", "back")]
-    rate = sum(link[name]["bytes"] for name in ("qkv", "back")) / sum(moving)
+    rate = link["qkv"]["bytes"] / (link["qkv"]["ms"] / 1e3 - latency)
     _, one = newest(RESULTS / where, "8_fused")
     step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
     config = architecture(one["model"].rpartition("/")[2])["transformer"]
@@ -364,8 +363,8 @@ def expected_table(where: str) -> str:
         sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
         every = sum(sent.values())
         # By copy engines a single block's q, k and v, three bytes of four, move beside a product.
-        waited_for = every - engines * sent["attention"] * singles / blocks * 3 / 4
-        rounds = 2 * blocks - engines * singles + 1
+        waited_for = every - memory * sent["attention"] * singles / blocks * 3 / 4
+        rounds = 2 * blocks - memory * singles + 1
         expected = expected_step({"shared": step, "fixed": 0}, waited_for, rounds, gpus, rate, latency)
         found = newest(RESULTS / where, f"gpus_{gpus}_ulysses")
         lines.append(f"| {gpus} | {every / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "

@@ -124,8 +124,9 @@ class _Block(torch.nn.Module):
         """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it."""
         if self.context_parallel == "ulysses":
             attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
-            attended = token_parts(cast_attention(attended, scales))  # e4m3 moves half the bytes
-            return self.boxes.start(attended, "attended")() if self.boxes else exchange(attended)
+            if self.boxes:
+                return self.boxes.send_attention(attended, scales)
+            return exchange(token_parts(cast_attention(attended, scales)))  # e4m3 moves half the bytes
         if self.context_parallel == "ring":
             return ring(qkv()[0], qkv()[1:], *descale.unbind(1), "fa3").flatten(2)
         return attention(*qkv().unbind(), *descale.unbind(1), "fa3").flatten(2)
@@ -376,7 +377,7 @@ def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, d
         boxes = mailboxes()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.context_parallel, block.parts, block.boxes = kind, gpus if kind == "ulysses" else 1, boxes
-    return ", by copy engines" if boxes else ""
+    return ", through each other's memory" if boxes else ""
 
 
 def follow_schedule(pipeline) -> RemovableHandle:

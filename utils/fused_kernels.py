@@ -161,6 +161,19 @@ def _cast_kernel(x, out, tensor_scales, out_stride, part_stride, D: tl.constexpr
         tl.store(out + row * out_stride + i, _to_e4m3_kernel(value, MAX), i < D)
 
 
+@triton.jit
+def _send_kernel(x, addresses, tensor_scales, tokens, own, offset, D: tl.constexpr, BLOCK: tl.constexpr,
+                 MAX: tl.constexpr):
+    """A row of D elements over its scale as e4m3, into the memory of the GPU that has this token."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    token = row % tokens
+    out = tl.load(addresses + token // own).to(tl.pointer_type(tl.float8e4nv))
+    out += offset + (row // tokens * own + token % own) * D
+    value = tl.load(x + row * D + i, i < D, 0.).to(tl.float32) / tl.load(tensor_scales)
+    tl.store(tl.multiple_of(out, 16) + i, _to_e4m3_kernel(value, MAX), i < D)
+
+
 # --- fp8 products that finish their tile ---
 
 @triton.jit
@@ -372,6 +385,20 @@ def cast_attention(attention: Tensor, tensor_scales: Tensor) -> Tensor:
                                              triton.next_power_of_2(D), parts, attention.dtype == E4M3, E4M3_MAX,
                                              num_warps=4)
     return out
+
+
+def send_attention(attention: Tensor, tensor_scales: Tensor, addresses: Tensor, rank: int) -> None:
+    """`cast_attention` into the memory of other GPUs, which nobody compiles or exports.
+
+    Args:
+        attention: (B, S, D) bf16, D a multiple of 16.
+        addresses: (N,) int64, of what each GPU's tokens are written into, one N-th of them each: (N, B, S / N, D) e4m3,
+            of which part `rank` is.
+    """
+    B, tokens, D = attention.shape
+    own = tokens // len(addresses)
+    _send_kernel[(B * tokens,)](attention, addresses, tensor_scales, tokens, own, rank * B * own * D, D,
+                                triton.next_power_of_2(D), E4M3_MAX, num_warps=4)
 
 
 @torch.library.custom_op("flux_faster::place_attention", mutates_args=("hidden",))

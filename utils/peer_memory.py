@@ -1,10 +1,10 @@
-"""Exchanges between the GPUs of one host through each other's memory: copy engines move, and every multiprocessor goes
-on computing.
+"""Exchanges between the GPUs of one host through each other's memory, PyTorch's symmetric memory: every GPU has
+mailboxes that the others write into, and a barrier of one block behind that says that all has arrived.
 
-NCCL's exchanges are kernels of several blocks. Beside a product that fills the GPU they would wait for its end, or it
-for theirs. Here each GPU has mailboxes, memory that the others write into by plain copies (PyTorch's symmetric memory),
-on a stream of its own; behind them a barrier, one block, which may well wait for the product's end, says that all have
-arrived. On two H100s it is also faster: results/h100/gpus_2_link.json.
+q, k and v are written by plain copies, on a stream of its own: copy engines move, and every multiprocessor goes on with
+the product beside it. NCCL's exchanges are kernels of several blocks, which would wait for that product's end, or it
+for theirs. On the way back nothing is left to do meanwhile: the kernel that casts attention's result writes it right
+into the others' memory. On two H100s both are also faster by themselves: results/h100/gpus_2_link.json.
 """
 
 import os
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
+
+from utils.fused_kernels import E4M3, send_attention
 
 
 class Mailboxes:
@@ -30,14 +32,21 @@ class Mailboxes:
         self.stream = torch.cuda.Stream()
         self.boxes: dict[tuple, tuple] = {}
 
+    def box(self, kind: str, size: int) -> tuple:
+        """Memory of this GPU for `size` bytes from each; its handle, of everyone's; the addresses of everyone's."""
+        if (kind, size) not in self.boxes:
+            gpus = dist.get_world_size()
+            mine = symmetric_memory.empty(gpus * size, dtype=torch.uint8, device=self.stream.device)
+            handle = symmetric_memory.rendezvous(mine, dist.group.WORLD)
+            addresses = [handle.get_buffer(i, mine.shape, torch.uint8).data_ptr() for i in range(gpus)]
+            self.boxes[kind, size] = mine, handle, torch.tensor(addresses, device=mine.device)
+        return self.boxes[kind, size]
+
     def start(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
         """Sends part i of x (N, ...), contiguous, to GPU i. Returns what waits, on the current stream, for the part
         from each GPU, and gives them: (N, ...), to be read before anything else is sent."""
         gpus, size, rank = len(x), x[0].numel() * x.element_size(), dist.get_rank()
-        if (kind, size) not in self.boxes:
-            mine = symmetric_memory.empty(gpus * size, dtype=torch.uint8, device=x.device)
-            self.boxes[kind, size] = mine, symmetric_memory.rendezvous(mine, dist.group.WORLD)
-        mine, handle = self.boxes[kind, size]
+        mine, handle, _ = self.box(kind, size)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             # Each begins with another one, so that no GPU is written into by all others at once.
@@ -50,6 +59,16 @@ class Mailboxes:
             return mine.view(x.dtype).view(x.shape)
 
         return wait
+
+    def send_attention(self, attention: Tensor, tensor_scales: Tensor) -> Tensor:
+        """`cast_attention` of attention (B, S, D / N), of all tokens and this GPU's heads, each GPU's tokens written
+        into its mailbox. Returns (N, B, S / N, D / N) e4m3, of this GPU's tokens and all heads, part by part, to be
+        read before anything else is sent."""
+        gpus, (B, tokens, width) = dist.get_world_size(), attention.shape
+        mine, handle, addresses = self.box("attention", B * tokens // gpus * width)
+        send_attention(attention, tensor_scales, addresses, dist.get_rank())
+        handle.barrier()
+        return mine.view(E4M3).view(gpus, B, tokens // gpus, width)
 
 
 def mailboxes() -> Mailboxes | None:
