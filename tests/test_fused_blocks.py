@@ -15,6 +15,7 @@ from utils.fused_blocks import (
     Float8Linear,
     FusedDoubleBlock,
     Modulations,
+    drop_unread,
     follow_schedule,
     fuse_blocks,
     leave_sums,
@@ -131,6 +132,27 @@ def test_sums_left_to_the_next_block_are_the_same_sums(load):
         block.register_forward_hook(lambda module, given, found: left.append(isinstance(found[0], tuple)))
     assert torch.equal(pipeline.transformer(**inputs)[0], expected)
     assert all(left[:-1]) and not left[-1] and len(left) > 2
+
+
+@pytest.mark.parametrize("argv", CASES.values(), ids=CASES)
+@torch.no_grad()
+def test_what_nobody_reads_is_dropped(load, argv):
+    """The picture stays as it is, and the last block makes its tokens alone; called by others it makes all."""
+    pipeline, args = load(*argv, "--num_inference_steps", "2")
+    fuse(pipeline)
+    inputs = capture_step(pipeline, call_kwargs(pipeline, args))
+    expected = pipeline(**call_kwargs(pipeline, args), output_type="latent").images
+    tokens = expected.shape[1]
+    made = []
+    pipeline.transformer.single_transformer_blocks[-1].register_forward_hook(
+        lambda module, given, found: made.append([x.shape[1] for x in found]))
+    handle = drop_unread(pipeline)
+    found = pipeline(**call_kwargs(pipeline, args), output_type="latent").images
+    assert relative(found, expected) < 1e-3
+    handle.remove()
+    everything = pipeline.transformer(**inputs)[0]
+    assert made == [[0, tokens]] * 2 + [[inputs["encoder_hidden_states"].shape[1], everything.shape[1]]]
+    assert everything.shape[1] == tokens * (2 if "tiny-kontext" in argv else 1)
 
 
 @pytest.mark.parametrize("cached, graphs", [

@@ -41,6 +41,7 @@ from utils.parallel import all_tokens, exchange, own_part, ring, token_parts
 
 # The parts of a modulation, in the order of diffusers' AdaLayerNormZero; AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
+READ = "tokens_read"  # among a block's joint_attention_kwargs: how many of the image's the pipeline reads
 
 
 class Float8Linear(torch.nn.Module):
@@ -98,6 +99,7 @@ class _Block(torch.nn.Module):
     """How both kinds begin and end."""
 
     leaves_sum = False
+    drops_unread = False  # see `drop_unread`
     # Of several GPUs: how they share attention, among how many its heads, and through what, if not NCCL.
     context_parallel, parts, boxes = None, 1, None
 
@@ -120,8 +122,10 @@ class _Block(torch.nn.Module):
             qkv = exchange(qkv)
         return lambda: qkv
 
-    def attend(self, qkv: Callable[[], Tensor], descale: Tensor, scales: Tensor) -> Tensor:
-        """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it."""
+    def attend(self, qkv: Callable[[], Tensor], descale: Tensor, scales: Tensor, queries: slice = slice(None)
+               ) -> Tensor:
+        """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it; on one GPU for some of
+        the queries, if need be."""
         if self.context_parallel == "ulysses":
             attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
             if self.boxes:
@@ -129,7 +133,8 @@ class _Block(torch.nn.Module):
             return exchange(token_parts(cast_attention(attended, scales)))  # e4m3 moves half the bytes
         if self.context_parallel == "ring":
             return ring(qkv()[0], qkv()[1:], *descale.unbind(1), "fa3").flatten(2)
-        return attention(*qkv().unbind(), *descale.unbind(1), "fa3").flatten(2)
+        q, k, v = qkv().unbind()
+        return attention(q[:, queries], k, v, *descale.unbind(1), "fa3").flatten(2)
 
     def last_sum(self, text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor) -> tuple:
         return ((text, y, gates), image) if self.leaves_sum else gated_residual(text, image, y, gates, table)
@@ -158,9 +163,14 @@ class FusedSingleBlock(_Block):
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, True)
         qkv = self.project(x, x_scale, image_rotary_emb, descale, 0, 1)
+        queries = slice(None)
+        read = (joint_attention_kwargs or {}).get(READ)
+        if self.drops_unread and read:
+            queries = slice(text.shape[1], text.shape[1] + read)
+            text, image, x, x_scale = text[:, :0], image[:, :read], x[:, queries], x_scale[:, queries]
         # Before attention, so that it runs while q, k and v travel between GPUs.
         hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, x.shape[2])
-        place_attention(self.attend(qkv, descale, scales), scales, hidden)
+        place_attention(self.attend(qkv, descale, scales, queries), scales, hidden)
         y = products(hidden, scales, [0], *self.out.operands(), 0)
         return self.last_sum(text, image, y, self.gates, temb)
 
@@ -367,6 +377,30 @@ def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for count, block in enumerate(blocks, 1):
         block.leaves_sum = count not in (first, len(blocks) - last, len(blocks))
+
+
+def drop_unread(pipeline) -> RemovableHandle:
+    """Has the last block make what the pipeline reads and no more: the picture's tokens, none of the text's, and none of
+    Kontext's reference's, of which every block needs keys and values only for the others' sake. The transformer's output
+    has the picture's tokens alone, until the handle is removed, in calls from the pipeline.
+
+    Not with a step cache, which compares all of a block's tokens, nor on several GPUs.
+    """
+    prepare, read = pipeline.prepare_latents, None
+
+    def prepared(*args, **kwargs):
+        nonlocal read
+        found = prepare(*args, **kwargs)
+        read = found[0].shape[1]
+        return found
+
+    def before(module, args, kwargs):
+        # An argument, so that a CUDA graph of another picture's size beside a reference of another is another one.
+        return args, kwargs | {"joint_attention_kwargs": (kwargs.get("joint_attention_kwargs") or {}) | {READ: read}}
+
+    pipeline.prepare_latents = prepared
+    pipeline.transformer.single_transformer_blocks[-1].drops_unread = True
+    return pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, device: torch.device) -> str:

@@ -111,7 +111,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     fused = chosen.is_on("fused kernels")
     if fused:
         # These need Triton, which CPU builds of torch lack.
-        from utils.fused_blocks import follow_schedule, fuse_blocks, leave_sums, share_attention
+        from utils.fused_blocks import drop_unread, follow_schedule, fuse_blocks, leave_sums, share_attention
     elif chosen.context_parallel:
         attention.use_attention_library(transformer, chosen.attention_backend,
                                         parallel.ATTENTION[chosen.context_parallel], parallel.largest_of_all)
@@ -173,6 +173,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         parallel.end_when_stuck(pipeline.transformer)
     if fused:
         follow_schedule(pipeline)  # outside the graph
+        if not chosen.cache and not chosen.context_parallel:
+            drop_unread(pipeline)
     if chosen.is_on("GPU postprocess"):
         pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
         pipeline.image_processor.device = device
