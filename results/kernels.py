@@ -1,14 +1,16 @@
 """Times every kernel of the fused step at FLUX.1's shapes, and what else could do the same: results/NAME/kernels.json.
 
-    python results/kernels.py h100    # on a Hopper GPU, about a minute
+    python results/kernels.py h100    # on a Hopper GPU, about three minutes
 
 For each: median milliseconds, the FLOPs and bytes that the work takes at least, what that makes a second, and the
 relative error against float32. `alternative` rows are cuBLAS' products with the same factors, without what the fused
-ones do besides: the choice between them in utils/fused_blocks.py was made from such a table.
+ones do besides: the choice between them in utils/fused_blocks.py was made from such a table. Products and attention
+also `sustained`: nothing else for a second, with the clock and the power that the GPU settles at.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils import attention, fused_kernels  # noqa: E402
 from utils.benchmark_utils import environment, write_json  # noqa: E402
+from utils.gpu_load import watching_load  # noqa: E402
 from utils.quality import relative_error  # noqa: E402
 
 WIDTH, HEADS, MLP = 3072, 24, 12288
@@ -161,10 +164,36 @@ def error_of(call: dict) -> float | None:
     return max(relative_error(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
 
 
-def measure(call: dict, milliseconds) -> dict:
-    """The row of one kernel; `milliseconds` times a function."""
+def sustained(call, calls: int = 20, seconds: float = 0.7) -> dict:
+    """Milliseconds of one of many calls in a row, after half a second of them; clock and power meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+
+    def replayed(seconds: float) -> int:
+        count, end = 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(4):
+                graph.replay()
+            count += 4
+            torch.cuda.synchronize()
+        return count
+
+    with watching_load("cuda") as load:
+        replayed(0.5)
+        start = time.perf_counter()
+        count = replayed(seconds)
+        took = time.perf_counter() - start
+    return {"ms": took / count / calls * 1e3} | load
+
+
+def measure(call: dict, milliseconds, sustained) -> dict:
+    """The row of one kernel; `milliseconds` times a function, `sustained` does under load."""
     row = {name: call[name] for name in ("kernel", "block", "flops", "bytes")} | {"error": error_of(call)}
     row["ms"] = milliseconds(call["call"])
+    if call["flops"]:
+        row["sustained"] = sustained(call["call"])
     return row | {"tflops_per_s": row["flops"] / row["ms"] / 1e9, "tbytes_per_s": row["bytes"] / row["ms"] / 1e9}
 
 
@@ -185,11 +214,11 @@ def main():
         given = random_inputs(text, image, WIDTH, HEADS, MLP, "cuda")
         models[model] = []
         for call in calls(given) + alternatives(given):
-            row = measure(call, lambda function: do_bench_cudagraph(function, rep=100, return_mode="median"))
+            row = measure(call, lambda function: do_bench_cudagraph(function, rep=100, return_mode="median"), sustained)
             models[model].append(row)
             print(f"{model:8} {row['block']:12} {row['kernel']:32} {row['ms']:.4f} ms "
-                  f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']}",
-                  flush=True)
+                  f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']} "
+                  f"{row.get('sustained', '')}", flush=True)
     path = ROOT / "results" / args.gpu / "kernels.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(str(path), {"tokens": TOKENS, "kernels": models, "environment": environment("cuda")})

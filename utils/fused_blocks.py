@@ -124,8 +124,8 @@ class _Block(torch.nn.Module):
 
     def attend(self, qkv: Callable[[], Tensor], descale: Tensor, scales: Tensor, queries: slice = slice(None)
                ) -> Tensor:
-        """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it; on one GPU for some of
-        the queries, if need be."""
+        """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it; on one GPU of
+        `queries` alone, which are tokens."""
         if self.context_parallel == "ulysses":
             attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
             if self.boxes:
@@ -380,9 +380,9 @@ def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 
 
 
 def drop_unread(pipeline) -> RemovableHandle:
-    """Has the last block make what the pipeline reads and no more: the picture's tokens, none of the text's, and none of
-    Kontext's reference's, of which every block needs keys and values only for the others' sake. The transformer's output
-    has the picture's tokens alone, until the handle is removed, in calls from the pipeline.
+    """Has the last block make what the pipeline reads and no more: the picture's tokens, none of the text's, and none
+    of Kontext's reference's, of which it needs keys and values alone. In calls from the pipeline the transformer's
+    output then has only those, until the handle is removed.
 
     Not with a step cache, which compares all of a block's tokens, nor on several GPUs.
     """
