@@ -1,11 +1,11 @@
 """Times every kernel of the fused step at FLUX.1's shapes, and what else could do the same: results/NAME/kernels.json.
 
-    python results/kernels.py h100    # on a Hopper GPU, about three minutes
+    python results/kernels.py h100    # on a Hopper GPU, about two minutes
 
 For each: median milliseconds, the FLOPs and bytes that the work takes at least, what that makes a second, and the
 relative error against float32. `alternative` rows are cuBLAS' products with the same factors, without what the fused
-ones do besides: the choice between them in utils/fused_blocks.py was made from such a table. Products and attention
-also `sustained`: nothing else for a second, with the clock and the power that the GPU settles at.
+ones do besides: the choice between them in utils/fused_blocks.py was made from such a table. schnell's products and
+attention also `sustained`: nothing else for a second, with the clock and the power that the GPU settles at.
 """
 
 import argparse
@@ -188,11 +188,11 @@ def sustained(call, calls: int = 20, seconds: float = 0.7) -> dict:
     return {"ms": took / count / calls * 1e3} | load
 
 
-def measure(call: dict, milliseconds, sustained) -> dict:
-    """The row of one kernel; `milliseconds` times a function, `sustained` does under load."""
+def measure(call: dict, milliseconds, sustained=None) -> dict:
+    """The row of one kernel; `milliseconds` times a function, and so does `sustained` under load."""
     row = {name: call[name] for name in ("kernel", "block", "flops", "bytes")} | {"error": error_of(call)}
     row["ms"] = milliseconds(call["call"])
-    if call["flops"]:
+    if sustained and call["flops"]:
         row["sustained"] = sustained(call["call"])
     return row | {"tflops_per_s": row["flops"] / row["ms"] / 1e9, "tbytes_per_s": row["bytes"] / row["ms"] / 1e9}
 
@@ -214,7 +214,8 @@ def main():
         given = random_inputs(text, image, WIDTH, HEADS, MLP, "cuda")
         models[model] = []
         for call in calls(given) + alternatives(given):
-            row = measure(call, lambda function: do_bench_cudagraph(function, rep=100, return_mode="median"), sustained)
+            row = measure(call, lambda function: do_bench_cudagraph(function, rep=100, return_mode="median"),
+                          sustained if model == "schnell" else None)
             models[model].append(row)
             print(f"{model:8} {row['block']:12} {row['kernel']:32} {row['ms']:.4f} ms "
                   f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']} "

@@ -35,7 +35,9 @@ class GPUImageProcessor(VaeImageProcessor):
         if not isinstance(image, PIL.Image.Image) or image.mode != "RGB" or image.size != (width, height) or options:
             return super().preprocess(image, height, width, **options)
         pixels = torch.from_numpy(np.array(image)[None]).to(self.device)
-        return self.normalize(pixels.permute(0, 3, 1, 2).float() / 255)
+        # A tensor: by a number CUDA does not divide, it multiplies by what 1 / 255 is rounded to.
+        whole = torch.full((), 255.0, device=self.device)
+        return self.normalize(pixels.permute(0, 3, 1, 2).float() / whole)
 
     def postprocess(self, image: torch.Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None):
         """image: (B, 3, H, W) in [-1, 1]. Anything but "pil" is left to diffusers."""
