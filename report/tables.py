@@ -283,7 +283,6 @@ def _kind(name: str) -> str:
 
 # The product of the same shape in results/kernels.py's `alternative` rows.
 PRODUCTS = {"qkv_product": "qkv", "gelu_product": "up",
-            "gelu_product with attention": "up",  # of before attention was placed by itself
             "products, out": "single out", "products, attention's out": "attention's out",
             "products, MLP's down": "down"}
 
@@ -293,17 +292,22 @@ def roofline_table(where: str) -> str:
     the fused blocks reaches, and cuBLAS with the same factors and nothing besides."""
     gpu, model = where.split("/")
     rows = json.loads((RESULTS / gpu / "kernels.json").read_text())["kernels"][model]
-    cublas = {row["kernel"].removeprefix("cuBLAS by ").replace(", ", ":", 1): row["ms"] for row in rows
+    cublas = {row["kernel"].removeprefix("cuBLAS by ").replace(", ", ":", 1): row for row in rows
               if row["block"] == "alternative"}
-    lines = ["| kernel | block | ms | TFLOP/s | TB/s | error | cuBLAS by tensor, by row: ms |", "|---" * 7 + "|"]
+    lines = ["| kernel | block | ms | TFLOP/s | TB/s | error | under load: ms | MHz | cuBLAS by tensor, by row: ms | "
+             "under load |", "|---" * 10 + "|"]
     for row in rows:
         if row["block"] == "alternative":
             continue
         work = f"{row['tflops_per_s']:.0f}" if row["flops"] else "–"
+        load = row.get("sustained")
+        loaded = f"{load['ms']:.3f} | {load['sm_clock_mhz']:.0f}" if load else "– | –"
         product = PRODUCTS.get(row["kernel"])
-        other = ", ".join(f"{cublas[f'{kind}:{product}']:.3f}" for kind in ("tensor", "row")) if product else "–"
+        others = [cublas[f"{kind}:{product}"] for kind in ("tensor", "row")] if product else []
+        other, other_loaded = (", ".join(f"{one['ms']:.3f}" for one in found) or "–" for found in (
+            others, [one["sustained"] for one in others if "sustained" in one]))
         lines.append(f"| {row['kernel']} | {row['block']} | {row['ms']:.3f} | {work} | {row['tbytes_per_s']:.2f} | "
-                     f"{row['error'] * 100:.2f} % | {other} |")
+                     f"{row['error'] * 100:.2f} % | {loaded} | {other} | {other_loaded} |")
     return "\n".join(lines) + "\n"
 
 
@@ -375,7 +379,7 @@ def expected_table(where: str) -> str:
 def tried_table(gpu: str) -> str:
     """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
     def shown(values):
-        return ", ".join(f"{value:.2f}" for value in values)
+        return ", ".join(f"{value:#.3g}" for value in values)
 
     lines = ["| tried and not kept | of | ms with it | ms without |", "|---" * 4 + "|"]
     lines += [f"| {one['what']} | {one['of']} | {shown(one['ms'])} | {shown(one['without_ms'])} |"

@@ -228,9 +228,10 @@ def test_kernels_by_kind():
 def test_kernels_beside_what_cublas_takes():
     """Of the committed results: every product of the fused blocks has cuBLAS' times beside it, nothing else has."""
     cells = [line.strip("| ").split(" | ") for line in tables.roofline_table("h100/schnell").splitlines()[2:]]
-    assert len(cells) == 14
-    for name, _, ms, *_, cublas in cells:
-        assert ("product" in name) == (cublas != "–"), name
+    assert len(cells) == 15
+    for name, _, ms, flops, *_, loaded, _, cublas, cublas_loaded in cells:
+        assert ("product" in name) == (cublas != "–") == (cublas_loaded != "–"), name
+        assert (flops != "–") == (loaded != "–"), name
         assert cublas == "–" or all(0.5 < float(ms) / float(other) < 2 for other in cublas.split(", "))
 
 
