@@ -145,8 +145,11 @@ def step_error(pipeline, args, inputs: dict, reference) -> float:
     tokens: of those of Kontext's reference image, behind them, the pipelines drop the output."""
     kwargs = call_kwargs(pipeline, args)
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
+    pipeline._current_timestep = inputs["timestep"]  # as in the denoising loop: the step that is timed
     with torch.no_grad():
-        return relative_error(pipeline.transformer(**inputs)[0][:, :tokens], reference[:, :tokens])
+        found = pipeline.transformer(**inputs)[0][:, :tokens]
+    pipeline._current_timestep = None
+    return relative_error(found, reference[:, :tokens])
 
 
 def time_images(pipeline, args):

@@ -265,7 +265,8 @@ KINDS = {"matrix products": ("nvjet", "_product_kernel"), "attention": ("flash::
 
 def kernel_table(where: str) -> str:
     """The markdown table of the kernels of one step, without and with the fused kernels: `where` is <gpu>/<suite>."""
-    files = {name: newest(RESULTS / where, row) for name, row in (("unfused", "kernels_unfused"), ("fused", "8_fused"))}
+    unfused = newest(RESULTS / where, "kernels_unfused")
+    files = {"unfused": unfused, "fused": beside(RESULTS / where, "8_fused", [unfused[1]])}
     rows = {kind: [] for kind in [*KINDS, "everything else", "all"]}
     for _, record in files.values():
         kernels = record["step_kernels"]
@@ -353,24 +354,27 @@ def expected_table(where: str) -> str:
 
     gpu = where.split("/")[0]
     links = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())
-    memory = "peer memory" in links
-    link = links["peer memory" if memory else "nccl"]
+    through_memory = "peer memory" in links
+    link = links["peer memory" if through_memory else "nccl"]
+    # One rate for both exchanges; the way back has a latency of its own, since it needs no copy engine.
     latency = link["nothing"]["ms"] / 1e3
     rate = link["qkv"]["bytes"] / (link["qkv"]["ms"] / 1e3 - latency)
-    _, one = newest(RESULTS / where, "8_fused")
+    latency_back = link["back"]["ms"] / 1e3 - link["back"]["bytes"] / rate
+    measured = {gpus: newest(RESULTS / where, f"gpus_{gpus}_ulysses") for gpus in (2, 4, 8)}
+    _, one = beside(RESULTS / where, "8_fused", [record for _, record in filter(None, measured.values())])
     step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
     config = architecture(one["model"].rpartition("/")[2])["transformer"]
     singles, blocks = config["num_single_layers"], config["num_layers"] + config["num_single_layers"]
+    # Through memory a single block's q, k and v, three bytes of four, move beside a product. Then the output.
+    hidden = singles if through_memory else 0
+    latencies = (blocks - hidden + 1) * latency + blocks * latency_back
     lines = ["| GPUs | each sends a step | step expected | measured |", "|---" * 4 + "|",
              f"| 1 | – | – | {step * 1e3:.1f} ms |"]
-    for gpus in (2, 4, 8):
+    for gpus, found in measured.items():
         sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
         every = sum(sent.values())
-        # By copy engines a single block's q, k and v, three bytes of four, move beside a product.
-        waited_for = every - memory * sent["attention"] * singles / blocks * 3 / 4
-        rounds = 2 * blocks - memory * singles + 1
-        expected = expected_step({"shared": step, "fixed": 0}, waited_for, rounds, gpus, rate, latency)
-        found = newest(RESULTS / where, f"gpus_{gpus}_ulysses")
+        waited_for = every - sent["attention"] * hidden / blocks * 3 / 4
+        expected = expected_step({"shared": step, "fixed": 0}, waited_for, gpus, rate, latencies)
         lines.append(f"| {gpus} | {every / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "
                      + (f"{found[1]['stages_ms']['denoising_step']:.1f} ms |" if found else "– |"))
     return "\n".join(lines) + "\n"

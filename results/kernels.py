@@ -5,7 +5,7 @@
 For each: median milliseconds, the FLOPs and bytes that the work takes at least, what that makes a second, and the
 relative error against float32. `alternative` rows are cuBLAS' products with the same factors, without what the fused
 ones do besides: the choice between them in utils/fused_blocks.py was made from such a table. schnell's products and
-attention also `sustained`: nothing else for a second, with the clock and the power that the GPU settles at.
+attention also `sustained`: one after the other for a second, with the clock and the power meanwhile.
 """
 
 import argparse
@@ -164,8 +164,8 @@ def error_of(call: dict) -> float | None:
     return max(relative_error(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
 
 
-def sustained(call, calls: int = 20, seconds: float = 0.7) -> dict:
-    """Milliseconds of one of many calls in a row, after half a second of them; clock and power meanwhile."""
+def under_load(call, calls: int = 20) -> dict:
+    """Milliseconds of one of many calls in a row, for 0.7 s after half a second of them; clock and power meanwhile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
@@ -180,20 +180,21 @@ def sustained(call, calls: int = 20, seconds: float = 0.7) -> dict:
             torch.cuda.synchronize()
         return count
 
+    replayed(0.5)
     with watching_load("cuda") as load:
-        replayed(0.5)
+        replayed(0.1)  # after nvidia-smi's start
         start = time.perf_counter()
-        count = replayed(seconds)
+        count = replayed(0.7)
         took = time.perf_counter() - start
     return {"ms": took / count / calls * 1e3} | load
 
 
-def measure(call: dict, milliseconds, sustained=None) -> dict:
-    """The row of one kernel; `milliseconds` times a function, and so does `sustained` under load."""
+def measure(call: dict, milliseconds, loaded: bool = False) -> dict:
+    """The row of one kernel; `milliseconds` times a function. `loaded`: under load as well."""
     row = {name: call[name] for name in ("kernel", "block", "flops", "bytes")} | {"error": error_of(call)}
     row["ms"] = milliseconds(call["call"])
-    if sustained and call["flops"]:
-        row["sustained"] = sustained(call["call"])
+    if loaded and call["flops"]:
+        row["sustained"] = under_load(call["call"])
     return row | {"tflops_per_s": row["flops"] / row["ms"] / 1e9, "tbytes_per_s": row["bytes"] / row["ms"] / 1e9}
 
 
@@ -215,7 +216,7 @@ def main():
         models[model] = []
         for call in calls(given) + alternatives(given):
             row = measure(call, lambda function: do_bench_cudagraph(function, rep=100, return_mode="median"),
-                          sustained if model == "schnell" else None)
+                          loaded=model == "schnell")
             models[model].append(row)
             print(f"{model:8} {row['block']:12} {row['kernel']:32} {row['ms']:.4f} ms "
                   f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']} "

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import PIL.Image
 import pytest
 import torch
 from conftest import relative, skip_without_float8_products
@@ -11,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from utils import aoti, attention, fused_blocks, fused_kernels, pipeline_utils
 from utils.benchmark_utils import create_parser
+from utils.cuda_graph import signature
 from utils.fused_blocks import (
     Float8Linear,
     FusedDoubleBlock,
@@ -134,25 +136,53 @@ def test_sums_left_to_the_next_block_are_the_same_sums(load):
     assert all(left[:-1]) and not left[-1] and len(left) > 2
 
 
-@pytest.mark.parametrize("argv", CASES.values(), ids=CASES)
+GUIDED = ["--negative_prompt", "red", "--true_cfg_scale", "2"]
+
+
+@pytest.mark.parametrize("argv", [*CASES.values(), [*CASES["kontext"], "--num_images_per_prompt", "2", *GUIDED]],
+                         ids=[*CASES, "kontext, batch 2, negative prompt"])
 @torch.no_grad()
 def test_what_nobody_reads_is_dropped(load, argv):
-    """The picture stays as it is, and the last block makes its tokens alone; called by others it makes all."""
+    """Every picture stays as it is, of another size too, while the last block makes its tokens alone; called by others
+    it makes all."""
     pipeline, args = load(*argv, "--num_inference_steps", "2")
     fuse(pipeline)
+    leave_sums(pipeline.transformer)
     inputs = capture_step(pipeline, call_kwargs(pipeline, args))
-    expected = pipeline(**call_kwargs(pipeline, args), output_type="latent").images
-    tokens = expected.shape[1]
+    sizes = [{}, {"height": 80, "width": 48, **({"max_area": 80 * 48} if "tiny-kontext" in argv else {})}]
+
+    def latents(size):
+        return pipeline(**call_kwargs(pipeline, args) | size, output_type="latent").images
+
+    expected = [latents(size) for size in sizes]
     made = []
     pipeline.transformer.single_transformer_blocks[-1].register_forward_hook(
         lambda module, given, found: made.append([x.shape[1] for x in found]))
-    handle = drop_unread(pipeline)
-    found = pipeline(**call_kwargs(pipeline, args), output_type="latent").images
-    assert relative(found, expected) < 1e-3
-    handle.remove()
+    drop_unread(pipeline)
+    for size, picture in zip(sizes, expected, strict=True):
+        assert relative(latents(size), picture) < 1e-3
+        assert made == [[0, picture.shape[1]]] * (4 if GUIDED[0] in argv else 2)
+        made.clear()
     everything = pipeline.transformer(**inputs)[0]
-    assert made == [[0, tokens]] * 2 + [[inputs["encoder_hidden_states"].shape[1], everything.shape[1]]]
-    assert everything.shape[1] == tokens * (2 if "tiny-kontext" in argv else 1)
+    assert made == [[inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1]]]
+    assert everything.shape[1] == expected[0].shape[1] * (2 if "tiny-kontext" in argv else 1)
+
+
+@torch.no_grad()
+def test_a_graph_is_of_one_picture_and_one_reference(load):
+    """64 tokens of a picture before 16 of a reference are as many as 16 before 64: not the same CUDA graph."""
+    pipeline, _ = load(*CASES["kontext"])
+    fuse(pipeline)
+    drop_unread(pipeline)
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(signature(args, kwargs)),
+                                                   with_kwargs=True)
+    for picture, reference in ((128, 64), (64, 128)):
+        image = PIL.Image.new("RGB", (reference, reference))
+        pipeline(image, "a rocket", height=picture, width=picture, max_area=picture**2, _auto_resize=False,
+                 num_inference_steps=1, output_type="latent")
+    of_tensors = [[leaf for leaf in leaves if isinstance(leaf[0], tuple)] for _, leaves in seen]
+    assert of_tensors[0] == of_tensors[1] and seen[0] != seen[1]
 
 
 @pytest.mark.parametrize("cached, graphs", [

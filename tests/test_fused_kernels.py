@@ -150,18 +150,20 @@ def test_products(device, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gpus", [2, 4])
 @both(SHAPES, LARGE)
-def test_attention_is_written_into_each_gpus_memory(device, shape):
-    """Of two: tensors of this GPU stand for the others' memory, and rank 1 leaves rank 0's part as it is."""
+def test_attention_is_written_into_each_gpus_memory(device, shape, gpus):
+    """Tensors of this GPU stand for the others' memory, and rank 1 leaves the others' parts as they are."""
     case, there = Case(shape), "cuda" if device == "cuda" else "cpu"
-    y = case.y[:, :case.tokens // 2 * 2].contiguous().to(there)
-    memory = [torch.ones(2, case.B, y.shape[1] // 2, case.D, device=there).to(kernels.E4M3) for _ in range(2)]
+    y = case.y[:, :case.tokens // gpus * gpus].contiguous().to(there)
+    memory = [torch.ones(gpus, case.B, y.shape[1] // gpus, case.D, device=there).to(kernels.E4M3) for _ in range(gpus)]
     addresses = torch.tensor([x.data_ptr() for x in memory], device=there)
     kernels.send_attention(y, case.scales.to(there), addresses, 1)
     expected = kernels.cast_attention_reference(y.cpu(), case.scales)
-    for found, part in zip(memory, expected.chunk(2, 1), strict=True):
+    for found, part in zip(memory, expected.chunk(gpus, 1), strict=True):
         assert_near([found[1].cpu()], [part], device, [0.001])
-        assert (found[0].float() == 1).all()
+        found[1] = 1
+        assert (found.float() == 1).all()
 
 
 @pytest.mark.gpu

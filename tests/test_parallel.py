@@ -313,7 +313,7 @@ def test_bytes_by_hand():
     assert bytes_sent("ring", config, 4096, 512, 2)["attention"] == 57 * 2 * half
     assert bytes_sent("ring", config, 4096, 512, 8)["attention"] == 57 * 7 * 2 * (4608 // 8) * 3072
     assert bytes_sent("ulysses", config, 4096, 512, 2)["output"] == 2048 * 64 * 2
-    assert expected_step({"shared": 0.08, "fixed": 0.001}, 10**9, 114, 2, 2e11, 1e-5) == pytest.approx(
+    assert expected_step({"shared": 0.08, "fixed": 0.001}, 10**9, 2, 2e11, 114 * 1e-5) == pytest.approx(
         0.04 + 0.001 + 0.005 + 0.00114)
 
 

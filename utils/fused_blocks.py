@@ -379,10 +379,10 @@ def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 
         block.leaves_sum = count not in (first, len(blocks) - last, len(blocks))
 
 
-def drop_unread(pipeline) -> RemovableHandle:
+def drop_unread(pipeline) -> None:
     """Has the last block make what the pipeline reads and no more: the picture's tokens, none of the text's, and none
-    of Kontext's reference's, of which it needs keys and values alone. In calls from the pipeline the transformer's
-    output then has only those, until the handle is removed.
+    of Kontext's reference's, of which it needs keys and values alone. In the pipeline's denoising loop the
+    transformer's output then has only those; whoever else calls it gets all.
 
     Not with a step cache, which compares all of a block's tokens, nor on several GPUs.
     """
@@ -395,12 +395,14 @@ def drop_unread(pipeline) -> RemovableHandle:
         return found
 
     def before(module, args, kwargs):
-        # An argument, so that a CUDA graph of another picture's size beside a reference of another is another one.
+        if getattr(pipeline, "_current_timestep", None) is None:
+            return None
+        # An argument, since CUDA graphs are told apart by those: of as many tokens the picture's can be more or fewer.
         return args, kwargs | {"joint_attention_kwargs": (kwargs.get("joint_attention_kwargs") or {}) | {READ: read}}
 
     pipeline.prepare_latents = prepared
     pipeline.transformer.single_transformer_blocks[-1].drops_unread = True
-    return pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
+    pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, device: torch.device) -> str:

@@ -388,7 +388,7 @@ def cast_attention(attention: Tensor, tensor_scales: Tensor) -> Tensor:
 
 
 def send_attention(attention: Tensor, tensor_scales: Tensor, addresses: Tensor, rank: int) -> None:
-    """`cast_attention` into the memory of other GPUs, which nobody compiles or exports.
+    """`cast_attention` into each GPU's memory. No op: nobody compiles or exports what several GPUs do.
 
     Args:
         attention: (B, S, D) bf16, D a multiple of 16.

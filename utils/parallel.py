@@ -279,17 +279,17 @@ def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpu
     return {"attention": blocks * block, "output": output}
 
 
-def expected_step(one_gpu: dict[str, float], sent: int, rounds: int, gpus: int, rate: float, latency: float) -> float:
+def expected_step(one_gpu: dict[str, float], sent: int, gpus: int, rate: float, latencies: float) -> float:
     """Seconds of a step on `gpus` GPUs, if products of fewer rows took their share of the time. They fill a GPU less.
 
     Args:
         one_gpu: seconds of a step on one GPU, {"shared", "fixed"}: what is shared out, and what each GPU does anyway.
-        sent: bytes that each GPU sends (`bytes_sent`) in `rounds` exchanges: two a block with Ulysses, N - 1 in a ring.
-            Without what nothing waits for: q, k and v of a single block with `utils.peer_memory`, and what attention
-            hides in a ring.
-        rate: bytes a second; latency: seconds of an exchange that moves next to nothing. Both as `measure` finds them.
+        sent: bytes that each GPU sends (`bytes_sent`), without what nothing waits for: q, k and v of a single block
+            with `utils.peer_memory`, and what attention hides in a ring.
+        rate: bytes a second. latencies: seconds, of all exchanges together, that they take whatever they move: two a
+            block with Ulysses, N - 1 in a ring. Both follow from what `measure` finds.
     """
-    return one_gpu["shared"] / gpus + one_gpu["fixed"] + sent / rate + rounds * latency
+    return one_gpu["shared"] / gpus + one_gpu["fixed"] + sent / rate + latencies
 
 
 def measure() -> dict:

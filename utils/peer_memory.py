@@ -1,10 +1,10 @@
-"""Exchanges between the GPUs of one host through each other's memory, PyTorch's symmetric memory: every GPU has
-mailboxes that the others write into, and a barrier of one block behind that says that all has arrived.
+"""Exchanges between the GPUs of one host through each other's memory (PyTorch's symmetric memory). Every GPU has
+mailboxes that the others write into; then a barrier, a kernel of one block, says that all have arrived.
 
-q, k and v are written by plain copies, on a stream of its own: copy engines move, and every multiprocessor goes on with
-the product beside it. NCCL's exchanges are kernels of several blocks, which would wait for that product's end, or it
-for theirs. On the way back nothing is left to do meanwhile: the kernel that casts attention's result writes it right
-into the others' memory. On two H100s both are also faster by themselves: results/h100/gpus_2_link.json.
+q, k and v are copied, on a second stream: copy engines move them, and in a single block every multiprocessor goes on
+with the MLP's first product. NCCL's exchanges are kernels of several blocks, which would wait for that product's end,
+or it for theirs. On the way back nothing is left to do meanwhile: the kernel that casts attention's result writes it
+right into the others' memory. On two H100s both are also faster by themselves: results/h100/gpus_2_link.json.
 """
 
 import os
