@@ -235,6 +235,21 @@ def test_kernels_beside_what_cublas_takes():
         assert cublas == "–" or all(0.5 < float(ms) / float(other) < 2 for other in cublas.split(", "))
 
 
+@pytest.mark.parametrize("suite", ["dev", "kontext"])
+def test_several_gpus_beside_one_of_them(suite):
+    """Of the committed results: from the step of a card of the two, each number of GPUs takes more than its share of
+    it, by what is exchanged, and what was measured is above what is expected."""
+    pytest.importorskip("torch")
+    cells = [line.strip("| ").split(" | ") for line in tables.expected_table(f"h100/{suite}").splitlines()[2:]]
+    _, two = records.newest(records.RESULTS / "h100" / suite, "gpus_2_ulysses")
+    _, one = records.beside(records.RESULTS / "h100" / suite, "8_fused", [two])
+    assert float(cells[0][3].split()[0]) == pytest.approx(one["stages_ms"]["denoising_step"], abs=0.05)
+    assert [row[0] for row in cells] == ["1", "2", "4", "8"]
+    exchanged = [float(row[2].split()[0]) - one["stages_ms"]["denoising_step"] / int(row[0]) for row in cells[1:]]
+    assert all(0.5 < ms < 5 for ms in exchanged) and exchanged == sorted(exchanged, reverse=True)
+    assert float(cells[1][2].split()[0]) < float(cells[1][3].split()[0])
+
+
 def test_pareto_front():
     costs, errors = [1.0, 2.0, 3.0, 2.0, 4.0], [5.0, 3.0, 3.0, 4.0, 1.0]
     assert charts.pareto(costs, errors) == [0, 1, 4]
