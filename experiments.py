@@ -88,8 +88,7 @@ SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", s
 # Under a cap of the allocator, as on a smaller card. Where weights travel an image takes many seconds.
 MEMORY = {
     "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
-    "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "model", "--vae_tiling", "--gpu_memory_limit", "16",
-                     "--runs", "3"],
+    "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "text", "--vae_tiling", "--gpu_memory_limit", "16"],
     "memory_8gib": [*QUICK, "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8", "--runs", "3"],
 }
 
@@ -105,8 +104,9 @@ STARTS = {
 }
 # What fills the cache folder first.
 AFTER = {"start_compile_again": "start_compile", "start_packages": "start_export"}
-# One image on two GPUs, under torchrun.
-GPUS = {f"gpus_2_{kind}": [*QUICK, "--context_parallel", kind] for kind in ("ulysses", "ring")}
+# One image on several GPUs, under torchrun.
+GPUS = {f"gpus_{kind}": [*QUICK, "--context_parallel", kind.partition("_")[2]]
+        for kind in ("2_ulysses", "2_ring", "4_ulysses")}
 
 # tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
 # that matters, and what all else is worth nothing beyond.
@@ -157,9 +157,9 @@ ROWS = {
 # a start.
 WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
 
-# Nothing is prepared beside these: a whole process is what is timed, both GPUs are in use, or inductor chooses kernels
+# Nothing is prepared beside these: a whole process is what is timed, other GPUs are in use, or inductor chooses kernels
 # by timing them.
-ALONE = ("start_", "gpus_2", "7_flags")
+ALONE = ("start_", "gpus_", "7_flags")
 
 
 def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:
@@ -184,7 +184,8 @@ def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = Fals
         flags.append("--step_error")
     if suite == "kontext":
         flags += ["--image", str(scratch / "reference.png")]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if row.startswith("gpus_2") else []
+    launcher = (["-m", "torch.distributed.run", "--nproc_per_node", row.split("_")[1]] if row.startswith("gpus_")
+                else [])
     return [[sys.executable, *launcher, "run_benchmark.py", *flags,
              *(flag.format(scratch=scratch) for flag in ROWS[suite][one])] for one in (AFTER.get(row), row) if one]
 

@@ -23,7 +23,7 @@ NAMES = {
     "7_flags": "+ inductor flags",
     "8_fused": "float8 as above, + fused VAE, fused kernels (default)",
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
-    "memory_16gib": "and one model at a time on the GPU, tiled VAE, 16 GiB",
+    "memory_16gib": "and T5 streamed from CPU memory, tiled VAE, 16 GiB",
     "memory_8gib": "bf16, layer by layer on the GPU, tiled VAE, 8 GiB",
 }
 
@@ -50,7 +50,8 @@ GROUPS = {
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
     "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)} | {
         f"eager_batch_{n}": f"batch {n}, bf16, eager" for n in (2, 4, 8)},
-    "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring"},
+    "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring",
+                    "gpus_4_ulysses": "four GPUs, Ulysses"},
     "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
 }
 
@@ -77,9 +78,10 @@ def table(where: str) -> str:
 GLANCE = {
     "schnell": ("schnell, 4 steps", {"8_fused": "every step"}),
     "dev": ("dev, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
-                              "cache_balanced": "step cache `balanced`", "cache_fast": "step cache `fast`"}),
+                              "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`",
+                              "cache_fast": "step cache `fast`"}),
     "kontext": ("Kontext, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
-                                      "cache_balanced": "step cache `balanced`"}),
+                                      "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`"}),
 }
 
 
@@ -312,6 +314,21 @@ def roofline_table(where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def last_block_table(gpu: str) -> str:
+    """The markdown table of results/<gpu>/last_block.json: one double and the last single block with and without what
+    the pipeline does not read."""
+    record = json.loads((RESULTS / gpu / "last_block.json").read_text())
+    lines = ["| tokens: text, image | all, ms | what is read alone, ms | saved, ms | the picture's difference |",
+             "|---" * 5 + "|"]
+    for model, found in record["models"].items():
+        every, read = ([one["ms"] for one in found[name]] for name in ("all", "read"))
+        text, image = record["tokens"][model]
+        shown = [", ".join(f"{ms:.3f}" for ms in part) for part in (every, read)]
+        lines.append(f"| {text}, {image} ({model}) | {' | '.join(shown)} | "
+                     f"{statistics.mean(every) - statistics.mean(read):.2f} | {found['error']:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
 def starts_table(where: str) -> str:
     """The markdown table of what comes before the first image: `where` is <gpu>/<suite>."""
     lines = ["| | imports | load weights | quantise | packages | compile, record | start to first image | step | GiB |",
@@ -395,7 +412,7 @@ def with_tables(text: str) -> str:
     """`text` with every marked part written anew."""
     makers = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
               "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
-              "load": load_table, "expected": expected_table, "tried": tried_table,
+              "load": load_table, "last_block": last_block_table, "expected": expected_table, "tried": tried_table,
               "images_a_minute": images_a_minute_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 

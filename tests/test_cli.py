@@ -68,6 +68,7 @@ REFUSED_BY_ARGUMENTS = [
     (["--revision", "main", "--random_weights"], "--revision main"),
     (["--revision", "main", "--ckpt", "."], "--revision main"),
     (["--offload", "model"], "nothing to move"),
+    (["--offload", "text"], "nothing to move"),
     (["--gpu_memory_limit", "8"], "needs --device cuda"),
     (["--negative_prompt", "x"], "--true_cfg_scale"),
     (["--true_cfg_scale", "3"], "--negative_prompt"),

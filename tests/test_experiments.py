@@ -26,11 +26,13 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
         assert bool(before) == (suite == "tiny" or row in experiments.AFTER)
         flags = (["--ckpt", "tiny-flux-dev", *line[line.index("--") + 1:]] if suite == "tiny" else
                  line[line.index("run_benchmark.py") + 1:])
-        monkeypatch.setenv("WORLD_SIZE", "2" if "torch.distributed.run" in line else "1")
+        processes = line[line.index("--nproc_per_node") + 1] if "torch.distributed.run" in line else "1"
+        assert processes == (row.split("_")[1] if row.startswith("gpus_") else "1")
+        monkeypatch.setenv("WORLD_SIZE", processes)
         args = create_parser().parse_args(["--device", "cuda", *flags])
         args.warmup, args.runs = args.warmup or 0, args.runs or 1
         check_args(args)
-        seen.add((len(before), str(sorted(vars(args).items(), key=str))))
+        seen.add((len(before), processes, str(sorted(vars(args).items(), key=str))))
     assert len(seen) == sum(map(len, experiments.ROWS.values())), "two rows are the same"
 
 

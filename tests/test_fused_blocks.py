@@ -1,6 +1,7 @@
 """The fused blocks against diffusers' own, in a trained model: on a CPU through the kernels' references."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -25,6 +26,7 @@ from utils.fused_blocks import (
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import quantize_transformer
+from utils.random_weights import architecture
 from utils.techniques import Decision
 
 CPU = torch.device("cpu")
@@ -166,6 +168,19 @@ def test_what_nobody_reads_is_dropped(load, argv):
     everything = pipeline.transformer(**inputs)[0]
     assert made == [[inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1]]]
     assert everything.shape[1] == expected[0].shape[1] * (2 if "tiny-kontext" in argv else 1)
+
+
+@torch.no_grad()
+def test_the_last_blocks_times_are_of_the_same_picture(monkeypatch):
+    """On a small transformer: what is timed with and without the unread tokens, and without is less."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results")
+    from last_block import two_blocks
+
+    config = architecture("tiny-kontext")["transformer"]
+    calls = two_blocks(config, 16, 48, 32, "cpu")
+    everything, read = calls["all"](), calls["read"]()
+    assert everything.shape[1:] == (48, config["in_channels"]) and read.shape[1:] == (32, config["in_channels"])
+    assert relative(read, everything[:, :32]) < 1e-3 and everything.float().std() > 0.01
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What only a GPU can show: FlashAttention's fp8 numbers, CUDA graphs, the whole recipe. `pytest -m gpu -n 0`."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,6 +186,32 @@ def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
         assert cached[0] and diffs == [{}, {}]
     else:
         assert diffs[0].keys() == diffs[1].keys() and diffs[0]
+
+
+@pytest.mark.parametrize("offload, argv", [
+    ("text", []),
+    ("text", ["--text_encoder_quant", "--vae_tiling", "--cache_preset", "fast", "--num_inference_steps", "12"]),
+    ("model", ["--disable_fused_kernels"]),
+    ("group", ["--disable_fused_kernels", "--disable_quant"]),
+], ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_offloaded_weights_draw_the_same_picture(offload, argv, tmp_path):
+    """On 1 + 2 blocks of full width, weights where they are against weights that travel, image after image."""
+    argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
+            "--num_inference_steps", "2", "--compile_export_mode", "disabled", "--cache-dir", str(tmp_path), *argv]
+    found, held = [], []
+    for more in ([], ["--offload", offload]):
+        args = create_parser().parse_args(argv + more)
+        pipeline = optimize(load_pipeline(args), args)
+        held.append(torch.cuda.memory_allocated() / 2**30)
+        found += [pipeline(**call_kwargs(pipeline, args, prompt), output_type="latent").images.cpu()
+                  for prompt in ("a frog", "a key", "a frog")]
+        held.append(torch.cuda.memory_allocated() / 2**30)
+        del pipeline
+        gc.collect()
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    assert all(torch.equal(*pair) for pair in zip(found[:3], found[3:], strict=True))
+    # T5: 9.5 GB in bf16, 4.9 in int8.
+    assert max(held[2:]) < held[0] - (4 if "--text_encoder_quant" in argv else 8), held
 
 
 @torch.no_grad()

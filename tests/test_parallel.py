@@ -165,9 +165,10 @@ def test_a_dead_process_ends_them_all(tmp_path, argv, how, text):
 
 
 @pytest.mark.gpu
-@two_gpus
 @pytest.mark.parametrize("kind", ["ulysses", "ring"])
-def test_two_gpus_make_the_picture_of_one(tmp_path, kind):
+@pytest.mark.parametrize("gpus", [pytest.param(2, marks=two_gpus), pytest.param(4, marks=pytest.mark.skipif(
+    torch.cuda.device_count() < 4, reason="needs four GPUs"))])
+def test_gpus_make_the_picture_of_one(tmp_path, gpus, kind):
     """1 + 2 blocks of full width with all that is on by default, CUDA graphs among it; without the fused kernels,
     whose blocks are then compiled; and PyTorch's attention. The bound is that of one GPU against eager bf16."""
     variants = [[kind, *more] for more in (
@@ -175,7 +176,7 @@ def test_two_gpus_make_the_picture_of_one(tmp_path, kind):
         ["--num_images_per_prompt", "2", "--negative_prompt", "red", "--true_cfg_scale", "2"])]
     cases = {" ".join(argv): {"argv": [*FULL_WIDTH, "--cache-dir", str(tmp_path), "--context_parallel", *argv]}
              for argv in variants}
-    done = run_cases(tmp_path, cases, timeout=900)
+    done = run_cases(tmp_path, cases, processes=gpus, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count(", through each other's memory") == (2 if kind == "ulysses" else 0)  # on the fused kernels
     found, errors = torch.load(tmp_path / "out.pt"), {}

@@ -270,7 +270,7 @@ def test_the_tuning_flags_are_for_the_transformer(build, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     seen = {}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: seen.update({type(module).__name__: given}))
-    compile_pipeline(build("tiny-flux", torch.float32), "blocks", str(tmp_path), TUNING_FLAGS)
+    compile_pipeline(build("tiny-flux", torch.float32), "blocks", str(tmp_path), TUNING_FLAGS, True)
     tuned = {name for name, given in seen.items() if given.get("options") == TUNING_FLAGS}
     assert tuned == {"FluxTransformerBlock", "FluxSingleTransformerBlock"} and "Decoder" in seen
 

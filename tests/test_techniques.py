@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_defaults(hardware, backend, quant):
     (["--attention_backend", "fa3_bf16"], "not with --attention_backend fa3_bf16"),
     (["--attention_backend", "fa3"], None),
     (["--offload", "model"], "not with --offload model"),
+    (["--offload", "group"], "not with --offload group"),
     (["--compile_scope", "whole"], "not with --compile_scope whole"),
     (["--disable_bf16"], "not with --disable_bf16"),
 ])
@@ -170,6 +172,18 @@ def test_offload_switches_graphs_off():
     assert not group.is_on("quantisation") and not group.is_on("compile")
 
 
+@pytest.mark.parametrize("argv", [[], ["--text_encoder_quant"], ["--vae_tiling"]])
+def test_with_t5_alone_off_the_gpu_all_else_stays_on(argv, monkeypatch):
+    monkeypatch.setattr(techniques, "find_spec", lambda name: True)
+    chosen, without = decide(H100, "--offload", "text", *argv), decide(H100, *argv)
+    assert chosen.decisions["CUDA graphs"] == (True, "CLIP, VAE decoder, step")
+    assert without.decisions["CUDA graphs"] == (True, "text encoders, VAE decoder, step")
+    assert chosen.decisions["compile"].how.startswith("VAE; the blocks are kernels already")
+    assert chosen.decisions["offload"] == (True, "T5, layer by layer") and not without.is_on("offload")
+    assert {name for name in without.decisions if chosen.is_on(name) != without.is_on(name)} == {"offload"}
+    assert chosen.compile_mode == without.compile_mode and chosen.quant == without.quant
+
+
 def test_parameter_counts_are_flux():
     """Published sizes: 11.9 B transformer, 4.76 B T5 encoder, 84 M VAE, 123 M CLIP text model."""
     counts = weight_counts(DEV)
@@ -188,6 +202,13 @@ def test_memory_decides_where_weights_are_built():
     assert build_on(H100) == "cuda"
     assert build_on(RTX4090, "--text_encoder_quant") == "cpu"
     assert build_on(H100, "--offload", "model") == "cpu"
+    # 16 GiB: with T5 alone off the GPU, but not with the VAE's whole working set besides.
+    card = replace(H100, free_bytes=16 * GIB)
+    assert build_on(card, "--offload", "text", "--vae_tiling") == "cpu"
+    with pytest.raises(RecipeError, match="--vae_tiling"):
+        build_on(card, "--offload", "text")
+    with pytest.raises(RecipeError, match="--offload text, --offload group"):
+        build_on(card, "--text_encoder_quant", "--vae_tiling")
 
 
 def test_int8_keeps_the_modulation_in_bf16():

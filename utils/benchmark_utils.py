@@ -80,8 +80,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help="LoRA file, folder or Hub id, fused into the weights before everything else")
     model.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                        help="cuda is also AMD's ROCm")
-    model.add_argument("--offload", choices=["none", "model", "group"], default="none",
-                       help="keep weights in CPU memory: whole models (slower) or groups of layers (slowest, smallest)")
+    model.add_argument("--offload", choices=["none", "text", "model", "group"], default="none",
+                       help="keep weights in CPU memory and copy them to the GPU where they are used: T5's, layer by "
+                       "layer (text: all else stays fast), whole models (model), or every layer (group: smallest)")
     model.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory, faint seams possible")
     model.add_argument("--gpu_memory_limit", type=float, metavar="GIB",
                        help="take at most this much GPU memory: to share a card, or to see whether a smaller one does")
@@ -207,7 +208,7 @@ def exit_with_reason(main):
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory ({str(error).splitlines()[0]}). What helps, in this order: "
               "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
-              "--height and --width, --offload model, --offload group.", file=sys.stderr)
+              "--height and --width, --offload text, --offload group.", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -69,7 +69,7 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(asked and unpackaged, f"{asked} does not go with {' '.join(unpackaged or ())}: drop one of the two.")
     refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
            "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
-    refuse(args.compile_scope == "whole" and args.offload != "none",
+    refuse(args.compile_scope == "whole" and moves_transformer(args),
            f"--offload {args.offload} hooks into the transformer, which then cannot be compiled as one whole: use "
            "--compile_scope blocks.")
     caches = [flag for flag, given in (("--enable_cache_dit", args.enable_cache_dit),
@@ -126,6 +126,11 @@ def check_args(args: argparse.Namespace) -> None:
             make_writable_parent(getattr(args, name), "--" + name.replace("_", "-"))
 
 
+def moves_transformer(args: argparse.Namespace) -> bool:
+    """Whether the transformer's weights move between CPU and GPU, and not T5's alone."""
+    return args.offload in ("model", "group")
+
+
 def packages_asked_for(args: argparse.Namespace) -> str | None:
     """The flag that asks for exported packages by name. Without it they are the default where they can be."""
     given = {"--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti",
@@ -139,7 +144,7 @@ def unpackaged_by_choice(args: argparse.Namespace) -> tuple[str, str] | None:
     backend = args.attention_backend or "native"
     given = {("--compile_scope whole", "(a package is of one kind of block)"): args.compile_scope == "whole",
              (f"--offload {args.offload}", "(it moves weights, whose addresses exported code holds)"):
-                 args.offload != "none",
+                 moves_transformer(args),
              (f"--context_parallel {args.context_parallel}", "(its exchanges are not exported)"): args.context_parallel,
              # Exported with _native_math on torch 2.13, a package called the flash kernel.
              (f"--attention_backend {backend}", "(torch.export forgets which of PyTorch's kernels was chosen)"):

@@ -23,7 +23,13 @@ from utils.cuda_graph import CUDAGraphed
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
-from utils.text_encoding import compile_text_encoder, encode_without_waiting, settle_masks, with_embeddings
+from utils.text_encoding import (
+    compile_text_encoder,
+    encode_without_waiting,
+    settle_masks,
+    stream_text_encoder,
+    with_embeddings,
+)
 
 # flux-fast's inductor flags, but for the transformer alone: coordinate descent over the VAE's norms did not end in the
 # time at hand. Its fourth flag, conv_1x1_as_mm, is about the VAE.
@@ -129,13 +135,18 @@ def optimize(pipeline, args, log: StageLog | None = None):
             if args.offload == "model":  # one model at a time on the GPU, here as well
                 transformer.to("cpu")
         if args.text_encoder_quant:
-            quantize_text_encoder(pipeline.text_encoder_2, device)
+            quantize_text_encoder(pipeline.text_encoder_2, device,
+                                  torch.device("cpu") if args.offload == "text" else None)
     if args.offload == "model":
         # diffusers' default is GPU 0, whatever the current one is.
         pipeline.enable_model_cpu_offload(gpu_id=torch.cuda.current_device(), device=device)
     elif args.offload == "group":
         pipeline.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
-                                      offload_type="leaf_level", use_stream=True)
+                                      offload_type="leaf_level", use_stream=True, record_stream=True)
+    elif args.offload == "text":
+        for module in (transformer, vae, pipeline.text_encoder):
+            module.to(device)
+        stream_text_encoder(pipeline.text_encoder_2, device)
     else:
         pipeline.to(device)
 
@@ -157,14 +168,15 @@ def optimize(pipeline, args, log: StageLog | None = None):
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
     if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
-                         TUNING_FLAGS if chosen.is_on("inductor flags") else {})
+                         TUNING_FLAGS if chosen.is_on("inductor flags") else {}, args.offload == "none")
     if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
         pipeline.transformer = parallel.SharedTokens(transformer)
     if graphed:
         # In a pool of its own, since it runs beside T5.
         pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, torch.cuda.graph_pool_handle())
-        pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
-        encode_without_waiting(pipeline)
+        if args.offload != "text":
+            pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
+            encode_without_waiting(pipeline)
         vae.decoder = graphed(vae.decoder)
         if not chosen.cache:
             pipeline.transformer = graphed(pipeline.transformer)
@@ -303,11 +315,11 @@ def kernel_cache(cache_dir: str) -> Path:
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
-    on_gpu = pipeline.device.type == "cuda"
-    if on_gpu:
+    with_t5 = args.device == "cuda" and args.offload == "none"
+    if with_t5:
         settle_masks(pipeline.text_encoder_2)
     kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
-                          identify(configs_of(pipeline)).needs_image, on_gpu)
+                          identify(configs_of(pipeline)).needs_image, with_t5)
     show_progress(pipeline, False)
     units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
                                                                                          num_inference_steps=1), {})))
@@ -323,9 +335,9 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
                              args.package_from, log.line)
 
 
-def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
-    """Marks the transformer ("blocks", its two kinds; "whole"; or "no blocks"), the VAE, and on a GPU T5's blocks for
-    compilation at their first call.
+def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict, t5_stays: bool) -> None:
+    """Marks the transformer ("blocks", its two kinds; "whole"; or "no blocks"), the VAE, and T5's blocks on a GPU on
+    which T5 stays, for compilation at their first call.
 
     Args:
         flags: of inductor, for the transformer.
@@ -341,5 +353,5 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict) -> None:
     pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)
     if identify(configs_of(pipeline)).needs_image:
         pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
-    if pipeline.device.type == "cuda" and not hasattr(pipeline.text_encoder_2, "_hf_hook"):
+    if pipeline.device.type == "cuda" and t5_stays:
         compile_text_encoder(pipeline.text_encoder_2, dynamic)

@@ -21,9 +21,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from utils import attention, parallel, step_cache
 from utils.benchmark_utils import RecipeError
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
-from utils.checks import images_per_call, packages_asked_for, unpackaged_by_choice
+from utils.checks import images_per_call, moves_transformer, packages_asked_for, unpackaged_by_choice
 
 GIB = 2**30
+OFFLOADS = {"none": "--offload not given", "text": "T5, layer by layer", "model": "one model at a time on the GPU",
+            "group": "every layer by itself"}
 CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")  # of diffusers' dispatcher, tried on torch 2.13
 
 
@@ -142,7 +144,7 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                                         else "--text_encoder_quant not given")
     if args.text_encoder_quant and args.offload == "group":
         raise RecipeError("--text_encoder_quant does not go with --offload group: its hooks know PyTorch's layers. "
-                          "Use --offload model, or drop one of the two.")
+                          "Use --offload text, or drop one of the two.")
     _choose_cache(args, configs, chosen)
     unwanted = ("--disable_inductor_tuning_flags" if args.disable_inductor_tuning_flags else
                 "the blocks are kernels already" if chosen.is_on("fused kernels") else None)
@@ -156,14 +158,14 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                                       f"{chosen.context_parallel}, {parallel.launched()} processes"
                                       if args.context_parallel else "--context_parallel not given")
     obstacle = ("no GPU" if hardware.device == "cpu" else
-                f"--offload {args.offload} moves weights" if args.offload != "none" else None)
+                f"--offload {args.offload} moves weights" if moves_transformer(args) else None)
     default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,
-               "text encoders, VAE decoder, step" + (
+               ("CLIP" if args.offload == "text" else "text encoders") + ", VAE decoder, step" + (
                    f" in {5 if chosen.cache.Bn_compute_blocks else 4} segments, between which the cache decides"
                    if chosen.cache else ""))
     default_on("GPU postprocess", args.disable_gpu_postprocess, "--disable_gpu_postprocess",
                "no GPU" if hardware.device == "cpu" else None, "8-bit pixels made on the GPU")
-    on["offload"] = Decision(args.offload != "none", args.offload)
+    on["offload"] = Decision(args.offload != "none", OFFLOADS[args.offload])
     return chosen
 
 
@@ -297,7 +299,7 @@ def _unfused_by_choice(args) -> str | None:
              "--disable_fa3": args.disable_fa3,
              f"--attention_backend {args.attention_backend}": args.attention_backend not in (None, "fa3"),
              "--disable_bf16": args.disable_bf16, "--disable_fused_projections": args.disable_fused_projections,
-             f"--offload {args.offload}": args.offload != "none",
+             f"--offload {args.offload}": moves_transformer(args),
              "--compile_scope whole": args.compile_scope == "whole"}
     return next((f"not with {flag}" for flag, is_given in given.items() if is_given), None)
 
@@ -364,7 +366,9 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
     working = (1.5 if args.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
     if args.offload != "none":
         build_on = "cpu"
-        resident = max(needs.values()) if args.offload == "model" else 0
+        # Of T5 two layers at a time are on the GPU; the largest is its embedding, of 0.25 GiB.
+        in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
+        resident = {"text": in_turn, "model": max(needs.values()), "group": 0}[args.offload]
     else:
         resident = sum(needs.values())
         unquantised = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae")) * plain
@@ -373,7 +377,7 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),
                                           ("--vae_tiling", args.vae_tiling),
-                                          ("--offload model", args.offload != "none"),
+                                          ("--offload text", args.offload != "none"),
                                           ("--offload group", args.offload == "group")) if not given]
         if args.disable_quant:
             helps.insert(0, "quantisation (drop --disable_quant)")
