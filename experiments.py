@@ -85,11 +85,12 @@ BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2
 SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
-# Under a cap of the allocator, as on a smaller card. Where weights travel an image takes many seconds.
+# Under a cap of the allocator, as on a smaller card.
 MEMORY = {
     "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
     "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "text", "--vae_tiling", "--gpu_memory_limit", "16"],
-    "memory_8gib": [*QUICK, "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8", "--runs", "3"],
+    "memory_4gib": [*QUICK, "--text_encoder_quant", "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "4",
+                    "--runs", "3"],
 }
 
 # From the start of a process to its first image, with a cache folder of the row's own. (What Triton keeps of the fused

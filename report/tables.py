@@ -24,7 +24,7 @@ NAMES = {
     "8_fused": "float8 as above, + fused VAE, fused kernels (default)",
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
     "memory_16gib": "and T5 streamed from CPU memory, tiled VAE, 16 GiB",
-    "memory_8gib": "bf16, layer by layer on the GPU, tiled VAE, 8 GiB",
+    "memory_4gib": "float8 and T5 in int8, not compiled, every layer streamed, tiled VAE, 4 GiB",
 }
 
 CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}

@@ -192,7 +192,8 @@ def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
     ("text", []),
     ("text", ["--text_encoder_quant", "--vae_tiling", "--cache_preset", "fast", "--num_inference_steps", "12"]),
     ("model", ["--disable_fused_kernels"]),
-    ("group", ["--disable_fused_kernels", "--disable_quant"]),
+    ("group", ["--disable_fused_kernels"]),
+    ("group", ["--disable_fused_kernels", "--text_encoder_quant", "--vae_tiling"]),
 ], ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_offloaded_weights_draw_the_same_picture(offload, argv, tmp_path):
     """On 1 + 2 blocks of full width, weights where they are against weights that travel, image after image."""

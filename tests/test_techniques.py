@@ -124,7 +124,7 @@ def test_a_backend_of_diffusers_is_checked_and_the_process_left_alone():
 
 
 @pytest.mark.parametrize("hardware, argv", [(A100, ["--quant_granularity", "tensor"]),
-                                            (H100, ["--quant_granularity", "row", "--offload", "group"])])
+                                            (H100, ["--quant_dtype", "int8", "--offload", "group"])])
 def test_a_granularity_without_effect_is_refused(hardware, argv):
     with pytest.raises(RecipeError, match="quant_granularity"):
         decide(hardware, *argv)
@@ -168,8 +168,9 @@ def test_a_preset_says_its_name_its_options_and_what_they_leave():
 
 def test_offload_switches_graphs_off():
     assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
-    group = decide(H100, "--offload", "group")
-    assert not group.is_on("quantisation") and not group.is_on("compile")
+    group = decide(H100, "--offload", "group", "--text_encoder_quant")
+    assert group.quant == ("float8", "row") and not group.is_on("compile") and not group.is_on("CUDA graphs")
+    assert decide(A100, "--offload", "group").decisions["quantisation"] == (False, "int8 pays only when compiled")
 
 
 @pytest.mark.parametrize("argv", [[], ["--text_encoder_quant"], ["--vae_tiling"]])

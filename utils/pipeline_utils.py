@@ -18,7 +18,7 @@ from tiny_flux import presets
 from utils import aoti, attention, parallel, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
-from utils.checks import images_per_call
+from utils.checks import images_per_call, moves_transformer
 from utils.cuda_graph import CUDAGraphed
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
@@ -128,15 +128,14 @@ def optimize(pipeline, args, log: StageLog | None = None):
             transformer.set_attention_backend(chosen.attention_backend)
 
     with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
+        travelling = torch.device("cpu")
         if chosen.quant:
             count = (fuse_blocks(transformer, device) if fused else
-                     quantize_transformer(transformer, *chosen.quant, device))
+                     quantize_transformer(transformer, *chosen.quant, device,
+                                          travelling if moves_transformer(args) else device))
             techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
-            if args.offload == "model":  # one model at a time on the GPU, here as well
-                transformer.to("cpu")
         if args.text_encoder_quant:
-            quantize_text_encoder(pipeline.text_encoder_2, device,
-                                  torch.device("cpu") if args.offload == "text" else None)
+            quantize_text_encoder(pipeline.text_encoder_2, device, device if args.offload == "none" else travelling)
     if args.offload == "model":
         # diffusers' default is GPU 0, whatever the current one is.
         pipeline.enable_model_cpu_offload(gpu_id=torch.cuda.current_device(), device=device)

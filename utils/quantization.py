@@ -11,7 +11,8 @@ from torchao.quantization import (
 )
 
 
-def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: str, device: torch.device) -> int:
+def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: str, device: torch.device,
+                         stored_on: torch.device | None = None) -> int:
     """Quantises the Linears of the blocks, weights now and activations at run time, one after the other on `device`.
 
     The embedders and the output projection stay as they are: 0.6 % of the weights, and every image passes through.
@@ -19,6 +20,7 @@ def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: s
     Args:
         kind: "float8" (e4m3, fp32 accumulation) or "int8".
         granularity: one scale a "row" (output channel, token) or a "tensor".
+        stored_on: where each block goes when it is done, if `device` has no room for all.
 
     Returns:
         The number of quantised Linears.
@@ -32,23 +34,27 @@ def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: s
     else:
         config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
-    wanted = []
+    count = 0
 
     def quantisable(module, name):
-        if not isinstance(module, torch.nn.Linear) or "transformer_blocks." not in name:
+        nonlocal count
+        if not isinstance(module, torch.nn.Linear):
             return False
-        if kind == "int8" and ".norm" in name:
+        if kind == "int8" and name.startswith("norm"):
             # Modulation has one row; cuBLAS' int8 kernel starts at 17.
             return False
         if granularity == "tensor" and module.weight.shape == (128, 128):
             # torchao takes one scale of a 128x128 weight for 128x128 block scaling.
             return False
         _replace_zero_rows(module.weight)
-        wanted.append(name)
+        count += 1
         return True
 
-    quantize_(transformer, config, filter_fn=quantisable, device=device)
-    return len(wanted)
+    for kind_of_block in ("transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(transformer, kind_of_block, ()):
+            quantize_(block, config, filter_fn=quantisable, device=device)
+            block.to(stored_on or device)
+    return count
 
 
 @torch.no_grad()

@@ -142,9 +142,6 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
                                        "been measured on a GPU")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
-    if args.text_encoder_quant and args.offload == "group":
-        raise RecipeError("--text_encoder_quant does not go with --offload group: its hooks know PyTorch's layers. "
-                          "Use --offload text, or drop one of the two.")
     _choose_cache(args, configs, chosen)
     unwanted = ("--disable_inductor_tuning_flags" if args.disable_inductor_tuning_flags else
                 "the blocks are kernels already" if chosen.is_on("fused kernels") else None)
@@ -280,11 +277,7 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
         raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantises to int8, which "
                           "goes per row: drop the flag.")
     granularity = args.quant_granularity or ("row" if kind == "int8" or chosen.dtype == torch.bfloat16 else "tensor")
-    obstacle = None
-    if args.offload == "group":
-        obstacle = "--offload group moves plain tensors only"
-    elif kind == "int8" and not compiles:
-        obstacle = "int8 pays only when compiled"
+    obstacle = "int8 pays only when compiled" if kind == "int8" and not compiles else None
     if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
         raise RecipeError(f"--quant_dtype and --quant_granularity have no effect here: {obstacle}.")
     if default_on("quantisation", args.disable_quant, "--disable_quant", obstacle,
