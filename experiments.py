@@ -89,6 +89,8 @@ SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", s
 MEMORY = {
     "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
     "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "text", "--vae_tiling", "--gpu_memory_limit", "16"],
+    "memory_8gib": [*QUICK, "--disable_quant", "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8",
+                    "--runs", "3"],
     "memory_4gib": [*QUICK, "--text_encoder_quant", "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "4",
                     "--runs", "3"],
 }

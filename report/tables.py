@@ -24,6 +24,7 @@ NAMES = {
     "8_fused": "float8 as above, + fused VAE, fused kernels (default)",
     "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
     "memory_16gib": "and T5 streamed from CPU memory, tiled VAE, 16 GiB",
+    "memory_8gib": "bf16, not compiled, every layer streamed, tiled VAE, 8 GiB",
     "memory_4gib": "float8 and T5 in int8, not compiled, every layer streamed, tiled VAE, 4 GiB",
 }
 
@@ -91,9 +92,10 @@ def glance_table(gpu: str) -> str:
     for suite, (title, names) in GLANCE.items():
         eager_path, eager = newest(RESULTS / gpu / suite, "1_eager")
         before = f"{title} | [{eager['seconds']['median']:.3f}](results/{gpu}/{suite}/{eager_path.name})"
+        found = finished(RESULTS / gpu / suite, {"1_eager": "", **names})
         for row, name in names.items():
-            if found := newest(RESULTS / gpu / suite, row):
-                path, record = found
+            if row in found:
+                path, record = found[row]
                 lines.append(f"| {before} | [**{record['seconds']['median']:.3f}**](results/{gpu}/{suite}/{path.name}) "
                              f"{name} | {_ratio(eager, record)} |")
                 before = " | "
@@ -159,12 +161,12 @@ def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
 
 
 def finished(folder: Path, names: dict[str, str]) -> dict[str, tuple[Path, dict]]:
-    """File and record of each finished row: the newest, but where rows are compared with the default, the default that
-    was measured beside most of them."""
+    """File and record of each finished row: the newest, but of the default the one measured beside what it is compared
+    with: the eager row, or most of the others."""
     found = {row: one for row in names if (one := newest(folder, row))}
-    if names.items() >= FULL.items() and found.keys() >= FULL.keys():
-        others = [record for row, (_, record) in found.items() if row not in FULL]
-        found |= {row: beside(folder, row, others) for row in FULL}
+    if found.keys() >= FULL.keys():
+        others = [found["1_eager"]] if "1_eager" in found else [one for row, one in found.items() if row not in FULL]
+        found |= {row: beside(folder, row, [record for _, record in others]) for row in FULL}
     return found
 
 
@@ -365,29 +367,31 @@ def load_table(gpu: str) -> str:
 
 def expected_table(where: str) -> str:
     """The markdown table of what a step should take on several GPUs with Ulysses, `where` being <gpu>/<suite>: from the
-    step on one, and from what results/<gpu>/gpus_2_link.json says of exchanges between two."""
+    step on one, and from what results/<gpu>/gpus_<N>_link.json says of exchanges between as many, or fewer."""
     from utils.parallel import bytes_sent, expected_step  # needs torch
     from utils.random_weights import architecture
 
     gpu = where.split("/")[0]
-    links = json.loads((RESULTS / gpu / "gpus_2_link.json").read_text())
-    through_memory = "peer memory" in links
-    link = links["peer memory" if through_memory else "nccl"]
-    # One rate for both exchanges; the way back has a latency of its own, since it needs no copy engine.
-    latency = link["nothing"]["ms"] / 1e3
-    rate = link["qkv"]["bytes"] / (link["qkv"]["ms"] / 1e3 - latency)
-    latency_back = link["back"]["ms"] / 1e3 - link["back"]["bytes"] / rate
+    links = {n: json.loads(path.read_text()) for n in (2, 4, 8)
+             if (path := RESULTS / gpu / f"gpus_{n}_link.json").exists()}
     measured = {gpus: newest(RESULTS / where, f"gpus_{gpus}_ulysses") for gpus in (2, 4, 8)}
     _, one = beside(RESULTS / where, "8_fused", [record for _, record in filter(None, measured.values())])
     step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
     config = architecture(one["model"].rpartition("/")[2])["transformer"]
     singles, blocks = config["num_single_layers"], config["num_layers"] + config["num_single_layers"]
-    # Through memory a single block's q, k and v, three bytes of four, move beside a product. Then the output.
-    hidden = singles if through_memory else 0
-    latencies = (blocks - hidden + 1) * latency + blocks * latency_back
     lines = ["| GPUs | each sends a step | step expected | measured |", "|---" * 4 + "|",
              f"| 1 | – | – | {step * 1e3:.1f} ms |"]
     for gpus, found in measured.items():
+        ways = links[max(n for n in links if n <= gpus)]
+        through_memory = "peer memory" in ways
+        link = ways["peer memory" if through_memory else "nccl"]
+        # One rate for both exchanges; the way back has a latency of its own, since it needs no copy engine.
+        latency = link["nothing"]["ms"] / 1e3
+        rate = link["qkv"]["bytes"] / (link["qkv"]["ms"] / 1e3 - latency)
+        latency_back = link["back"]["ms"] / 1e3 - link["back"]["bytes"] / rate
+        # Through memory a single block's q, k and v, three bytes of four, move beside a product. Then the output.
+        hidden = singles if through_memory else 0
+        latencies = (blocks - hidden + 1) * latency + blocks * latency_back
         sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
         every = sum(sent.values())
         waited_for = every - sent["attention"] * hidden / blocks * 3 / 4
