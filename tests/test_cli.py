@@ -158,7 +158,7 @@ def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
     (["--compile_export_mode", "export_aoti", "--offload", "model"], "export_aoti does not go with --offload model"),
     (["--package-from", "x", "--offload", "group"], "--package-from does not go with --offload group"),
     (["--compile_scope", "whole", "--offload", "group"], "--compile_scope blocks"),
-    (["--enable_cache_dit", "--offload", "model"], "--offload group"),
+    (["--enable_cache_dit", "--offload", "model"], "--offload text or --offload group"),
 ])
 def test_pairs_refused_on_a_gpu(make_args, monkeypatch, argv, text):
     monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)

@@ -215,6 +215,24 @@ def test_a_row_is_compared_with_the_default_that_was_measured_beside_it(results,
     assert cells[0][1:3] == ["× eager", "step"] and len(cells) == 5
 
 
+def test_a_ladder_ends_with_the_default_of_its_eager_rows_card(results, monkeypatch):
+    """A faster card's default would be a speed-up of cards. What several GPUs take stays what was measured last."""
+    folder, _ = results
+    monkeypatch.setattr(tables, "RESULTS", records.RESULTS)
+    for name, seconds, card in (("1_eager.2", 1.2, "a"), ("8_fused", 0.4, "a"), ("8_fused.2", 0.3, "b"),
+                                ("gpus_2_ulysses", 0.2, "b")):
+        record = speed(seconds, None)
+        record["environment"] |= {"date": "2026-11-24T09:00:00Z", "gpu_uuid": card}
+        for suite in ("schnell", "dev"):
+            (folder / suite).mkdir(exist_ok=True)
+            (folder / suite / f"{name}.json").write_text(json.dumps(record))
+    assert "**0.400** (0.390–0.410) | 3.00 |" in tables.table("made-up/schnell").splitlines()[-1]
+    monkeypatch.setattr(tables, "GLANCE", {"dev": tables.GLANCE["dev"]})
+    cells = [line.split(" | ")[-2:] for line in tables.glance_table("made-up").splitlines()[2:]]
+    found = [(cell.split("**")[1], ratio.strip(" |")) for cell, ratio in cells]
+    assert found[:2] == [("0.400", "3.00"), ("0.200", "6.00")]
+
+
 def test_kernels_by_kind():
     """Of the committed results: each part adds up to the whole, and the fused step has no other kinds of kernel."""
     cells = [line.split(" | ") for line in tables.kernel_table("h100/schnell").splitlines()[2:]]

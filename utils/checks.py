@@ -79,7 +79,8 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.force_cache and not caches,
            "--force_cache is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
     refuse(args.offload == "model" and caches,
-           "--offload model takes its hooks off after each image, and the step cache with them: use --offload group.")
+           "--offload model takes its hooks off after each image, and the step cache with them: use --offload text or "
+           "--offload group.")
     refuse(args.compile_scope == "whole" and caches,
            "a step cache decides in Python between blocks, so the transformer cannot be compiled as one whole: "
            f"use --compile_scope blocks with {caches and caches[0]}.")
