@@ -56,7 +56,8 @@ def main():
         raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
     caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config
     if args.step_error and (caches or args.offload != "none"):
-        raise RecipeError("--step_error calls the transformer by itself, which step caches and --offload do not allow.")
+        raise RecipeError("--step_error calls the transformer by itself and needs it unquantised on the GPU: it does "
+                          "not go with step caches and --offload.")
     if args.context_parallel:
         parallel.join(args)
     log, memory = StageLog(args.quiet), PeakMemory()

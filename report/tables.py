@@ -320,14 +320,15 @@ def last_block_table(gpu: str) -> str:
     """The markdown table of results/<gpu>/last_block.json: one double and the last single block with and without what
     the pipeline does not read."""
     record = json.loads((RESULTS / gpu / "last_block.json").read_text())
-    lines = ["| tokens: text, image | all, ms | what is read alone, ms | saved, ms | the picture's difference |",
+    lines = ["| tokens: text, image | all, ms | what is read alone, ms | saved, ms | change of what is read |",
              "|---" * 5 + "|"]
     for model, found in record["models"].items():
         every, read = ([one["ms"] for one in found[name]] for name in ("all", "read"))
         text, image = record["tokens"][model]
         shown = [", ".join(f"{ms:.3f}" for ms in part) for part in (every, read)]
         lines.append(f"| {text}, {image} ({model}) | {' | '.join(shown)} | "
-                     f"{statistics.mean(every) - statistics.mean(read):.2f} | {found['error']:.1e} |")
+                     f"{statistics.mean(every) - statistics.mean(read):.2f} | "
+                     + (f"{found['error'] * 100:.2f} % |" if found["error"] else "none |"))
     return "\n".join(lines) + "\n"
 
 

@@ -198,14 +198,22 @@ def measure(call: dict, milliseconds, loaded: bool = False) -> dict:
     return row | {"tflops_per_s": row["flops"] / row["ms"] / 1e9, "tbytes_per_s": row["bytes"] / row["ms"] / 1e9}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def folder_of_arguments(doc: str) -> Path:
+    """The folder below results/ that the command line names; ends the program where the fused kernels cannot run."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("gpu", help="name of the folder below results/, such as h100")
     args = parser.parse_args()
     function, where = attention.find_library("fa3")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or function is None:
         parser.error(f"needs a Hopper GPU and FlashAttention-3 ({where or 'PyTorch sees no GPU'}).")
     attention.register_library("fa3", function)
+    folder = ROOT / "results" / args.gpu
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def main():
+    folder = folder_of_arguments(__doc__)
     fused_kernels.use_torch_memory(torch.device("cuda"))
     # In a CUDA graph, as in the step: launched one by one the small ones would take as long as Python takes.
     from triton.testing import do_bench_cudagraph
@@ -221,9 +229,7 @@ def main():
             print(f"{model:8} {row['block']:12} {row['kernel']:32} {row['ms']:.4f} ms "
                   f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']} "
                   f"{row.get('sustained', '')}", flush=True)
-    path = ROOT / "results" / args.gpu / "kernels.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(str(path), {"tokens": TOKENS, "kernels": models, "environment": environment("cuda")})
+    write_json(str(folder / "kernels.json"), {"tokens": TOKENS, "kernels": models, "environment": environment("cuda")})
 
 
 if __name__ == "__main__":

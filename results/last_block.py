@@ -6,7 +6,6 @@ One double and one single block of full width, which is the last one, in a CUDA 
 loads its products. The difference is what `drop_unread` of utils/fused_blocks.py saves of a step.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,18 +13,18 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+sys.path.insert(0, str(ROOT))
 
-from kernels import TOKENS, under_load  # noqa: E402
+from kernels import TOKENS, folder_of_arguments, under_load  # noqa: E402
 
-from utils import attention  # noqa: E402
+from experiments import CKPTS  # noqa: E402
 from utils.benchmark_utils import environment, write_json  # noqa: E402
 from utils.fused_blocks import READ, fuse_blocks, leave_sums  # noqa: E402
 from utils.pipeline_utils import fuse_projections  # noqa: E402
 from utils.quality import relative_error  # noqa: E402
 from utils.random_weights import architecture  # noqa: E402
 
-CKPTS = {"schnell": "FLUX.1-schnell", "dev": "FLUX.1-dev", "kontext": "FLUX.1-Kontext-dev"}
+READ_TOKENS = TOKENS["dev"][1]  # the picture's; Kontext's others are the reference's
 
 
 def two_blocks(config: dict, text: int, image: int, read: int, device: str) -> dict:
@@ -55,23 +54,15 @@ def two_blocks(config: dict, text: int, image: int, read: int, device: str) -> d
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gpu", help="name of the folder below results/, such as h100")
-    args = parser.parse_args()
-    function, where = attention.find_library("fa3")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or function is None:
-        parser.error(f"needs a Hopper GPU and FlashAttention-3 ({where or 'PyTorch sees no GPU'}).")
-    attention.register_library("fa3", function)
-    models = {}
+    folder, models = folder_of_arguments(__doc__), {}
     for model, (text, image) in TOKENS.items():
-        calls = two_blocks(architecture(CKPTS[model])["transformer"], text, image, 4096, "cuda")
-        error = relative_error(calls["read"]().float(), calls["all"]()[:, :4096].float())
+        calls = two_blocks(architecture(CKPTS[model])["transformer"], text, image, READ_TOKENS, "cuda")
+        error = relative_error(calls["read"]().float(), calls["all"]()[:, :READ_TOKENS].float())
         loaded = [under_load(calls[name]) for name in ("all", "read", "read", "all")]
         models[model] = {"error": error, "all": [loaded[0], loaded[3]], "read": loaded[1:3]}
         print(model, models[model], flush=True)
-    path = ROOT / "results" / args.gpu / "last_block.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(str(path), {"tokens": TOKENS, "models": models, "environment": environment("cuda")})
+    write_json(str(folder / "last_block.json"),
+               {"tokens": TOKENS, "models": models, "environment": environment("cuda")})
 
 
 if __name__ == "__main__":

@@ -166,6 +166,19 @@ def test_pairs_refused_on_a_gpu(make_args, monkeypatch, argv, text):
         check_args(make_args("--device", "cuda", *argv))
 
 
+@pytest.mark.parametrize("argv", [
+    ["--compile_scope", "whole"], ["--enable_cache_dit"], ["--use-cached-model"], ["--text_encoder_quant"]], ids=str)
+def test_t5_alone_off_the_gpu_goes_with_what_models_off_it_do_not(make_args, monkeypatch, argv):
+    monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)
+    check_args(make_args("--device", "cuda", "--offload", "text", *argv))
+    if argv != ["--text_encoder_quant"]:
+        with pytest.raises(RecipeError, match="--offload"):
+            check_args(make_args("--device", "cuda", "--offload", "model", *argv))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="--offload text does not go with --context_parallel"):
+        check_args(make_args("--device", "cuda", "--offload", "text", "--context_parallel", "auto"))
+
+
 def test_output_folders_are_made(make_args, tmp_path):
     check_args(make_args("--output-file", str(tmp_path / "a" / "b" / "c.png")))
     assert (tmp_path / "a" / "b").is_dir()

@@ -172,7 +172,8 @@ def test_what_nobody_reads_is_dropped(load, argv):
 
 @torch.no_grad()
 def test_the_last_blocks_times_are_of_the_same_picture(monkeypatch):
-    """On a small transformer: what is timed with and without the unread tokens, and without is less."""
+    """On a small transformer: what is timed with and without the unread tokens gives the same for those that are read,
+    and without gives no others."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results")
     from last_block import two_blocks
 

@@ -194,9 +194,13 @@ def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
     ("model", ["--disable_fused_kernels"]),
     ("group", ["--disable_fused_kernels"]),
     ("group", ["--disable_fused_kernels", "--text_encoder_quant", "--vae_tiling"]),
+    ("group", ["--disable_fused_kernels", "--cache_preset", "fast", "--num_inference_steps", "12"]),
+    ("text", ["--compile_export_mode", "compile"]),
+    ("text", ["--compile_export_mode", "export_aoti"]),
 ], ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_offloaded_weights_draw_the_same_picture(offload, argv, tmp_path):
-    """On 1 + 2 blocks of full width, weights where they are against weights that travel, image after image."""
+    """On 1 + 2 blocks of full width, weights where they are against weights that travel, image after image. Bit by bit,
+    but where a T5 that stays is compiled: then within the bound of one GPU against eager bf16."""
     argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
             "--num_inference_steps", "2", "--compile_export_mode", "disabled", "--cache-dir", str(tmp_path), *argv]
     found, held = [], []
@@ -210,7 +214,8 @@ def test_offloaded_weights_draw_the_same_picture(offload, argv, tmp_path):
         del pipeline
         gc.collect()
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
-    assert all(torch.equal(*pair) for pair in zip(found[:3], found[3:], strict=True))
+    bound = 0.03 if offload == "text" and argv[-1] in ("compile", "export_aoti") else 0
+    assert all(relative(*pair) <= bound for pair in zip(found[3:], found[:3], strict=True))
     # T5: 9.5 GB in bf16, 4.9 in int8.
     assert max(held[2:]) < held[0] - (4 if "--text_encoder_quant" in argv else 8), held
 

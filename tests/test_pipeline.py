@@ -270,9 +270,19 @@ def test_the_tuning_flags_are_for_the_transformer(build, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     seen = {}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: seen.update({type(module).__name__: given}))
-    compile_pipeline(build("tiny-flux", torch.float32), "blocks", str(tmp_path), TUNING_FLAGS, True)
+    compile_pipeline(build("tiny-flux", torch.float32), "blocks", str(tmp_path), TUNING_FLAGS, with_t5=True)
     tuned = {name for name, given in seen.items() if given.get("options") == TUNING_FLAGS}
     assert tuned == {"FluxTransformerBlock", "FluxSingleTransformerBlock"} and "Decoder" in seen
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_a_t5_whose_weights_travel_is_not_compiled(build, tmp_path, monkeypatch, with_t5):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    pipeline, seen = build("tiny-flux", torch.float32), []
+    monkeypatch.setattr(type(pipeline), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: seen.append(type(module).__name__))
+    compile_pipeline(pipeline, "no blocks", str(tmp_path), {}, with_t5)
+    assert ("T5Block" in seen) == with_t5 and "Decoder" in seen
 
 
 def test_the_tuning_flags_are_for_the_packages_of_blocks(build, args_for, tmp_path, monkeypatch):

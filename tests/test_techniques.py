@@ -170,7 +170,8 @@ def test_offload_switches_graphs_off():
     assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
     group = decide(H100, "--offload", "group", "--text_encoder_quant")
     assert group.quant == ("float8", "row") and not group.is_on("compile") and not group.is_on("CUDA graphs")
-    assert decide(A100, "--offload", "group").decisions["quantisation"] == (False, "int8 pays only when compiled")
+    assert decide(A100, "--offload", "group").decisions["quantisation"] == (
+        False, "int8 pays only when compiled, which --offload group rules out (--offload text does not)")
 
 
 @pytest.mark.parametrize("argv", [[], ["--text_encoder_quant"], ["--vae_tiling"]])

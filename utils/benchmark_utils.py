@@ -82,7 +82,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help="cuda is also AMD's ROCm")
     model.add_argument("--offload", choices=["none", "text", "model", "group"], default="none",
                        help="keep weights in CPU memory and copy them to the GPU where they are used: T5's, layer by "
-                       "layer (text: all else stays fast), whole models (model), or every layer (group: smallest)")
+                       "layer (text: all else stays fast); whole models (model: slow, no CUDA graphs); every layer "
+                       "(group: least memory, nothing compiled)")
     model.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory, faint seams possible")
     model.add_argument("--gpu_memory_limit", type=float, metavar="GIB",
                        help="take at most this much GPU memory: to share a card, or to see whether a smaller one does")

@@ -132,6 +132,11 @@ def moves_transformer(args: argparse.Namespace) -> bool:
     return args.offload in ("model", "group")
 
 
+def t5_stays(args: argparse.Namespace) -> bool:
+    """Whether T5's weights stay on the GPU, where they can be compiled, exported and recorded."""
+    return args.offload == "none"
+
+
 def packages_asked_for(args: argparse.Namespace) -> str | None:
     """The flag that asks for exported packages by name. Without it they are the default where they can be."""
     given = {"--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti",

@@ -18,7 +18,7 @@ from tiny_flux import presets
 from utils import aoti, attention, parallel, random_weights, step_cache
 from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
-from utils.checks import images_per_call, moves_transformer
+from utils.checks import images_per_call, moves_transformer, t5_stays
 from utils.cuda_graph import CUDAGraphed
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
@@ -128,14 +128,13 @@ def optimize(pipeline, args, log: StageLog | None = None):
             transformer.set_attention_backend(chosen.attention_backend)
 
     with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
-        travelling = torch.device("cpu")
+        cpu = torch.device("cpu")
         if chosen.quant:
             count = (fuse_blocks(transformer, device) if fused else
-                     quantize_transformer(transformer, *chosen.quant, device,
-                                          travelling if moves_transformer(args) else device))
+                     quantize_transformer(transformer, *chosen.quant, device, cpu if moves_transformer(args) else None))
             techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
         if args.text_encoder_quant:
-            quantize_text_encoder(pipeline.text_encoder_2, device, device if args.offload == "none" else travelling)
+            quantize_text_encoder(pipeline.text_encoder_2, device, None if t5_stays(args) else cpu)
     if args.offload == "model":
         # diffusers' default is GPU 0, whatever the current one is.
         pipeline.enable_model_cpu_offload(gpu_id=torch.cuda.current_device(), device=device)
@@ -167,13 +166,13 @@ def optimize(pipeline, args, log: StageLog | None = None):
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
     if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
-                         TUNING_FLAGS if chosen.is_on("inductor flags") else {}, args.offload == "none")
+                         TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_stays(args))
     if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
         pipeline.transformer = parallel.SharedTokens(transformer)
     if graphed:
         # In a pool of its own, since it runs beside T5.
         pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, torch.cuda.graph_pool_handle())
-        if args.offload != "text":
+        if t5_stays(args):
             pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
             encode_without_waiting(pipeline)
         vae.decoder = graphed(vae.decoder)
@@ -314,7 +313,7 @@ def kernel_cache(cache_dir: str) -> Path:
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
-    with_t5 = args.device == "cuda" and args.offload == "none"
+    with_t5 = args.device == "cuda" and t5_stays(args)
     if with_t5:
         settle_masks(pipeline.text_encoder_2)
     kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
@@ -334,12 +333,13 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
                              args.package_from, log.line)
 
 
-def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict, t5_stays: bool) -> None:
-    """Marks the transformer ("blocks", its two kinds; "whole"; or "no blocks"), the VAE, and T5's blocks on a GPU on
-    which T5 stays, for compilation at their first call.
+def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict, with_t5: bool) -> None:
+    """Marks the transformer ("blocks", its two kinds; "whole"; or "no blocks"), the VAE, and on a GPU T5's blocks for
+    compilation at their first call.
 
     Args:
         flags: of inductor, for the transformer.
+        with_t5: False for a T5 whose weights travel.
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(cache_dir))
     # On ROCm static shapes gave black images in flux-fast's experience; not tried here.
@@ -352,5 +352,5 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict, t5_stays
     pipeline.vae.decoder.compile(fullgraph=True, dynamic=dynamic)
     if identify(configs_of(pipeline)).needs_image:
         pipeline.vae.encoder.compile(fullgraph=True, dynamic=dynamic)
-    if pipeline.device.type == "cuda" and t5_stays:
+    if pipeline.device.type == "cuda" and with_t5:
         compile_text_encoder(pipeline.text_encoder_2, dynamic)

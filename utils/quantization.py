@@ -88,7 +88,7 @@ def quantize_text_encoder(t5: torch.nn.Module, device: torch.device, stored_on: 
     """T5's Linears with int8 weights: 9.5 -> 4.9 GB. Activations stay: T5's have outliers.
 
     One Linear at a time is in float32 on `device`, and none in bf16: the card may be too small for the whole of T5.
-    Where it is for that of int8 as well, what is made goes to `stored_on`.
+    If it is too small for int8's as well, what is made goes to `stored_on`.
     """
     for parent in list(t5.modules()):
         for name, child in parent.named_children():

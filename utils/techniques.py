@@ -21,7 +21,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from utils import attention, parallel, step_cache
 from utils.benchmark_utils import RecipeError
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
-from utils.checks import images_per_call, moves_transformer, packages_asked_for, unpackaged_by_choice
+from utils.checks import images_per_call, moves_transformer, packages_asked_for, t5_stays, unpackaged_by_choice
 
 GIB = 2**30
 OFFLOADS = {"none": "--offload not given", "text": "T5, layer by layer", "model": "one model at a time on the GPU",
@@ -157,7 +157,7 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     obstacle = ("no GPU" if hardware.device == "cpu" else
                 f"--offload {args.offload} moves weights" if moves_transformer(args) else None)
     default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,
-               ("CLIP" if args.offload == "text" else "text encoders") + ", VAE decoder, step" + (
+               ("text encoders" if t5_stays(args) else "CLIP") + ", VAE decoder, step" + (
                    f" in {5 if chosen.cache.Bn_compute_blocks else 4} segments, between which the cache decides"
                    if chosen.cache else ""))
     default_on("GPU postprocess", args.disable_gpu_postprocess, "--disable_gpu_postprocess",
@@ -189,7 +189,7 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
     if default_on("compile", mode == "disabled", "--compile_export_mode disabled",
                   "--offload group hooks into every layer" if args.offload == "group" else no_compiler,
                   f"{args.compile_scope}, VAE"
-                  + (", T5" if hardware.device == "cuda" and args.offload == "none" else "") + said):
+                  + (", T5" if hardware.device == "cuda" and t5_stays(args) else "") + said):
         chosen.compile_mode = mode
     return lacking
 
@@ -277,7 +277,11 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
         raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantises to int8, which "
                           "goes per row: drop the flag.")
     granularity = args.quant_granularity or ("row" if kind == "int8" or chosen.dtype == torch.bfloat16 else "tensor")
-    obstacle = "int8 pays only when compiled" if kind == "int8" and not compiles else None
+    obstacle = None
+    if kind == "int8" and not compiles:
+        obstacle = "int8 pays only when compiled"
+        if args.offload == "group":
+            obstacle += ", which --offload group rules out (--offload text does not)"
     if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
         raise RecipeError(f"--quant_dtype and --quant_granularity have no effect here: {obstacle}.")
     if default_on("quantisation", args.disable_quant, "--disable_quant", obstacle,
