@@ -76,6 +76,7 @@ def test_convolutions_are_traced_as_they_will_run(tmp_path, monkeypatch):
     assert torch.backends.cudnn.enabled and torch.backends.cudnn.set_flags is set_flags
 
 
+@pytest.mark.slow
 def test_a_gpus_packages_leave_the_cpus_instructions_known():
     before = pick_vec_isa()
     with aoti_compile.no_vector_instructions(True):
@@ -173,7 +174,8 @@ class Layer(torch.nn.Module):
         return self.transformer_blocks[0](x)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", pytest.param("row", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_one_package_serves_float8_weights_of_other_scales(float8_on_cpu, tmp_path, granularity, monkeypatch):
     """A folded scale would be the first layer's in every other; export compares the first and the last with eager."""
     skip_without_float8_products()

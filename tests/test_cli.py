@@ -144,7 +144,7 @@ def test_refused_before_weights_load(make_args, monkeypatch, tmp_path, argv, tex
         load_pipeline(args)
 
 
-@pytest.mark.parametrize("script", ["gen_image.py", "run_benchmark.py"])
+@pytest.mark.parametrize("script", ["gen_image.py", pytest.param("run_benchmark.py", marks=pytest.mark.slow)])
 def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
     done = subprocess.run([sys.executable, script, "--ckpt", str(tmp_path), "--device", "cpu"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)

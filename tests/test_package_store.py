@@ -174,6 +174,7 @@ def test_killed_in_the_middle(root):
     assert verify(folder) and list(root.glob(".*.tmp")) == []
 
 
+@pytest.mark.slow
 def test_two_at_once_leave_one_good_package(root):
     processes = [child(root, pause=1.5) for _ in range(2)]
     said = sorted(process.communicate(timeout=120)[0] for process in processes)
@@ -181,6 +182,7 @@ def test_two_at_once_leave_one_good_package(root):
     assert verify(root / key_of(FIELDS)) and list(root.glob(".*.tmp")) == []
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process_is_said(root, capfd):
     process = child(root, pause=1.0)
     process.stdout.readline()
