@@ -255,8 +255,8 @@ def test_kernels_beside_what_cublas_takes():
 
 @pytest.mark.parametrize("suite", ["dev", "kontext"])
 def test_several_gpus_beside_one_of_them(suite):
-    """Of the committed results: from the step of a card of the two, each number of GPUs takes more than its share of
-    it, by what is exchanged, and what was measured is above what is expected."""
+    """Of the committed results: from the step of the default measured nearest to them, each number of GPUs takes more
+    than its share of it, by what is exchanged, and what was measured is above what is expected."""
     pytest.importorskip("torch")
     cells = [line.strip("| ").split(" | ") for line in tables.expected_table(f"h100/{suite}").splitlines()[2:]]
     _, two = records.newest(records.RESULTS / "h100" / suite, "gpus_2_ulysses")
@@ -265,7 +265,8 @@ def test_several_gpus_beside_one_of_them(suite):
     assert [row[0] for row in cells] == ["1", "2", "4", "8"]
     exchanged = [float(row[2].split()[0]) - one["stages_ms"]["denoising_step"] / int(row[0]) for row in cells[1:]]
     assert all(0.5 < ms < 5 for ms in exchanged) and exchanged == sorted(exchanged, reverse=True)
-    assert float(cells[1][2].split()[0]) < float(cells[1][3].split()[0])
+    for row in cells[1:3]:  # two and four
+        assert float(row[2].split()[0]) < float(row[3].split()[0])
 
 
 def test_pareto_front():
