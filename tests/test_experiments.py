@@ -278,6 +278,7 @@ def test_rows_are_prepared_side_by_side_and_timed_alone(side_by_side, capsys):
     assert "failed: fake/c_crash" in shown.err
 
 
+@pytest.mark.slow
 def test_a_row_that_takes_too_long_is_ended_among_others(side_by_side, tmp_path):
     code, found, _ = side_by_side(["a", "b_slow", "c"], "--jobs", "2", "--timeout", "5")
     assert code == 1 and found["b_slow"]["error"] == "timeout" and found["b_slow"]["exit_code"] is None

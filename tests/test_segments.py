@@ -104,6 +104,7 @@ def test_images_of_segments_are_those_of_the_whole(load, options, argv):
     assert calls(pipeline) == [2 * STEPS, 2 * STEPS, middle, *last, 2 * STEPS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--ckpt", "tiny-flux-dev", "--negative_prompt", "red", "--true_cfg_scale", "2"],
                                   ["--ckpt", "tiny-kontext"]], ids=["negative prompt", "kontext"])
 def test_two_calls_a_step_and_a_reference_image(load, argv):
