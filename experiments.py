@@ -18,14 +18,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import yaml
 
 from report import records
+from utils import step_cache
 from utils.benchmark_utils import SCHEMA_VERSION, write_json
 from utils.processes import execute, side_by_side
 
@@ -74,7 +77,9 @@ WITHOUT = {
 PRESETS = ("safe", "balanced", "fast", "extreme")
 # With random weights a residual says nothing: timed is the cost of all steps cached that may be.
 CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
-    f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS}
+    f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS} | {
+    # cache_balanced's steps again, each decided by its residual, which is below any threshold: what deciding costs.
+    "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"]}
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
@@ -86,13 +91,18 @@ SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", s
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
 # Under a cap of the allocator, as on a smaller card.
+CAP_24 = [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"]
+CAP_16 = [*QUICK, "--text_encoder_quant", "--offload", "text", "--vae_tiling", "--gpu_memory_limit", "16"]
+NO_HOPPER = ["--disable_fused_kernels", FA3]  # what a card with float8 that is no Hopper runs
 MEMORY = {
-    "memory_24gib": [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"],
-    "memory_16gib": [*QUICK, "--text_encoder_quant", "--offload", "text", "--vae_tiling", "--gpu_memory_limit", "16"],
+    "memory_24gib": CAP_24,
+    "memory_16gib": CAP_16,
     "memory_8gib": [*QUICK, "--disable_quant", "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "8",
                     "--runs", "3"],
     "memory_4gib": [*QUICK, "--text_encoder_quant", "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "4",
                     "--runs", "3"],
+    "memory_24gib_unfused": CAP_24 + NO_HOPPER,
+    "memory_16gib_unfused": CAP_16 + NO_HOPPER,
 }
 
 # From the start of a process to its first image, with a cache folder of the row's own. (What Triton keeps of the fused
@@ -299,6 +309,9 @@ def lines_of(job: Job, scratch: Path, args) -> list[list[str]]:
     if job.suite == "kontext":
         noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
         PIL.Image.fromarray(noise).save(scratch / "reference.png")
+    if job.row == "cache_deciding":
+        options = replace(step_cache.PRESETS["balanced"], residual_diff_threshold=1e9)
+        (scratch / "balanced.yaml").write_text(yaml.safe_dump(asdict(options)))
     lines = commands(args.gpu, job.suite, job.row, scratch, args.download_metrics)
     return [[*line, "--stop_before_timing"] for line in lines] if args.jobs > 1 and not job.is_alone() else lines
 

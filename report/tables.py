@@ -26,6 +26,8 @@ NAMES = {
     "memory_16gib": "and T5 streamed from CPU memory, tiled VAE, 16 GiB",
     "memory_8gib": "bf16, not compiled, every layer streamed, tiled VAE, 8 GiB",
     "memory_4gib": "float8 and T5 in int8, not compiled, every layer streamed, tiled VAE, 4 GiB",
+    "memory_24gib_unfused": "float8 and T5 in int8, 24 GiB, without what needs Hopper",
+    "memory_16gib_unfused": "and T5 streamed from CPU memory, tiled VAE, 16 GiB, without what needs Hopper",
 }
 
 CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}
@@ -45,7 +47,8 @@ GROUPS = {
         "without_quant": "without float8, and so without fused kernels",
         "without_fused_kernels": "without fused kernels",
     },
-    "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES,
+    "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
+        "cache_deciding": "step cache, balanced, each step decided by its residual"},
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},

@@ -1,5 +1,6 @@
 """The ablation's rows, and what becomes of one that fails, is repeated or interrupted."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import experiments
 from report import records, tables
 from tiny_flux.pictures import prompts
-from utils import benchmark_utils, processes
+from utils import benchmark_utils, processes, step_cache
 from utils.benchmark_utils import create_parser
 from utils.checks import check_args
 
@@ -19,7 +20,8 @@ from utils.checks import check_args
 def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
     """Each command line parses and passes the checks of its arguments, as on a GPU machine."""
     monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)
-    (tmp_path / "reference.png").write_bytes(b"")
+    for name in ("reference.png", "balanced.yaml"):
+        (tmp_path / name).write_bytes(b"")
     seen = set()
     for suite, row in experiments.choose(None, None):
         *before, line = experiments.commands("h100", suite, row, tmp_path)
@@ -42,6 +44,14 @@ def test_batches_are_the_ends_of_the_ladder_without_a_float32_step(tmp_path):
             [line] = experiments.commands("h100", "schnell", row, tmp_path)
             assert "--step_error" not in line and line[line.index("--num_images_per_prompt") + 1] == str(count)
             assert experiments.ROWS["schnell"][row][:len(experiments.LADDER[end])] == experiments.LADDER[end]
+
+
+def test_the_row_that_decides_caches_the_steps_of_the_preset(tmp_path):
+    job = experiments.Job("", "dev", "cache_deciding", tmp_path)
+    [line] = experiments.lines_of(job, tmp_path / "it", argparse.Namespace(gpu="h100", download_metrics=False, jobs=1))
+    options = step_cache.from_yaml(line[line.index("--cache_dit_config") + 1])
+    assert step_cache.pattern(options, 28) == step_cache.PRESETS["balanced"].steps_computation_mask
+    assert options.steps_computation_policy == "dynamic" and options.residual_diff_threshold > 1e6
 
 
 def test_every_row_has_a_name():
@@ -78,7 +88,7 @@ def test_names_that_do_not_exist_are_refused_with_the_choices(argv, choices, cap
 def test_rows_are_picked_by_pattern():
     assert experiments.choose(["dev"], ["cache_*", "1_eager"]) == [
         ("dev", "1_eager"), ("dev", "cache_default"), ("dev", "cache_safe"), ("dev", "cache_balanced"),
-        ("dev", "cache_fast"), ("dev", "cache_extreme")]
+        ("dev", "cache_fast"), ("dev", "cache_extreme"), ("dev", "cache_deciding")]
 
 
 FINE = "import json, sys; json.dump({'seconds': {'median': 0.5}}, open(sys.argv[1], 'w'))"

@@ -6,6 +6,7 @@ own, the same ones for each kind of input, and what the caller gets are copies.
 
 import pytest
 import torch
+from conftest import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -164,6 +165,39 @@ def test_fused_blocks_leave_their_sums_within_a_segment(load, name, argv, static
     assert cached and len(set(calls(pipeline))) == 2
     ends = {first - 1, 7 - last, 7}
     assert left == [[False] * 8, *[[i not in ends for i in range(8)]] * 2]
+
+
+@pytest.mark.parametrize("argv", [
+    pytest.param(["--ckpt", "tiny-flux-dev"], id="dev"),
+    pytest.param(["--ckpt", "tiny-kontext"], id="kontext", marks=pytest.mark.slow),
+    pytest.param(["--ckpt", "tiny-kontext", "--num_images_per_prompt", "2", "--negative_prompt", "red",
+                  "--true_cfg_scale", "2"], id="kontext, batch 2, negative prompt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["F1B0, TaylorSeer", "F2B2, TaylorSeer, a mask"])
+@torch.no_grad()
+def test_what_nobody_reads_is_dropped_under_a_cache(load, name, argv):
+    """The last block makes the picture's tokens alone; the same steps are cached and the picture stays as it is."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    from utils.fused_blocks import drop_unread, follow_schedule, fuse_blocks, leave_sums
+
+    options, found, made = DYNAMIC[name], [], []
+    for drop in (False, True):
+        pipeline, args = load(*argv)
+        fuse_projections(pipeline.transformer)
+        fuse_blocks(pipeline.transformer, torch.device("cpu"))
+        leave_sums(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks)
+        step_cache.enable(pipeline, options, args.true_cfg_scale > 1, Buffered)
+        follow_schedule(pipeline)
+        if drop:
+            drop_unread(pipeline)
+            pipeline.transformer.single_transformer_blocks[-1].register_forward_hook(
+                lambda module, given, found: made.append([x.shape[1] for x in found]))
+        found.append(image(pipeline, args))
+    (latents, cached, diffs), (expected, *decided) = found[1], found[0]
+    assert relative(latents, expected) < 1e-3
+    assert cached and cached == decided[0] and diffs == pytest.approx(decided[1], rel=1e-3)
+    computed = STEPS if options.Bn_compute_blocks else STEPS - len(cached)
+    assert made == [[0, latents.shape[1]]] * computed * (2 if "--true_cfg_scale" in argv else 1)
+    assert calls(pipeline)[-1] == STEPS * (2 if "--true_cfg_scale" in argv else 1)
 
 
 def test_pipelines_with_different_segments_do_not_disturb_each_other(load):

@@ -384,7 +384,7 @@ def drop_unread(pipeline) -> None:
     of Kontext's reference's, of which it needs keys and values alone. In the pipeline's denoising loop the
     transformer's output then has only those; whoever else calls it gets all.
 
-    Not with a step cache, which compares all of a block's tokens, nor on several GPUs.
+    Not on several GPUs, nor with a step cache over blocks that are not in segments, of which it wants all tokens.
     """
     prepare, read = pipeline.prepare_latents, None
 

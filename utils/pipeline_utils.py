@@ -183,7 +183,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
         parallel.end_when_stuck(pipeline.transformer)
     if fused:
         follow_schedule(pipeline)  # outside the graph
-        if not chosen.cache and not chosen.context_parallel:
+        if not chosen.context_parallel and (graphed or not chosen.cache):
             drop_unread(pipeline)
     if chosen.is_on("GPU postprocess"):
         pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)

@@ -42,16 +42,24 @@ class _Before(torch.nn.Module):
 
 
 class _Blocks(torch.nn.Module):
-    """Blocks in a row: image (B, S, D) and text (B, T, D) to text and image, as one of them does."""
+    """Blocks in a row: image (B, S, D) and text (B, T, D) to text and image, as one of them does. Tokens that the last
+    one leaves out (`drop_unread` of utils/fused_blocks.py) stay what they were: a step cache subtracts what is given
+    from what comes."""
 
     def __init__(self, blocks: list[torch.nn.Module]):
         super().__init__()
         self.blocks = torch.nn.ModuleList(blocks)
 
     def forward(self, image: Tensor, text: Tensor, *common) -> tuple[Tensor, Tensor]:
+        given_text, given_image = text, image
         for block in self.blocks:
             text, image = block(image, text, *common)
-        return text, image
+        return _completed(text, given_text), _completed(image, given_image)
+
+
+def _completed(made: Tensor, given: Tensor) -> Tensor:
+    left_out = given[:, made.shape[1]:]
+    return torch.cat((made, left_out), dim=1) if left_out.shape[1] else made
 
 
 class _Segment(torch.nn.Module):
