@@ -2,6 +2,7 @@
 
 import gc
 
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,12 +156,16 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
     ["--cache_preset", "fast", "--force_cache", "--num_images_per_prompt", "2", "--negative_prompt", "x",
      "--true_cfg_scale", "2"],
     ["--enable_cache_dit", "--force_cache"],
+    ["--cache_preset", "fast", "--force_cache", "--ckpt", "FLUX.1-Kontext-dev"],
 ], ids=" ".join)
 def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
     """On 1 + 2 blocks of full width: the same images, one graph a segment, none of them recorded after the warm-up."""
     argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
             "--num_inference_steps", "12", "--disable_inductor_tuning_flags", "--compile_export_mode", "compile",
             "--cache-dir", str(tmp_path), *argv]
+    if "FLUX.1-Kontext-dev" in argv:
+        PIL.Image.effect_noise((384, 256), 64).convert("RGB").save(tmp_path / "x.png")
+        argv += ["--image", str(tmp_path / "x.png")]
     found, cached, diffs = [], [], []
     for more in ([], ["--disable_cudagraphs"]):
         torch._dynamo.reset()
