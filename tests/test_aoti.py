@@ -1,6 +1,7 @@
 """Exported packages against eager, and every way to misuse one."""
 
 import copy
+import gc
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import relative, skip_without_float8_products
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from utils import aoti, aoti_compile, package_store
 from utils.benchmark_utils import RecipeError, StageLog
@@ -144,6 +146,11 @@ def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch
         pixels = np.asarray(pipeline(**call_kwargs(pipeline, args)).images[0]).astype(int)
         assert np.abs(pixels - wanted[1]).mean() < 2
     assert "loaded" in pipeline.techniques["compile"].how and calls
+    memory = [StorageWeakRef(x.untyped_storage()) for module in (pipeline.transformer, pipeline.vae)
+              for x in aoti.constants_of(module).values()]
+    del made, pipeline, block
+    gc.collect()
+    assert all(one.expired() for one in memory), "the pipeline's weights are still there"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import inspect
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -296,10 +297,17 @@ def _load(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable
     weights = constants_of(module)
     if missing := [name for name in runner.get_constant_fqns() if name not in weights]:
         raise Rejected(f"{path.name} asks for weights that {unit.name} has not: {', '.join(missing[:3])}")
-    weights = {name: weights[name] for name in runner.get_constant_fqns()}
+    # Tensors of their own on the same memory: what load_constants is given is never let go (seen of PyTorch 2.11 and
+    # 2.13), and a pipeline's weights would stay after it. Emptied when the code goes, they hold nothing.
+    weights = {name: weights[name].detach() for name in runner.get_constant_fqns()}
     runner.load_constants(weights, check_full_update=True, user_managed=True)
-    runner.weights = weights  # the code holds their addresses
+    weakref.finalize(runner, _empty, list(weights.values())).atexit = False
     return runner
+
+
+def _empty(tensors: list[torch.Tensor]) -> None:
+    for x in tensors:
+        x.set_()
 
 
 def constants_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
