@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import relative, skip_without_float8_products
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from utils import aoti, aoti_compile, package_store
@@ -146,11 +147,21 @@ def test_packages_equal_eager_and_are_found_again(make_args, folder, monkeypatch
         pixels = np.asarray(pipeline(**call_kwargs(pipeline, args)).images[0]).astype(int)
         assert np.abs(pixels - wanted[1]).mean() < 2
     assert "loaded" in pipeline.techniques["compile"].how and calls
-    memory = [StorageWeakRef(x.untyped_storage()) for module in (pipeline.transformer, pipeline.vae)
+    memory = [StorageWeakRef(x.untyped_storage()) for one in (made, pipeline) for module in (one.transformer, one.vae)
               for x in aoti.constants_of(module).values()]
     del made, pipeline, block
     gc.collect()
     assert all(one.expired() for one in memory), "the pipeline's weights are still there"
+
+
+def test_weights_are_let_go_while_something_is_traced():
+    weight, nothing = torch.randn(8), torch.empty(0)
+    lent, memory = weight.detach(), StorageWeakRef(weight.untyped_storage())
+    with FakeTensorMode():
+        aoti._empty([lent], nothing)
+    assert weight.shape == (8,) and not memory.expired()
+    del weight
+    assert memory.expired()
 
 
 @pytest.mark.slow

@@ -301,13 +301,14 @@ def _load(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable
     # 2.13), and a pipeline's weights would stay after it. Emptied when the code goes, they hold nothing.
     weights = {name: weights[name].detach() for name in runner.get_constant_fqns()}
     runner.load_constants(weights, check_full_update=True, user_managed=True)
-    weakref.finalize(runner, _empty, list(weights.values())).atexit = False
+    weakref.finalize(runner, _empty, list(weights.values()), torch.empty(0)).atexit = False
     return runner
 
 
-def _empty(tensors: list[torch.Tensor]) -> None:
+def _empty(tensors: list[torch.Tensor], nothing: torch.Tensor) -> None:
+    # No operation of PyTorch: garbage may be collected while something else is traced, which refuses those.
     for x in tensors:
-        x.set_()
+        x.data = nothing
 
 
 def constants_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

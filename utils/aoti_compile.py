@@ -34,7 +34,11 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
     with warnings.catch_warnings(), _cudnn_left_on():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
         program = torch.export.export(module, (), kwargs=arguments, strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        finally:
+            # torch.export remembers the last program that it made, weights and all, until it makes another.
+            torch.export.export(torch.nn.Identity(), (torch.empty(0),), strict=False)
 
 
 @contextmanager
