@@ -78,7 +78,7 @@ PRESETS = ("safe", "balanced", "fast", "extreme")
 # With random weights a residual says nothing: timed is the cost of all steps cached that may be.
 CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
     f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS} | {
-    # cache_balanced's steps again, each decided by its residual, which is below any threshold: what deciding costs.
+    # cache_balanced's steps again, each decided by its residual, all of which pass: what deciding costs.
     "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"]}
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
@@ -120,6 +120,8 @@ AFTER = {"start_compile_again": "start_compile", "start_packages": "start_export
 # One image on several GPUs, under torchrun.
 GPUS = {f"gpus_{kind}": [*QUICK, "--context_parallel", kind.partition("_")[2]]
         for kind in ("2_ulysses", "2_ring", "4_ulysses")}
+CACHED_GPUS = {f"gpus_{count}_balanced": [*QUICK, "--context_parallel", "auto", "--force_cache", "--cache_preset",
+                                          "balanced"] for count in (2, 4)}
 
 # tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
 # that matters, and what all else is worth nothing beyond.
@@ -161,8 +163,8 @@ ROWS = {
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
     } | MEMORY | WITHOUT | FLOAT8 | BACKENDS | BATCHES | SIZES | STARTS | GPUS,
-    "dev": LADDER | MEMORY | WITHOUT | CACHES | FLOAT8 | GPUS,
-    "kontext": ENDS | WITHOUT | CACHES | GPUS,
+    "dev": LADDER | MEMORY | WITHOUT | CACHES | FLOAT8 | GPUS | CACHED_GPUS,
+    "kontext": ENDS | WITHOUT | CACHES | GPUS | CACHED_GPUS,
     "tiny": TINY,
 }
 
@@ -193,7 +195,7 @@ def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = Fals
         return [*(pictures("--keep", path, row=name) for name, path in kept.items()), pictures(*flags, row=row)]
     flags = ["--ckpt", CKPTS[suite], "--random_weights", "--warmup", "1", "--runs", RUNS[suite],
              "--output-json", str(output), "--output-file", str(scratch / "image.png")]
-    if not row.startswith(WITHOUT_STEP_ERROR):
+    if not row.startswith(WITHOUT_STEP_ERROR) and row not in CACHED_GPUS:
         flags.append("--step_error")
     if suite == "kontext":
         flags += ["--image", str(scratch / "reference.png")]
@@ -310,7 +312,8 @@ def lines_of(job: Job, scratch: Path, args) -> list[list[str]]:
         noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
         PIL.Image.fromarray(noise).save(scratch / "reference.png")
     if job.row == "cache_deciding":
-        options = replace(step_cache.PRESETS["balanced"], residual_diff_threshold=1e9)
+        # Of 1 and more cache-dit compares nothing.
+        options = replace(step_cache.PRESETS["balanced"], residual_diff_threshold=0.999)
         (scratch / "balanced.yaml").write_text(yaml.safe_dump(asdict(options)))
     lines = commands(args.gpu, job.suite, job.row, scratch, args.download_metrics)
     return [[*line, "--stop_before_timing"] for line in lines] if args.jobs > 1 and not job.is_alone() else lines

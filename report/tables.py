@@ -55,7 +55,8 @@ GROUPS = {
     "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)} | {
         f"eager_batch_{n}": f"batch {n}, bf16, eager" for n in (2, 4, 8)},
     "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring",
-                    "gpus_4_ulysses": "four GPUs, Ulysses"},
+                    "gpus_4_ulysses": "four GPUs, Ulysses", "gpus_2_balanced": "two GPUs, step cache, balanced",
+                    "gpus_4_balanced": "four GPUs, step cache, balanced"},
     "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
 }
 

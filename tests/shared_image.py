@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils import parallel, pipeline_utils
+from utils import parallel, pipeline_utils, step_cache
 from utils.benchmark_utils import create_parser, exit_with_reason
 from utils.checks import check_args
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
@@ -41,6 +41,8 @@ def latents(argv: list[str], as_on_hopper: tuple | list = (), **failure) -> torc
             chosen.attention_backend = "fa3"
         if "quantisation" in as_on_hopper:
             chosen.quant = ("float8", "row")
+        if "CUDA graphs" in as_on_hopper:  # of which a step cache makes one a segment
+            pipeline_utils.CUDAGraphed, torch.cuda.graph_pool_handle = lambda module, pool=None: module, lambda: None
         return chosen
 
     pipeline_utils.plan = plan
@@ -53,6 +55,9 @@ def latents(argv: list[str], as_on_hopper: tuple | list = (), **failure) -> torc
             pipeline.transformer.register_forward_pre_hook(lambda *_: fail(failure["how"]))
     latents.how = pipeline.techniques["context parallel"].how
     found = pipeline(**call_kwargs(pipeline, args), output_type="latent").images.cpu()
+    latents.cached = latents.decided = None
+    if pipeline.techniques["step cache"].on:
+        latents.cached, latents.decided = step_cache.cached_steps(pipeline), step_cache.residual_diffs(pipeline)
     for _ in range(20 * torch.cuda.is_available()):  # one GPU that reads before another has written shows now and then
         assert torch.equal(pipeline(**call_kwargs(pipeline, args), output_type="latent").images.cpu(), found)
     torch._dynamo.reset()  # each case is compiled for itself

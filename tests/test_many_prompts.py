@@ -133,6 +133,13 @@ def test_what_is_done_is_skipped_and_what_is_asked_otherwise_is_made_again(folde
     assert run("--output-file", "x.png", "--batch_size", "3") == [], "the batch is no parameter of a picture"
 
 
+def launch(*command):
+    return subprocess.run([
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *map(str, command)],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
     """As `accelerate launch` starts them; --multi_gpu is what starts more than one on a CPU as well."""
     run("--output-file", "one/x.png", "--batch_size", "2")
@@ -145,18 +152,28 @@ def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
         "    write(images, requests, *rest)\n"
         "many_prompts.write_images = noted\n"
         "gen_image.exit_with_reason(gen_image.main)\n")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-              "launched.py", "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt", *EAGER]
     (folder / "two").mkdir()
     (folder / "two" / "x_001_43.png").write_bytes((folder / "one" / "x_001_43.png").read_bytes())
-    done = subprocess.run([*launch, "--output-file", "two/x.png", "--batch_size", "2"], capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = launch("launched.py", "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt", *EAGER, "--output-file",
+                  "two/x.png", "--batch_size", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 of 5 images are there") == 1 and "done: 4 of 4 images" in done.stderr
     assert [(folder / f"by_{rank}").read_text() for rank in (0, 1)] == ["2 ", "2 "]
     assert sorted(line["file"] for line in lines_of("two/x.jsonl")) == [
         f"x_{i:03d}_{42 + i}.png" for i in (0, 2, 3, 4)]
+    for path in (folder / "one").glob("*.png"):
+        assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
+
+
+def test_processes_of_other_images_do_not_decide_together(folder, run):
+    """A step cache's residuals are each process's own: three images on two, which would else wait for each other."""
+    (folder / "prompts.txt").write_text("\n".join(TEXTS[:3]))
+    argv = [*EAGER, "--num_inference_steps", "10", "--cache_preset", "extreme"]
+    steps = run("--output-file", "one/x.png", *argv, ckpt="tiny-flux-dev")
+    assert len(steps) == 30
+    done = launch(ROOT / "gen_image.py", "--ckpt", "tiny-flux-dev", "--prompts-file", "prompts.txt", *argv,
+                  "--output-file", "two/x.png")
+    assert done.returncode == 0, done.stderr
     for path in (folder / "one").glob("*.png"):
         assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
 

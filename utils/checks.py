@@ -102,8 +102,6 @@ def check_args(args: argparse.Namespace) -> None:
                "of the two.")
         refuse(processes == 1, f"{parallel} needs a process for each GPU: torchrun --nproc_per_node=2 "
                f"{Path(sys.argv[0]).name} {parallel} ...")
-        refuse(caches, f"{caches and caches[0]} decides by a residual, of which every GPU would see its own part, and "
-               f"they would decide differently: drop it or {parallel}.")
         for flag, given in ((f"--offload {args.offload}", args.offload != "none"),
                             ("--compile_scope whole", args.compile_scope == "whole")):
             refuse(given, f"{flag} does not go with {parallel}: drop one of the two.")

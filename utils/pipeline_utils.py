@@ -163,12 +163,13 @@ def optimize(pipeline, args, log: StageLog | None = None):
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:
-        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed)
+        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed,
+                          all_tokens=parallel.gathered if chosen.context_parallel else None)
     if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
                          TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_stays(args))
-    if chosen.context_parallel:  # inside the graph, which records what moves between GPUs as well
-        pipeline.transformer = parallel.SharedTokens(transformer)
+    if chosen.context_parallel:  # inside the graph, if it is one, which records what moves between GPUs as well
+        pipeline.transformer = parallel.SharedTokens(pipeline.transformer)
     if graphed:
         # In a pool of its own, since it runs beside T5.
         pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, torch.cuda.graph_pool_handle())

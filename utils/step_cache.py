@@ -211,7 +211,8 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
 
 
 def enable(pipeline, options: CacheOptions, separate_cfg: bool,
-           wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None) -> None:
+           wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+           all_tokens: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
     """Switches cache-dit on for this pipeline alone.
 
     Args:
@@ -219,6 +220,8 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
             caches of their own.
         wrap: what to put around each of the transformer's segments between which the cache decides (`Segmented`), such
             as `CUDAGraphed`. Without it the transformer stays in one piece.
+        all_tokens: what makes those of all GPUs from this one's (B, S / N, D), where several share an image, so that
+            all decide by the same residual.
     """
     import cache_dit
 
@@ -246,6 +249,18 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
         calibrator = cache_dit.TaylorSeerCalibratorConfig(
             taylorseer_order=options.taylorseer_order, enable_encoder_calibrator=options.enable_encoder_taylorseer)
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
+
+    manager = pipeline._context_manager
+    similarity = manager.similarity
+
+    def decide(before, now, *, parallelized=False, **kwargs) -> bool:
+        # cache-dit averages over all processes wherever there are several. With --prompts-file they make other images,
+        # in numbers of their own, and would wait for each other for ever.
+        if all_tokens:
+            before, now = all_tokens(before), all_tokens(now)
+        return similarity(before, now, parallelized=False, **kwargs)
+
+    manager.similarity = decide
 
 
 def cached_steps(pipeline) -> list[int]:
