@@ -1,8 +1,9 @@
 """What the processes of tests/test_parallel.py run: `torchrun tests/shared_image.py CASES.json OUT.pt`.
 
 A case is {"argv": [...], "as_on_hopper": [...]}: the command line, and the techniques to switch on as `plan` does on a
-Hopper GPU; on a CPU the kernels' references stand in for them. OUT.pt holds each case's latents by its name. A case
-with "fails_on" makes that process fail in the middle of its image; "how" says in which way.
+Hopper GPU; on a CPU the kernels' references stand in for them. OUT.pt holds each case's latents by its name, and by
+(name, "decided") the residual differences by which a step cache decided. A case with "fails_on" makes that process fail
+in the middle of its image; "how" says in which way.
 """
 
 import gc
@@ -76,6 +77,7 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), {}
     for name, case in cases.items():
         out[name] = latents(**case)
+        out[name, "decided"] = latents.decided  # by the first process, for its own part if they did not share
         if parallel.is_first():
             print(f"{name}: {latents.how}", file=sys.stderr)
         gc.collect()

@@ -119,8 +119,11 @@ def test_two_processes_make_the_picture_of_one(name, shared, files, monkeypatch)
     argv = [files.get(a, a) for a in case["argv"][:at]]
     alone = shared_image.latents(**case | {"argv": argv})
     assert shared[name].shape == alone.shape and relative(shared[name], alone) < bound
-    for found in (shared_image.latents.cached, shared_image.latents.decided):
-        assert bool(found) == ("step cache" in name)
+    if "step cache" in name:
+        assert shared_image.latents.cached
+        # One process's part alone is up to 5 % off. In bf16 means of 8 bits are compared.
+        rounding = 1e-3 if "--disable_bf16" in argv else 0.02
+        assert shared[name, "decided"] == pytest.approx(shared_image.latents.decided, rel=rounding)
     other_seed = shared_image.latents(**case | {"argv": [*argv, "--seed", "1"]})
     assert relative(shared[name], other_seed) > 0.1
 

@@ -164,11 +164,11 @@ def optimize(pipeline, args, log: StageLog | None = None):
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:
         step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed,
-                          all_tokens=parallel.gathered if chosen.context_parallel else None)
+                          shared=chosen.context_parallel is not None)
     if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
                          TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_stays(args))
-    if chosen.context_parallel:  # inside the graph, if it is one, which records what moves between GPUs as well
+    if chosen.context_parallel:  # inside the step's graph, if it has one, which records what moves between GPUs as well
         pipeline.transformer = parallel.SharedTokens(pipeline.transformer)
     if graphed:
         # In a pool of its own, since it runs beside T5.

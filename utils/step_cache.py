@@ -211,8 +211,7 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
 
 
 def enable(pipeline, options: CacheOptions, separate_cfg: bool,
-           wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
-           all_tokens: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+           wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None, shared: bool = False) -> None:
     """Switches cache-dit on for this pipeline alone.
 
     Args:
@@ -220,8 +219,7 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
             caches of their own.
         wrap: what to put around each of the transformer's segments between which the cache decides (`Segmented`), such
             as `CUDAGraphed`. Without it the transformer stays in one piece.
-        all_tokens: what makes those of all GPUs from this one's (B, S / N, D), where several share an image, so that
-            all decide by the same residual.
+        shared: each process has its part of an image's tokens, and all decide by the mean of their residuals.
     """
     import cache_dit
 
@@ -253,12 +251,10 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     manager = pipeline._context_manager
     similarity = manager.similarity
 
-    def decide(before, now, *, parallelized=False, **kwargs) -> bool:
-        # cache-dit averages over all processes wherever there are several. With --prompts-file they make other images,
-        # in numbers of their own, and would wait for each other for ever.
-        if all_tokens:
-            before, now = all_tokens(before), all_tokens(now)
-        return similarity(before, now, parallelized=False, **kwargs)
+    def decide(before, now, *, parallelized=shared, **kwargs) -> bool:
+        # cache-dit averages wherever there are several processes. With --prompts-file they make other images, in
+        # numbers of their own, and would wait for each other for ever.
+        return similarity(before, now, parallelized=shared, **kwargs)
 
     manager.similarity = decide
 
