@@ -1,4 +1,5 @@
-"""The VAE's norms in Triton against PyTorch's, in Triton's interpreter and on a GPU; its attention; the whole VAE."""
+"""The VAE's norms in Triton against PyTorch's, in Triton's interpreter and on a GPU; its attention and upsampling; the
+whole VAE."""
 
 import os
 
@@ -9,7 +10,7 @@ from conftest import relative, run_in_the_interpreter
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from utils import fused_vae, random_weights
-from utils.fused_vae import fuse_vae, group_norm, group_norm_reference
+from utils.fused_vae import fuse_vae, group_norm, group_norm_reference, transposed
 from utils.pipeline_utils import fuse_projections
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,14 +48,30 @@ def test_group_norm(device, shape, groups, mean, size, monkeypatch):
             assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == x.dtype
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 8)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@torch.no_grad()
+def test_upsampling_and_its_convolution_as_one(height, width, dtype, bound):
+    """Edges too: of few pixels nearly all are."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(6, 10, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, height, width, dtype=dtype)
+    large = torch.nn.functional.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    expected = torch.nn.functional.conv2d(large, convolution.weight.double(), convolution.bias.double(), padding=1)
+    one = transposed(convolution)
+    assert one.weight.dtype == dtype and one.weight.is_contiguous(memory_format=torch.channels_last)
+    assert relative(one(x), expected) < bound
+
+
 @pytest.mark.parametrize("fused_projections", [False, True])
 @torch.no_grad()
 def test_a_fused_vae_is_the_same_function(fused_projections, monkeypatch):
-    """FLUX.1's own decoder and encoder, narrowed: every norm, both attentions, with scores in more than one part."""
+    """FLUX.1's own decoder and encoder, narrowed: every norm, both attentions, with scores in more than one part, all
+    three upsamplers, one before a block without a shortcut and two before blocks that have one."""
     monkeypatch.setattr(fused_vae, "QUERIES", 20)
     torch.manual_seed(0)
     config = random_weights.architecture("FLUX.1-schnell")["vae"] | {
-        "block_out_channels": (32, 64, 64, 64), "sample_size": 64}
+        "block_out_channels": (32, 64, 128, 128), "sample_size": 64}
     from diffusers import AutoencoderKL
     vae = AutoencoderKL(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
     vae.to(memory_format=torch.channels_last)
@@ -66,7 +83,9 @@ def test_a_fused_vae_is_the_same_function(fused_projections, monkeypatch):
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
     if fused_projections:
         fuse_projections(vae)
-    assert fuse_vae(vae) == (norms, 2)
+    assert fuse_vae(vae) == (norms, 2, 3)
+    assert [block.upsamplers[0].conv.bias for block in vae.decoder.up_blocks[:-1]] == [None] * 3
+    assert [block.resnets[0].conv_shortcut is None for block in vae.decoder.up_blocks[1:]] == [True, False, False]
     assert not any(isinstance(module, (torch.nn.GroupNorm, torch.nn.SiLU)) for module in vae.modules())
     found = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
     for a, b in zip(found, expected, strict=True):
@@ -81,6 +100,10 @@ def test_sizes_that_the_kernels_do_not_take_stay(build):
     vae = build("tiny-flux").vae
     block = vae.decoder.mid_block.resnets[0]
     block.norm1 = torch.nn.GroupNorm(8, 96)
+    reader = vae.decoder.up_blocks[1].resnets[0]
+    reader.norm1 = torch.nn.GroupNorm(8, 96)
     fuse_vae(vae)
     assert isinstance(block.norm1, torch.nn.GroupNorm) and isinstance(block.nonlinearity, torch.nn.SiLU)
     assert block.conv1.bias is not None
+    assert isinstance(reader.norm1, torch.nn.GroupNorm)
+    assert vae.decoder.up_blocks[0].upsamplers[0].conv.bias is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch._inductor import cpu_vec_isa
+from torch._inductor.codegen.simd import SIMDScheduling
 from torch._inductor.cpu_vec_isa import VecISA
 from torch.utils._pytree import tree_leaves
 
@@ -37,8 +38,10 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
         finally:
-            # torch.export remembers the last program that it made, weights and all, until it makes another.
+            # Weights and all, torch.export remembers the last program that it made until it makes another. Inductor,
+            # on a GPU, remembers those of the last 32 kernels whose tiles it chose.
             torch.export.export(torch.nn.Identity(), (torch.empty(0),), strict=False)
+            SIMDScheduling.candidate_tilings.cache_clear()
 
 
 @contextmanager

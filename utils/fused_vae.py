@@ -1,11 +1,17 @@
-"""The VAE's norms and its attention, for channels_last pictures on a GPU.
+"""The VAE's norms, its attention and its upsampling, for channels_last pictures on a GPU.
 
 cuDNN wants NHWC, where a group's few channels lie side by side in every pixel. GroupNorm's statistics over all pixels
 of a group are then best made tile by tile, all groups of a pixel at once, and merged: one read, then one read and one
 write with SiLU, which at 1024x1024 add up to about 11 GB over FLUX.1's decoder. Where the norm follows a convolution,
 its bias is added in the same reads. Attention has one head of 512 channels, more than any flash kernel takes; PyTorch
 falls back to one written for Ampere. Two products with the softmax between them are faster on Hopper.
+
+Nearest upsampling by 2 and a convolution of 3x3 are one linear map, in which a pixel depends on 2x2 others: a
+transposed convolution has 4 products a pixel where those two have 9, and writes no picture of four times the size for
+them to read.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +19,7 @@ import triton
 import triton.language as tl
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 TILE = 8192  # elements that a program has in registers at a time
@@ -186,14 +193,30 @@ def _(q, k):
     return q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32)
 
 
-def fuse_vae(vae: torch.nn.Module) -> tuple[int, int]:
+def transposed(convolution: torch.nn.Conv2d) -> torch.nn.ConvTranspose2d:
+    """What gives at once what `convolution`, of 3x3 with stride 1 and padding 1, gives of a picture upsampled by 2.
+
+    Of output row 2i + a (a is 0 or 1), tap t of the convolution reads input row floor((2i + a + t - 1) / 2). Taps that
+    read the same row are added up, in float32. Columns alike.
+    """
+    taps = convolution.weight.detach().float().flip(2, 3).transpose(0, 1)  # (C_in, C_out, 3, 3)
+    weight = sum(F.pad(taps, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1))
+    made = torch.nn.ConvTranspose2d(convolution.in_channels, convolution.out_channels, 4, stride=2, padding=1,
+                                    device="meta")
+    made.weight = torch.nn.Parameter(weight.to(convolution.weight.dtype, memory_format=torch.channels_last),
+                                     requires_grad=False)
+    made.bias = convolution.bias
+    return made
+
+
+def fuse_vae(vae: torch.nn.Module) -> tuple[int, int, int]:
     """Puts the kernels under a VAE's encoder and decoder, where they take its sizes. Call it once the projections are
     fused, if they are to be.
 
     Returns:
-        How many norms, and how many attentions.
+        How many norms, how many attentions, and how many upsamplers.
     """
-    norms = attentions = 0
+    norms = attentions = upsamplers = 0
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, torch.nn.SiLU) and all(
                 _takes(norm) for norm in (module.norm1, module.norm2)):
@@ -210,7 +233,31 @@ def fuse_vae(vae: torch.nn.Module) -> tuple[int, int]:
         elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU) and _takes(module.conv_norm_out):
             module.conv_norm_out, module.conv_act = FusedGroupNorm(module.conv_norm_out, True), torch.nn.Identity()
             norms += 1
-    return norms, attentions
+        elif isinstance(module, Upsample2D) and _doubles(module):
+            module.conv, module.use_conv_transpose = transposed(module.conv), True
+            upsamplers += 1
+    for block, following in pairwise(vae.decoder.up_blocks):
+        convolution, reader = block.upsamplers[-1].conv, following.resnets[0]
+        if isinstance(convolution, torch.nn.ConvTranspose2d) and isinstance(reader.norm1, FusedGroupNorm):
+            _move_bias(convolution, reader)
+    return norms, attentions, upsamplers
+
+
+@torch.no_grad()
+def _move_bias(convolution: torch.nn.ConvTranspose2d, resnet: ResnetBlock2D) -> None:
+    """From a convolution into what reads it: a norm, which adds it as it reads, and a shortcut, where it is a constant
+    that goes with another."""
+    bias, shortcut = convolution.bias, resnet.conv_shortcut
+    reached = bias.float() if shortcut is None else shortcut.weight[:, :, 0, 0].float() @ bias.float()
+    other = (resnet.conv2 if shortcut is None else shortcut).bias
+    other.copy_(other.float() + reached)
+    resnet.norm1.offset, convolution.bias = bias, None
+
+
+def _doubles(module: Upsample2D) -> bool:
+    convolution = getattr(module, "conv", None)
+    return (module.interpolate and module.norm is None and type(convolution) is torch.nn.Conv2d
+            and (convolution.kernel_size, convolution.padding) == ((3, 3), (1, 1)))
 
 
 def _takes(norm: torch.nn.Module) -> bool:

@@ -110,7 +110,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
         vae.to(memory_format=torch.channels_last)
     if chosen.is_on("fused VAE"):
         from utils.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
-        techniques["fused VAE"] = Decision(True, "{} norms, {} attentions".format(*fuse_vae(vae)))
+        techniques["fused VAE"] = Decision(True, "{} norms, {} attentions, {} upsamplers".format(*fuse_vae(vae)))
     if args.vae_tiling:
         enable_tiling(vae)
     # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.
