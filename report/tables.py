@@ -48,15 +48,15 @@ GROUPS = {
         "without_fused_kernels": "without fused kernels",
     },
     "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
-        "cache_deciding": "step cache, balanced, each step decided by its residual"},
+        "cache_deciding": "step cache, balanced, each step decided by its residual",
+        "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs"},
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
     "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)} | {
         f"eager_batch_{n}": f"batch {n}, bf16, eager" for n in (2, 4, 8)},
     "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring",
-                    "gpus_4_ulysses": "four GPUs, Ulysses", "gpus_2_balanced": "two GPUs, step cache, balanced",
-                    "gpus_4_balanced": "four GPUs, step cache, balanced"},
+                    "gpus_4_ulysses": "four GPUs, Ulysses"},
     "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
 }
 

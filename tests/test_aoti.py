@@ -389,6 +389,21 @@ def test_the_vaes_roundings_are_held_against_float32(build, tmp_path, monkeypatc
         export(lambda other: other.to(memory_format=torch.channels_last))
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_package_of_the_fused_decoder(build, tmp_path):
+    """Its norms, attention and upsamplers, which on a CPU are never fused, by their references."""
+    fused_vae = pytest.importorskip("utils.fused_vae", reason="Triton is not installed: pip install triton")
+    vae = build("tiny-flux").vae.to(memory_format=torch.channels_last)
+    assert min(fused_vae.fuse_vae(vae)) > 0
+    unit = aoti.Unit("decoder", [vae.decoder], {"sample": torch.randn(1, 16, 8, 12)})
+    expected = vae.decoder(**unit.arguments)
+    aoti.export([unit], tmp_path, "k")
+    aoti.bind([unit], tmp_path, "k")
+    found = vae.decoder(**unit.arguments)
+    assert relative(found, expected) < 1e-5 and found.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_re_export_makes_it_anew(bound, copied):
     package, exports = copied
     bound(use_cached=False, re_export=True, cache_dir=str(package.parent.parent))
