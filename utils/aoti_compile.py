@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch._inductor import cpu_vec_isa
-from torch._inductor.codegen.simd import SIMDScheduling
 from torch._inductor.cpu_vec_isa import VecISA
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +39,7 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
         finally:
             # Weights and all, torch.export remembers the last program that it made until it makes another. Inductor,
             # on a GPU, remembers those of the last 32 kernels whose tiles it chose.
+            from torch._inductor.codegen.simd import SIMDScheduling  # a third of a second, which loading does not need
             torch.export.export(torch.nn.Identity(), (torch.empty(0),), strict=False)
             SIMDScheduling.candidate_tilings.cache_clear()
 

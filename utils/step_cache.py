@@ -251,10 +251,10 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     manager = pipeline._context_manager
     similarity = manager.similarity
 
-    def decide(before, now, *, parallelized=shared, **kwargs) -> bool:
+    def decide(before, now, **kwargs) -> bool:
         # cache-dit averages wherever there are several processes. With --prompts-file they make other images, in
         # numbers of their own, and would wait for each other for ever.
-        return similarity(before, now, parallelized=shared, **kwargs)
+        return similarity(before, now, **kwargs | {"parallelized": shared})
 
     manager.similarity = decide
 
