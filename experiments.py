@@ -79,7 +79,8 @@ PRESETS = ("safe", "balanced", "fast", "extreme")
 CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
     f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS} | {
     # cache_balanced's steps again, each decided by its residual, all of which pass: what deciding costs.
-    "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"]}
+    "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"],
+    "cache_deciding_ahead": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml", "--cache_decide_ahead"]}
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
@@ -147,6 +148,7 @@ TINY = {
     "cache": [*EAGER, *OFF, "--enable_cache_dit"],
     "cache_yaml": [*EAGER, *OFF, "--cache_dit_config", "cache_config.yaml"],
 } | {f"cache_{name}": [*EAGER, *OFF, "--cache_preset", name] for name in PRESETS} | {
+    f"ahead_{name}": [*EAGER, *OFF, "--cache_preset", name, "--cache_decide_ahead"] for name in PRESETS} | {
     # 24, 20, 16 and 13 steps compute about the blocks that the presets compute of this model.
     f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {
     "all_defaults": QUICK,
@@ -311,9 +313,10 @@ def lines_of(job: Job, scratch: Path, args) -> list[list[str]]:
     if job.suite == "kontext":
         noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
         PIL.Image.fromarray(noise).save(scratch / "reference.png")
-    if job.row == "cache_deciding":
-        # Of 1 and more cache-dit compares nothing.
-        options = replace(step_cache.PRESETS["balanced"], residual_diff_threshold=0.999)
+    if job.row.startswith("cache_deciding"):
+        # Of 1 and more cache-dit compares nothing; what is predicted of random weights may be more.
+        threshold = 10.0 if job.row == "cache_deciding_ahead" else 0.999
+        options = replace(step_cache.PRESETS["balanced"], residual_diff_threshold=threshold)
         (scratch / "balanced.yaml").write_text(yaml.safe_dump(asdict(options)))
     lines = commands(args.gpu, job.suite, job.row, scratch, args.download_metrics)
     return [[*line, "--stop_before_timing"] for line in lines] if args.jobs > 1 and not job.is_alone() else lines

@@ -91,6 +91,8 @@ REFUSED_BY_ARGUMENTS = [
     (["--enable_cache_dit", "--cache_preset", "fast"], "--enable_cache_dit and --cache_preset are step caches"),
     (["--cache_preset", "safe", "--cache_dit_config", "cache_config.yaml"], "give one of them"),
     (["--force_cache"], "add --cache_preset"),
+    (["--cache_decide_ahead"], "--cache_decide_ahead is about a step cache: add --cache_preset"),
+    (["--cache_decide_ahead", "--force_cache", "--cache_preset", "fast"], "whatever residuals say.*drop one"),
     (["--context_parallel", "auto", "--stop_before_timing"], "--stop_before_timing stops one process"),
     (["--revision", "main", "--ckpt", "tiny-flux"], "--revision main"),
     (["--random_weights", "--lora", "x"], "drop one"),

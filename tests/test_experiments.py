@@ -46,12 +46,15 @@ def test_batches_are_the_ends_of_the_ladder_without_a_float32_step(tmp_path):
             assert experiments.ROWS["schnell"][row][:len(experiments.LADDER[end])] == experiments.LADDER[end]
 
 
-def test_the_row_that_decides_caches_the_steps_of_the_preset(tmp_path):
-    job = experiments.Job("", "dev", "cache_deciding", tmp_path)
+@pytest.mark.parametrize("row, least", [("cache_deciding", 0.9), ("cache_deciding_ahead", 5)])
+def test_rows_that_decide_cache_the_steps_of_the_preset(tmp_path, row, least):
+    job = experiments.Job("", "dev", row, tmp_path)
     [line] = experiments.lines_of(job, tmp_path / "it", argparse.Namespace(gpu="h100", download_metrics=False, jobs=1))
     options = step_cache.from_yaml(line[line.index("--cache_dit_config") + 1])
     assert step_cache.pattern(options, 28) == step_cache.PRESETS["balanced"].steps_computation_mask
-    assert options.steps_computation_policy == "dynamic" and 0.9 < options.residual_diff_threshold < 1
+    assert options.steps_computation_policy == "dynamic" and options.residual_diff_threshold > least
+    # With 1 and more cache-dit decides nothing.
+    assert ("--cache_decide_ahead" in line) == (options.residual_diff_threshold >= 1)
 
 
 def test_every_row_has_a_name():
@@ -88,7 +91,8 @@ def test_names_that_do_not_exist_are_refused_with_the_choices(argv, choices, cap
 def test_rows_are_picked_by_pattern():
     assert experiments.choose(["dev"], ["cache_*", "1_eager"]) == [
         ("dev", "1_eager"), ("dev", "cache_default"), ("dev", "cache_safe"), ("dev", "cache_balanced"),
-        ("dev", "cache_fast"), ("dev", "cache_extreme"), ("dev", "cache_deciding")]
+        ("dev", "cache_fast"), ("dev", "cache_extreme"), ("dev", "cache_deciding"),
+        ("dev", "cache_deciding_ahead")]
 
 
 FINE = "import json, sys; json.dump({'seconds': {'median': 0.5}}, open(sys.argv[1], 'w'))"

@@ -151,6 +151,7 @@ def test_the_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
 
 @pytest.mark.parametrize("argv", [
     ["--cache_preset", "fast"],
+    ["--cache_preset", "fast", "--cache_decide_ahead"],
     ["--cache_preset", "fast", "--force_cache"],
     ["--cache_preset", "fast", "--force_cache", "--disable_fused_kernels"],
     ["--cache_preset", "fast", "--force_cache", "--num_images_per_prompt", "2", "--negative_prompt", "x",
@@ -171,7 +172,7 @@ def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
         torch._dynamo.reset()
         args = create_parser().parse_args(argv + more)
         pipeline = optimize(load_pipeline(args), args)
-        if "--force_cache" in argv:  # which asks the GPU for nothing
+        if "--force_cache" in argv or "--cache_decide_ahead" in argv:  # which ask the GPU for nothing
             pipeline.transformer.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
             pipeline.transformer.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"),
                                                        always_call=True)

@@ -22,6 +22,7 @@ TAYLOR = {"enable_taylorseer": True, "taylorseer_order": 1}
 DYNAMIC = {
     "F1B0": CacheOptions(1, 0, 2, 1, -1, 2, 0.25),
     "F1B0, TaylorSeer": CacheOptions(1, 0, 3, 1, -1, 2, 0.25, **TAYLOR),
+    "F1B0, decided ahead": CacheOptions(1, 0, 3, 1, -1, 2, 0.25, decide_ahead=True),
     "F2B2": CacheOptions(2, 2, 2, 1, -1, 2, 0.25),
     "F2B2, TaylorSeer, a mask": CacheOptions(2, 2, 2, 1, -1, 2, 0.25, **TAYLOR, steps_computation_mask="1110001001"),
 }

@@ -1,6 +1,7 @@
 """The step cache's options are checked by us: cache-dit ignores keys it does not know and accepts what cannot work."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import relative
 
 from utils import step_cache
 from utils.benchmark_utils import RecipeError
-from utils.pipeline_utils import call_kwargs, optimize
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.step_cache import PRESETS, CacheOptions, check, computed_share, forced, from_yaml, pattern, preset, scaled
 
 ALWAYS = "Fn_compute_blocks: 1\nBn_compute_blocks: 1\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
@@ -95,6 +96,12 @@ def test_masks_in_files(tmp_path, text):
     check(found, 6, 57)
 
 
+def test_what_decides_nothing_decides_nothing_ahead(tmp_path):
+    found = from_yaml(write(tmp_path, "max_warmup_steps: 2\ndecide_ahead: true"))
+    assert found.decide_ahead and str(found).endswith("decided a step ahead")
+    assert not forced(found, 6).decide_ahead and "ahead" not in str(forced(found, 6))
+
+
 @pytest.mark.parametrize("options, said", [
     ({"steps_computation_mask": "110"}, "has 3 steps and the image takes 28"),
     ({"steps_computation_mask": "0" + "1" * 27}, "starts with 1"),
@@ -102,6 +109,8 @@ def test_masks_in_files(tmp_path, text):
     ({"steps_computation_mask": "12" * 14}, "some of both"),
     ({"steps_computation_policy": "static"}, "give one"),
     ({"steps_computation_policy": "medium"}, "dynamic or static, not medium"),
+    ({"steps_computation_policy": "static", "steps_computation_mask": "1" * 14 + "0" * 14, "decide_ahead": True},
+     "decides nothing, neither now nor a step ahead"),
 ])
 def test_masks_that_cannot_be_meant(options, said):
     with pytest.raises(RecipeError, match=said):
@@ -164,11 +173,12 @@ def test_the_pattern_is_what_cache_dit_does(build, make_args, options):
     assert step_cache.residual_diffs(pipeline) == {}  # none decided
 
 
+@pytest.mark.parametrize("more", [[], ["--cache_decide_ahead"]], ids=" ".join)
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_starts_anew_with_every_image(build, make_args, name):
+def test_a_preset_starts_anew_with_every_image(build, make_args, name, more):
     """TaylorSeer's derivatives and the residuals of one image must not reach the next."""
     args = make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", "14", "--compile_export_mode", "disabled",
-                     "--cache_preset", name)
+                     "--cache_preset", name, *more)
     pipeline = optimize(build("tiny-flux-dev"), args)
     first = final_latents(pipeline, args)
     compared = step_cache.residual_diffs(pipeline)
@@ -176,6 +186,52 @@ def test_a_preset_starts_anew_with_every_image(build, make_args, name):
     assert all(compared[step] < PRESETS[name].residual_diff_threshold for step in step_cache.cached_steps(pipeline))
     pipeline(**call_kwargs(pipeline, args, prompt="another", seed=7), output_type="latent")
     assert torch.equal(final_latents(pipeline, args), first) and step_cache.residual_diffs(pipeline) == compared
+
+
+@pytest.mark.parametrize("options", [
+    CacheOptions(1, 0, 3, 1, -1, -1, 0.25), CacheOptions(1, 1, 0, 1, 4, 2, 0.4),
+    CacheOptions(1, 0, 2, 1, -1, -1, 0.25, True, steps_computation_mask="110100011000")], ids=str)
+@pytest.mark.parametrize("passes", [1, 2], ids=["one call a step", "two calls a step"])
+def test_a_step_is_decided_by_the_residuals_of_the_step_before(make_args, options, passes):
+    """Against the rule worked out anew for each step, from the residuals of all of them."""
+    options, steps = replace(options, decide_ahead=True), 12
+    argv = ["--negative_prompt", "red", "--true_cfg_scale", "2"] if passes == 2 else []
+    args = make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", str(steps), *argv)
+    pipeline = load_pipeline(args)
+    step_cache.enable(pipeline, options, separate_cfg=passes == 2)
+    residuals, cached, can_cache = [], [], pipeline._context_manager.can_cache
+
+    def recorded(residual, **kwargs):
+        residuals.append(residual.clone())
+        cached.append(can_cache(residual, **kwargs))
+        return cached[-1]
+
+    pipeline._context_manager.can_cache = recorded
+    for _ in range(2):  # the second image must not see the first
+        residuals.clear()
+        cached.clear()
+        final_latents(pipeline, args)
+        for call in range(passes):
+            residual, was_cached = residuals[call::passes], cached[call::passes]
+            assert len(residual) == steps and not was_cached[0]
+            predicted, mask = {}, options.steps_computation_mask or "0" * steps
+            for step in range(1, steps):
+                computed = [i for i in range(step) if not was_cached[i]]
+                before = [i for i in computed if i < step - 1]
+                if not before:  # nothing was measured yet
+                    assert not was_cached[step]
+                    continue
+                change = (residual[step - 1] - residual[before[-1]]).abs().mean() / residual[before[-1]].abs().mean()
+                predicted[step] = change.item() / (step - 1 - before[-1]) * (step - computed[-1])
+                if was_cached[step]:
+                    assert predicted[step] < options.residual_diff_threshold and mask[step] == "0"
+            if call == 0:
+                found = step_cache.residual_diffs(pipeline)
+                assert found == pytest.approx({step: predicted[step] for step in found}) and found
+                assert step_cache.cached_steps(pipeline) == [step for step in range(steps) if was_cached[step]] != []
+                assert any(value >= options.residual_diff_threshold for value in found.values())
+                assert all(was_cached[step] == (value < options.residual_diff_threshold)
+                           for step, value in found.items())
 
 
 def test_pipelines_with_different_caches_do_not_disturb_each_other(build, make_args):

@@ -136,6 +136,9 @@ def create_parser() -> argparse.ArgumentParser:
                         "steps (lossy, the more so the fewer)")
     recipe.add_argument("--cache_dit_config", metavar="FILE",
                         help="step cache from a yaml file, such as cache_config.yaml (lossy)")
+    recipe.add_argument("--cache_decide_ahead", action="store_true",
+                        help="the step cache decides by a residual that it predicts from those of the step before, and "
+                        "does not wait for this step's")
     recipe.add_argument("--context_parallel", choices=["auto", "ulysses", "ring"],
                         help="one image on all GPUs that torchrun starts a process for: its tokens are shared out, and "
                         "attention exchanges them for heads (ulysses) or passes keys and values on (ring); auto is "

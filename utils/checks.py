@@ -78,6 +78,10 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(len(caches) > 1, f"{' and '.join(caches)} are step caches of different options: give one of them.")
     refuse(args.force_cache and not caches,
            "--force_cache is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
+    refuse(args.cache_decide_ahead and not caches,
+           "--cache_decide_ahead is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
+    refuse(args.cache_decide_ahead and args.force_cache,
+           "--force_cache caches whatever residuals say, --cache_decide_ahead decides by them: drop one of the two.")
     refuse(args.offload == "model" and caches,
            "--offload model takes its hooks off after each image, and the step cache with them: use --offload text or "
            "--offload group.")

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from utils.benchmark_utils import RecipeError
+from utils.decide_ahead import decide_ahead
 from utils.segments import Segmented
 
 
@@ -35,6 +36,7 @@ class CacheOptions:
     taylorseer_order: int = 1
     steps_computation_mask: str = ""  # one 0 or 1 a step; empty: no mask
     steps_computation_policy: str = "dynamic"
+    decide_ahead: bool = False  # not cache-dit's: utils/decide_ahead.py
 
     def __str__(self) -> str:
         static = self.steps_computation_policy == "static"
@@ -45,6 +47,7 @@ class CacheOptions:
             parts += [f"{row} in a row"] * (row >= 0) + [f"threshold {self.residual_diff_threshold}"]
         parts += [f"TaylorSeer order {self.taylorseer_order}"] * self.enable_taylorseer
         parts += [f"mask {self.steps_computation_mask}"] * bool(self.steps_computation_mask)
+        parts += ["decided a step ahead"] * self.decide_ahead
         return ", ".join(parts + ["whatever the residuals"] * static)
 
 
@@ -163,7 +166,8 @@ def forced(options: CacheOptions, steps: int) -> CacheOptions:
     prediction, but for the decision itself: two residuals compared, a mean over one tensor of hidden states and a wait
     for the GPU.
     """
-    return replace(options, steps_computation_mask=pattern(options, steps), steps_computation_policy="static")
+    return replace(options, steps_computation_mask=pattern(options, steps), steps_computation_policy="static",
+                   decide_ahead=False)
 
 
 def computed_share(options: CacheOptions, steps: int, blocks: int) -> float:
@@ -195,6 +199,9 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
         raise RecipeError(f"steps_computation_policy is dynamic or static, not {options.steps_computation_policy}.")
     if options.steps_computation_policy == "static" and not mask:
         raise RecipeError("steps_computation_policy: static caches what steps_computation_mask says: give one.")
+    if options.steps_computation_policy == "static" and options.decide_ahead:
+        raise RecipeError("steps_computation_policy: static decides nothing, neither now nor a step ahead: drop it, or "
+                          "--cache_decide_ahead (decide_ahead).")
     if mask and (set(mask) != {"0", "1"} or mask[0] == "0"):
         raise RecipeError(f"steps_computation_mask {mask}: it takes one 1 (computed) or 0 (may be cached) a step, some "
                           "of both, and starts with 1, since the first step has nothing to reuse.")
@@ -249,6 +256,9 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
 
     manager = pipeline._context_manager
+    if options.decide_ahead:
+        decide_ahead(manager, options.steps_computation_mask, shared)
+        return
     similarity = manager.similarity
 
     def decide(before, now, **kwargs) -> bool:
@@ -266,7 +276,8 @@ def cached_steps(pipeline) -> list[int]:
 
 def residual_diffs(pipeline) -> dict[int, float]:
     """How far the first blocks' residual was from the last computed step's, of each step of the last image in which
-    that decided: mean |difference| over mean |residual|. With two calls a step, of the first."""
+    that decided: mean |difference| over mean |residual|. Predicted, if it was decided ahead. With two calls a step, of
+    the first."""
     # Negative values stand for a comparison that was left out.
     return {int(step): value for step, value in _summary(pipeline).residual_diffs.items() if value >= 0}
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -329,6 +329,7 @@ def _choose_cache(args, configs: dict, chosen: Plan) -> None:
         name = f"{args.cache_preset}, at least {step_cache.computed_share(options, steps, blocks):.0%} computed: "
     else:
         options, of_large = step_cache.scaled(step_cache.DEFAULT, blocks), step_cache.DEFAULT
+    options = replace(options, decide_ahead=options.decide_ahead or args.cache_decide_ahead)
     step_cache.check(options, steps, blocks)
     chosen.cache = step_cache.forced(options, steps) if args.force_cache else options
     counts = of_large and (of_large.Fn_compute_blocks, of_large.Bn_compute_blocks)
