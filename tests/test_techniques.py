@@ -161,6 +161,8 @@ def test_a_preset_says_its_name_its_options_and_what_they_leave():
                     "TaylorSeer order 1, mask 1111110100010000100000100001")
     forced = decide(H100, "--cache_preset", "fast", "--force_cache", configs=DEV).decisions["step cache"].how
     assert forced.endswith("mask 1111110100010000100000100001, whatever the residuals")
+    ahead = decide(H100, "--cache_preset", "fast", "--cache_decide_ahead", configs=DEV).decisions["step cache"].how
+    assert ahead == said + ", decided a step ahead"
     small = DEV | {"transformer": DEV["transformer"] | {"num_layers": 3, "num_single_layers": 5}}
     said = decide(H100, "--cache_preset", "safe", configs=small).decisions["step cache"].how
     assert said.startswith("safe, at least 69%") and said.endswith("(F8B0 in proportion to 8 blocks)")
