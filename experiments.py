@@ -80,7 +80,8 @@ CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
     f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS} | {
     # cache_balanced's steps again, each decided by its residual, all of which pass: what deciding costs.
     "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"],
-    "cache_deciding_ahead": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml", "--cache_decide_ahead"]}
+    "cache_deciding_ahead": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml", "--cache_decide_ahead"],
+    "cache_taylorseer": [*QUICK, "--step_cache", "taylorseer"]}
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
@@ -149,6 +150,8 @@ TINY = {
     "cache_yaml": [*EAGER, *OFF, "--cache_dit_config", "cache_config.yaml"],
 } | {f"cache_{name}": [*EAGER, *OFF, "--cache_preset", name] for name in PRESETS} | {
     f"ahead_{name}": [*EAGER, *OFF, "--cache_preset", name, "--cache_decide_ahead"] for name in PRESETS} | {
+    f"taylorseer_{interval}": [*EAGER, *OFF, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
+    for interval in "234"} | {
     # 24, 20, 16 and 13 steps compute about the blocks that the presets compute of this model.
     f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {
     "all_defaults": QUICK,

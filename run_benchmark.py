@@ -54,7 +54,7 @@ def main():
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
     if args.kernels and args.device != "cuda":
         raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
-    caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config
+    caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config or args.step_cache
     if args.step_error and (caches or args.offload != "none"):
         raise RecipeError("--step_error calls the transformer by itself and needs it unquantised on the GPU: it does "
                           "not go with step caches and --offload.")

@@ -50,6 +50,7 @@ GROUPS = {
     "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
         "cache_deciding": "step cache, balanced, each step decided by its residual",
         "cache_deciding_ahead": "step cache, balanced, each step decided a step ahead",
+        "cache_taylorseer": "TaylorSeer over whole steps, every third computed",
         "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs"},
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
@@ -227,6 +228,9 @@ QUALITY = {
     "cache_extreme": CACHES["cache_extreme"],
     "ahead_extreme": CACHES["cache_extreme"] + ", decided a step ahead",
     "steps_13": "13 steps",
+    "taylorseer_2": "TaylorSeer over whole steps, every second computed",
+    "taylorseer_3": "TaylorSeer over whole steps, every third computed",
+    "taylorseer_4": "TaylorSeer over whole steps, every fourth computed",
     "unfused": "float8 row + FA3 fp8",
     "fused": "the same on fused kernels",
     "all_defaults": "all defaults",

@@ -194,6 +194,27 @@ def test_a_step_cache_over_graphs_is_the_cache_without_them(argv, tmp_path):
         assert diffs[0].keys() == diffs[1].keys() and diffs[0]
 
 
+def test_extrapolated_steps_over_one_graph(tmp_path):
+    """On 1 + 2 blocks of full width: the same images with and without the graph, and no step waits for the GPU."""
+    argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
+            "--num_inference_steps", "12", "--step_cache", "taylorseer", "--compile_export_mode", "compile",
+            "--cache-dir", str(tmp_path)]
+    found = []
+    for more in ([], ["--disable_cudagraphs"]):
+        args = create_parser().parse_args(argv + more)
+        pipeline = optimize(load_pipeline(args), args)
+        pipeline.transformer.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
+        pipeline.transformer.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"),
+                                                   always_call=True)
+        with recording_is_an_error():
+            repeats = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
+        assert torch.equal(*repeats) and step_cache.cached_steps(pipeline) == [6, 8, 9]
+        found.append(repeats[0])
+        if not more:
+            assert len(pipeline.transformer.module.recordings) == 1
+    assert relative(*found) < 0.01
+
+
 @pytest.mark.parametrize("offload, argv", [
     ("text", []),
     ("text", ["--text_encoder_quant", "--vae_tiling", "--cache_preset", "fast", "--num_inference_steps", "12"]),

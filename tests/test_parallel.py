@@ -61,6 +61,9 @@ CASES = {
     "trained, step cache, decided ahead": (dict(
         argv=[*DEV[:2], *FLOAT32, "--num_inference_steps", "10", "--cache_preset", "extreme", "--cache_decide_ahead",
               "--context_parallel", "ring"]), 1e-5),
+    "fused, extrapolated, negative prompt": (dict(
+        argv=[*DEV, *EAGER, "--num_inference_steps", "10", "--step_cache", "taylorseer", "--negative_prompt", "red",
+              "--true_cfg_scale", "2", "--context_parallel", "ulysses"], as_on_hopper=[*FUSED, "CUDA graphs"]), 0.015),
     "fused, step cache, batch, negative prompt": (dict(
         argv=[*DEV, *EAGER, "--num_inference_steps", "6", "--cache_dit_config", "CACHE", "--num_images_per_prompt", "2",
               "--negative_prompt", "red", "--true_cfg_scale", "2", "--context_parallel", "ulysses"],

@@ -168,6 +168,13 @@ def test_a_preset_says_its_name_its_options_and_what_they_leave():
     assert said.startswith("safe, at least 69%") and said.endswith("(F8B0 in proportion to 8 blocks)")
 
 
+def test_extrapolation_leaves_the_step_in_one_graph():
+    chosen = decide(H100, "--step_cache", "taylorseer", "--taylorseer_interval", "4", configs=DEV)
+    assert chosen.decisions["step cache"].how == ("TaylorSeer over whole steps, order 2, 12 of 28 computed: "
+                                                  "1111110100010001000100010001")
+    assert chosen.cache is None and chosen.decisions["CUDA graphs"].how.endswith(", step")
+
+
 def test_offload_switches_graphs_off():
     assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
     group = decide(H100, "--offload", "group", "--text_encoder_quant")

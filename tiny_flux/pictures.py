@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def prompts(count: int) -> tuple[list[str], list[judge.Wanted]]:
     return texts + [names[one.emoji] for one in wanted[count // 2:]], wanted
 
 
-def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
-    """One picture a prompt, as gen_image.py makes them, and what the record says of it."""
+def draw(args, texts: list[str], prepare: Callable = lambda pipeline: None) -> tuple[Drawn, dict]:
+    """One picture a prompt, as gen_image.py makes them after `prepare`, and what the record says of it."""
     pipeline = optimize(load_pipeline(args), args)
+    prepare(pipeline)
     images, latents, cached, compared, computed = [], [], [], [], []
     start = time.perf_counter()
     for i, text in enumerate(texts):

@@ -136,6 +136,12 @@ def create_parser() -> argparse.ArgumentParser:
                         "steps (lossy, the more so the fewer)")
     recipe.add_argument("--cache_dit_config", metavar="FILE",
                         help="step cache from a yaml file, such as cache_config.yaml (lossy)")
+    recipe.add_argument("--step_cache", choices=["taylorseer"],
+                        help="extrapolate the transformer's result in two steps of three, after six (lossy)")
+    recipe.add_argument("--taylorseer_interval", type=int, metavar="N",
+                        help="compute every N-th step: 3 (--step_cache taylorseer)")
+    recipe.add_argument("--taylorseer_order", type=int, metavar="N",
+                        help="extrapolate by a polynomial of this order: 2 (--step_cache taylorseer)")
     recipe.add_argument("--cache_decide_ahead", action="store_true",
                         help="the step cache decides by a residual that it predicts from those of the step before, and "
                         "does not wait for this step's")

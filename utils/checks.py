@@ -29,7 +29,7 @@ def check_args(args: argparse.Namespace) -> None:
                f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
                f"The nearest that works: {max(16, round((size or 0) / 16) * 16)}.")
     for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1),
-                        ("runs", 1), ("warmup", 0)):
+                        ("runs", 1), ("warmup", 0), ("taylorseer_interval", 2), ("taylorseer_order", 0)):
         value = getattr(args, name)
         refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
     refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed}: it must be from 0 to 2^63 - 1.")
@@ -75,14 +75,18 @@ def check_args(args: argparse.Namespace) -> None:
     caches = [flag for flag, given in (("--enable_cache_dit", args.enable_cache_dit),
                                        ("--cache_preset", args.cache_preset),
                                        ("--cache_dit_config", args.cache_dit_config)) if given]
-    refuse(len(caches) > 1, f"{' and '.join(caches)} are step caches of different options: give one of them.")
+    taylor = [f"--step_cache {args.step_cache}"] if args.step_cache else []
+    refuse(len(caches + taylor) > 1,
+           f"{' and '.join(caches + taylor)} are step caches of different options: give one of them.")
+    refuse(not taylor and (args.taylorseer_interval is not None or args.taylorseer_order is not None),
+           "--taylorseer_interval and --taylorseer_order are about --step_cache taylorseer: add it.")
     refuse(args.force_cache and not caches,
            "--force_cache is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
     refuse(args.cache_decide_ahead and not caches,
            "--cache_decide_ahead is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
     refuse(args.cache_decide_ahead and args.force_cache,
            "--force_cache caches whatever residuals say, --cache_decide_ahead decides by them: drop one of the two.")
-    refuse(args.offload == "model" and caches,
+    refuse(args.offload == "model" and (caches or taylor),
            "--offload model takes its hooks off after each image, and the step cache with them: use --offload text or "
            "--offload group.")
     refuse(args.compile_scope == "whole" and caches,

@@ -69,7 +69,7 @@ class InPlaceOf(torch.nn.Module):
     def __init__(self, module: torch.nn.Module):
         super().__init__()
         object.__setattr__(self, "module", module)
-        weight = next(chain(module.parameters(), module.buffers()))
+        weight = module if isinstance(module, InPlaceOf) else next(chain(module.parameters(), module.buffers()))
         self.device, self.dtype = weight.device, weight.dtype
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:

@@ -20,6 +20,7 @@ from utils.benchmark_utils import RecipeError, StageLog
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
 from utils.checks import images_per_call, moves_transformer, t5_stays
 from utils.cuda_graph import CUDAGraphed
+from utils.extrapolation import Extrapolated
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
@@ -186,6 +187,10 @@ def optimize(pipeline, args, log: StageLog | None = None):
         follow_schedule(pipeline)  # outside the graph
         if not chosen.context_parallel and (graphed or not chosen.cache):
             drop_unread(pipeline)
+    if chosen.extrapolation:  # around all that a computed step needs
+        pipeline.transformer = Extrapolated(pipeline.transformer, pipeline.scheduler,
+                                            chosen.extrapolation.mask(chosen.settings.num_inference_steps),
+                                            chosen.extrapolation.order)
     if chosen.is_on("GPU postprocess"):
         pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
         pipeline.image_processor.device = device

@@ -18,6 +18,7 @@ import yaml
 
 from utils.benchmark_utils import RecipeError
 from utils.decide_ahead import decide_ahead
+from utils.extrapolation import Extrapolated
 from utils.segments import Segmented
 
 
@@ -270,7 +271,9 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
 
 
 def cached_steps(pipeline) -> list[int]:
-    """The steps of the last image whose middle blocks were taken from the cache, from 0."""
+    """The steps of the last image whose middle blocks were taken from the cache, or that were extrapolated; from 0."""
+    if isinstance(pipeline.transformer, Extrapolated):
+        return list(pipeline.transformer.extrapolated)
     return [int(step) for step in _summary(pipeline).cached_steps]
 
 
@@ -278,12 +281,16 @@ def residual_diffs(pipeline) -> dict[int, float]:
     """How far the first blocks' residual was from the last computed step's, of each step of the last image in which
     that decided: mean |difference| over mean |residual|. Predicted, if it was decided ahead. With two calls a step, of
     the first."""
+    if isinstance(pipeline.transformer, Extrapolated):
+        return {}
     # Negative values stand for a comparison that was left out.
     return {int(step): value for step, value in _summary(pipeline).residual_diffs.items() if value >= 0}
 
 
 def last_image_steps(pipeline, steps: int) -> float:
     """The blocks computed for the last image, in steps that compute them all."""
+    if isinstance(pipeline.transformer, Extrapolated):
+        return steps - len(cached_steps(pipeline))
     blocks = len(pipeline.transformer.transformer_blocks) + len(pipeline.transformer.single_transformer_blocks)
     always = (pipeline.cache_options.Fn_compute_blocks + pipeline.cache_options.Bn_compute_blocks) / blocks
     return steps - len(cached_steps(pipeline)) * (1 - always)

@@ -22,6 +22,7 @@ from utils import attention, parallel, step_cache
 from utils.benchmark_utils import RecipeError
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 from utils.checks import images_per_call, moves_transformer, packages_asked_for, t5_stays, unpackaged_by_choice
+from utils.extrapolation import TaylorSeer
 
 GIB = 2**30
 OFFLOADS = {"none": "--offload not given", "text": "T5, layer by layer", "model": "one model at a time on the GPU",
@@ -58,6 +59,7 @@ class Plan:
     attention_backend: str = "native"
     quant: tuple[str, str] | None = None  # (float8 | int8, row | tensor)
     cache: step_cache.CacheOptions | None = None
+    extrapolation: TaylorSeer | None = None
     context_parallel: str | None = None  # ulysses | ring
     compile_mode: str = "disabled"  # export_aoti | compile | disabled
     decisions: dict[str, Decision] = field(default_factory=dict)
@@ -315,13 +317,23 @@ def _fusion_obstacle(hardware: Hardware, chosen: Plan, configs: dict) -> str | N
 
 
 def _choose_cache(args, configs: dict, chosen: Plan) -> None:
+    steps = chosen.settings.num_inference_steps
+    if args.step_cache:
+        given = {"interval": args.taylorseer_interval, "order": args.taylorseer_order}
+        chosen.extrapolation = TaylorSeer(**{name: value for name, value in given.items() if value is not None})
+        chosen.extrapolation.check(steps)
+        mask = chosen.extrapolation.mask(steps)
+        chosen.decisions["step cache"] = Decision(
+            True, f"TaylorSeer over whole steps, order {chosen.extrapolation.order}, {mask.count('1')} of {steps} "
+            f"computed: {mask}")
+        return
     if not (args.enable_cache_dit or args.cache_preset or args.cache_dit_config):
         chosen.decisions["step cache"] = Decision(False, "neither --cache_preset nor --enable_cache_dit given")
         return
     if find_spec("cache_dit") is None:
         raise RecipeError("the step cache needs cache-dit: pip install cache-dit==1.5.3")
     blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
-    steps, name, of_large = chosen.settings.num_inference_steps, "", None
+    name, of_large = "", None
     if args.cache_dit_config:
         options = step_cache.from_yaml(args.cache_dit_config)
     elif args.cache_preset:

@@ -1,0 +1,86 @@
+"""Steps extrapolated around the transformer, against diffusers' TaylorSeerCache, which does it inside each block."""
+
+import pytest
+import torch
+from diffusers import TaylorSeerCacheConfig
+
+from utils import step_cache
+from utils.extrapolation import WARM_UP, Extrapolated, TaylorSeer
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+
+STEPS = 14
+EAGER = ["--compile_export_mode", "disabled", "--disable_quant", "--disable_bf16", "--disable_fused_projections",
+         "--disable_channels_last"]
+
+
+def latents(pipeline, args, **kwargs):
+    return pipeline(**call_kwargs(pipeline, args, **kwargs), output_type="latent").images
+
+
+@pytest.fixture
+def load(make_args):
+    def make(*argv):
+        args = make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", str(STEPS), *EAGER, *argv)
+        return load_pipeline(args), args
+    return make
+
+
+@pytest.mark.parametrize("interval, order, argv", [
+    (2, 1, []), (3, 2, []), (4, 3, ["--num_images_per_prompt", "2"]), (3, 0, []),
+    (3, 2, ["--negative_prompt", "red", "--true_cfg_scale", "2"])])
+def test_the_images_are_those_of_diffusers_taylorseer(load, interval, order, argv):
+    theirs, args = load(*argv)
+    plain = latents(theirs, args)
+    theirs.transformer.enable_cache(TaylorSeerCacheConfig(
+        cache_interval=interval, max_order=order, disable_cache_before_step=WARM_UP,
+        disable_cache_after_step=STEPS - 1, use_lite_mode=True, taylor_factors_dtype=torch.float32))
+    ran = []
+    theirs.transformer.single_transformer_blocks[2].proj_mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    expected = latents(theirs, args)
+
+    pipeline, args = load("--step_cache", "taylorseer", "--taylorseer_interval", str(interval), "--taylorseer_order",
+                          str(order), *argv)
+    pipeline = optimize(pipeline, args)
+    assert isinstance(pipeline.transformer, Extrapolated)
+    found = latents(pipeline, args)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-3
+
+    mask = TaylorSeer(interval, order).mask(STEPS)
+    assert len(ran) == mask.count("1") * (2 if "--true_cfg_scale" in argv else 1)
+    skipped = [step for step in range(STEPS) if mask[step] == "0"]
+    assert step_cache.cached_steps(pipeline) == skipped and step_cache.residual_diffs(pipeline) == {}
+    assert step_cache.last_image_steps(pipeline, STEPS) == mask.count("1")
+    assert step_cache.last_image(pipeline, STEPS).startswith(f"cached {len(skipped)} of {STEPS} steps: ")
+
+
+def test_only_the_computed_steps_reach_the_transformer(load):
+    pipeline, args = load("--step_cache", "taylorseer")
+    transformer, ran = pipeline.transformer, []
+    transformer.register_forward_pre_hook(lambda *_: ran.append(pipeline.scheduler.step_index or 0))
+    latents(optimize(pipeline, args), args)
+    assert ran == [0, 1, 2, 3, 4, 5, 7, 10, 13]
+
+
+@pytest.mark.parametrize("argv", [[], ["--negative_prompt", "red", "--true_cfg_scale", "2"]], ids=" ".join)
+@pytest.mark.parametrize("stops_at", [0, 4, 9])
+def test_an_image_that_was_broken_off_does_not_reach_the_next(load, argv, stops_at):
+    pipeline, args = load("--step_cache", "taylorseer", *argv)
+    pipeline = optimize(pipeline, args)
+    expected = latents(pipeline, args)
+
+    def stop(pipeline, step, *_):
+        if step == stops_at:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(**call_kwargs(pipeline, args, prompt="another", seed=7), callback_on_step_end=stop)
+    assert torch.equal(latents(pipeline, args), expected)
+    assert not torch.equal(latents(pipeline, args, seed=7), expected)
+    assert len(pipeline.transformer.series) <= 2
+
+
+def test_the_schedule_of_28_steps():
+    assert [TaylorSeer(interval).mask(28).count("1") for interval in (2, 3, 4, 5)] == [17, 14, 12, 11]
+    assert TaylorSeer().mask(28) == "1111110100100100100100100101"
