@@ -1,5 +1,7 @@
 """Steps extrapolated around the transformer, against diffusers' TaylorSeerCache, which does it inside each block."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
@@ -84,3 +86,38 @@ def test_an_image_that_was_broken_off_does_not_reach_the_next(load, argv, stops_
 def test_the_schedule_of_28_steps():
     assert [TaylorSeer(interval).mask(28).count("1") for interval in (2, 3, 4, 5)] == [17, 14, 12, 11]
     assert TaylorSeer().mask(28) == "1111110100100100100100100101"
+
+
+class Cube(torch.nn.Module):
+    """Gives (B, 1): the step to the power of three, plus what it is called with."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.scheduler, self.weight = scheduler, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        return hidden_states + float(self.scheduler.step_index or 0) ** 3,
+
+
+def steps_of(mask, order, prompts):
+    """What each call gives in each step, with the prompts of the steps, one or two of each."""
+    scheduler = SimpleNamespace(step_index=None)
+    transformer, found = Extrapolated(Cube(scheduler), scheduler, mask, order), []
+    for step, given in enumerate(prompts):
+        scheduler.step_index = step or None
+        found.append([transformer(hidden_states=torch.zeros(1, 1), encoder_hidden_states=prompt)[0].item()
+                      for prompt in given])
+    return found, transformer.extrapolated
+
+
+def test_the_formula():
+    one, other = torch.zeros(1), torch.ones(1)
+    found, extrapolated = steps_of("1110010", 2, [[one]] * 7)
+    # At step 2: 8, first difference 7, difference of first differences 6. At 5: 125, then (125 - 8) / 3 and so on.
+    expected = [0, 1, 8, 8 + 7 + 6 / 2, 8 + 2 * 7 + 4 * 6 / 2, 125, 125 + 39 + (39 - 7) / 3 / 2]
+    assert [value for value, in found] == pytest.approx(expected) and extrapolated == [3, 4, 6]
+    # The same prompt twice a step is the same call; a prompt that comes later has to be computed first.
+    assert steps_of("1110010", 2, [[one, one]] * 7) == ([[value, value] for value in map(pytest.approx, expected)],
+                                                        [3, 4, 6])
+    found, _ = steps_of("1110010", 2, [[one]] * 3 + [[other]] * 4)
+    assert [value for value, in found] == pytest.approx([0, 1, 8, 27, 27, 125, 125 + 49])

@@ -48,7 +48,7 @@ class Extrapolated(InPlaceOf):
     Args:
         transformer: called by keywords, with `return_dict=False`, as FLUX's pipelines do.
         scheduler: the pipeline's.
-        mask: 1 for a step to compute, which the first has to be; steps beyond it are computed.
+        mask: 1 for a step to compute. Also computed are steps beyond it, and those of a prompt that is not known yet.
         order: of the polynomial, at most: fewer as long as not enough steps have been computed.
     """
 
@@ -64,8 +64,8 @@ class Extrapolated(InPlaceOf):
             if last:
                 self.series.clear()
             self.series[call], self.extrapolated = _Series(self.order), []
-        series = self.series[call]
-        if self.mask[step:step + 1] == "0":
+        series = self.series.setdefault(call, _Series(self.order))
+        if self.mask[step:step + 1] == "0" and series.factors:
             if step not in self.extrapolated:  # by the first of two calls
                 self.extrapolated.append(step)
             return series.at(step),
@@ -82,6 +82,8 @@ class _Series:
         self.order, self.step, self.factors = order, 0, []
 
     def add(self, step: int, sample: Tensor) -> None:
+        if self.factors and step == self.step:  # a negative prompt that is the prompt: the same result once more
+            return
         factors = [sample.float()]
         for before in self.factors[:self.order]:
             factors.append((factors[-1] - before) / (step - self.step))
