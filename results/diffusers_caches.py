@@ -3,9 +3,9 @@
     python results/diffusers_caches.py cpu    # a quarter of an hour on two cores
 
 The prompts, seeds and reference (eager bf16) of `tiny_flux.pictures`, 28 steps, to be read beside the rows of
-results/NAME/tiny. Each cache at settings that compute from about 24 to 12 steps' worth of the blocks, as the presets of
-utils/step_cache.py do of this model. MagCache's ratios are of the checkpoint: they are taken by its own calibration,
-from prompts that are not among those that count.
+results/NAME/tiny. Each cache at several settings, which compute 10 to 22 steps' worth of the blocks; MagCache and
+TaylorSeer warm up for as many steps as utils/extrapolation.py, FirstBlockCache knows no warm-up. MagCache's ratios are
+of the checkpoint: they are taken by its own calibration, from prompts that are not among those that count.
 """
 
 import ast
@@ -26,19 +26,21 @@ sys.path.insert(0, str(ROOT))
 from experiments import EAGER, OFF  # noqa: E402
 from tiny_flux import pictures  # noqa: E402
 from utils.benchmark_utils import create_parser, environment, write_json  # noqa: E402
+from utils.extrapolation import WARM_UP  # noqa: E402
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize  # noqa: E402
 
 STEPS, COUNT, CALIBRATED_ON = 28, 100, 10
 
 
 def settings(ratios: list[float]) -> dict[str, object]:
-    """{name: what `enable_cache` takes}, in each cache's own terms. Warm-ups are those of the presets: six steps."""
-    taylor = {"disable_cache_before_step": 6, "disable_cache_after_step": STEPS - 1, "use_lite_mode": True,
+    """{name: what `enable_cache` takes}, in each cache's own terms."""
+    taylor = {"disable_cache_before_step": WARM_UP, "disable_cache_after_step": STEPS - 1, "use_lite_mode": True,
               "taylor_factors_dtype": torch.float32}
     return (
         {f"FirstBlockCache, threshold {x}": FirstBlockCacheConfig(threshold=x) for x in (0.08, 0.12, 0.16, 0.2)}
         | {f"MagCache, threshold {x}, at most {most} in a row":
-           MagCacheConfig(threshold=x, max_skip_steps=most, num_inference_steps=STEPS, mag_ratios=ratios)
+           MagCacheConfig(threshold=x, max_skip_steps=most, retention_ratio=WARM_UP / STEPS, num_inference_steps=STEPS,
+                          mag_ratios=ratios)
            for x, most in ((0.06, 1), (0.06, 3), (0.24, 3), (0.5, 5))}
         | {f"TaylorSeer, order {order}, every {interval} steps":
            TaylorSeerCacheConfig(cache_interval=interval, max_order=order, **taylor)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
+from PIL import Image
 
 from utils import step_cache
 from utils.extrapolation import WARM_UP, Extrapolated, TaylorSeer
@@ -86,6 +87,22 @@ def test_an_image_that_was_broken_off_does_not_reach_the_next(load, argv, stops_
 def test_the_schedule_of_28_steps():
     assert [TaylorSeer(interval).mask(28).count("1") for interval in (2, 3, 4, 5)] == [17, 14, 12, 11]
     assert TaylorSeer().mask(28) == "1111110100100100100100100101"
+
+
+def test_kontext_with_two_calls_a_step(make_args, tmp_path):
+    """Its pipeline names no call. With the prompt as the negative one guidance changes nothing, and the image is that
+    of one call a step, which plain steps do not make."""
+    Image.effect_noise((128, 128), 64).convert("RGB").save(tmp_path / "x.png")
+    found = []
+    for more in ([], ["--negative_prompt", "make it red", "--true_cfg_scale", "2"], None):
+        args = make_args("--ckpt", "tiny-kontext", "--image", str(tmp_path / "x.png"), "--prompt", "make it red",
+                         "--num_inference_steps", str(STEPS), *EAGER,
+                         *(["--step_cache", "taylorseer", *more] if more is not None else []))
+        pipeline = optimize(load_pipeline(args), args)
+        found.append(latents(pipeline, args))
+        assert more is None or step_cache.cached_steps(pipeline) == [6, 8, 9, 11, 12]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert (found[0] - found[2]).abs().max() > 1e-3
 
 
 class Cube(torch.nn.Module):
