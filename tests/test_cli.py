@@ -168,6 +168,7 @@ def test_an_error_is_one_paragraph_and_exit_code_2(script, tmp_path):
     (["--package-from", "x", "--offload", "group"], "--package-from does not go with --offload group"),
     (["--compile_scope", "whole", "--offload", "group"], "--compile_scope blocks"),
     (["--enable_cache_dit", "--offload", "model"], "--offload text or --offload group"),
+    (["--step_cache", "taylorseer", "--offload", "model"], "--offload text or --offload group"),
 ])
 def test_pairs_refused_on_a_gpu(make_args, monkeypatch, argv, text):
     monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)
