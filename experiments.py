@@ -122,8 +122,9 @@ AFTER = {"start_compile_again": "start_compile", "start_packages": "start_export
 # One image on several GPUs, under torchrun.
 GPUS = {f"gpus_{kind}": [*QUICK, "--context_parallel", kind.partition("_")[2]]
         for kind in ("2_ulysses", "2_ring", "4_ulysses")}
-CACHED_GPUS = {f"gpus_{count}_balanced": [*QUICK, "--context_parallel", "auto", "--force_cache", "--cache_preset",
-                                          "balanced"] for count in (2, 4)}
+CACHED_GPUS = {f"gpus_{count}_{name}": [*QUICK, "--context_parallel", "auto", *flags] for name, flags in (
+    ("balanced", ["--force_cache", "--cache_preset", "balanced"]), ("taylorseer", ["--step_cache", "taylorseer"]))
+    for count in (2, 4)}
 
 # tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
 # that matters, and what all else is worth nothing beyond.
