@@ -81,7 +81,9 @@ CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
     # cache_balanced's steps again, each decided by its residual, all of which pass: what deciding costs.
     "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"],
     "cache_deciding_ahead": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml", "--cache_decide_ahead"],
-    "cache_taylorseer": [*QUICK, "--step_cache", "taylorseer"]}
+    "cache_taylorseer": [*QUICK, "--step_cache", "taylorseer"]} | {
+    f"cache_taylorseer_{interval}": [*QUICK, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
+    for interval in "24"}
 # The first of each is 6_float8 again: how far apart two processes of the same recipe are.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]

@@ -50,7 +50,9 @@ GROUPS = {
     "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
         "cache_deciding": "step cache, balanced, each step decided by its residual",
         "cache_deciding_ahead": "step cache, balanced, each step decided a step ahead",
+        "cache_taylorseer_2": "TaylorSeer over whole steps, every second computed",
         "cache_taylorseer": "TaylorSeer over whole steps, every third computed",
+        "cache_taylorseer_4": "TaylorSeer over whole steps, every fourth computed",
         "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs",
         "gpus_2_taylorseer": "TaylorSeer, two GPUs", "gpus_4_taylorseer": "TaylorSeer, four GPUs"},
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
