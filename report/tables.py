@@ -89,9 +89,10 @@ GLANCE = {
     "schnell": ("schnell, 4 steps", {"8_fused": "every step"}),
     "dev": ("dev, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
                               "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`",
-                              "cache_fast": "step cache `fast`"}),
+                              "cache_taylorseer": "step cache `taylorseer`", "cache_fast": "step cache `fast`"}),
     "kontext": ("Kontext, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
-                                      "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`"}),
+                                      "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`",
+                                      "cache_taylorseer": "step cache `taylorseer`"}),
 }
 
 
