@@ -92,7 +92,8 @@ def test_rows_are_picked_by_pattern():
     assert experiments.choose(["dev"], ["cache_*", "1_eager"]) == [
         ("dev", "1_eager"), ("dev", "cache_default"), ("dev", "cache_safe"), ("dev", "cache_balanced"),
         ("dev", "cache_fast"), ("dev", "cache_extreme"), ("dev", "cache_deciding"),
-        ("dev", "cache_deciding_ahead"), ("dev", "cache_taylorseer")]
+        ("dev", "cache_deciding_ahead"), ("dev", "cache_taylorseer"), ("dev", "cache_taylorseer_2"),
+        ("dev", "cache_taylorseer_4")]
 
 
 FINE = "import json, sys; json.dump({'seconds': {'median': 0.5}}, open(sys.argv[1], 'w'))"
