@@ -31,6 +31,8 @@ NAMES = {
 }
 
 CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}
+TAYLORSEER = {interval: f"TaylorSeer over whole steps, every {which} computed"
+              for interval, which in ((2, "second"), (3, "third"), (4, "fourth"))}
 
 # Rows beside the ladder, each group after what it is compared with.
 FULL = {"8_fused": "default"}
@@ -50,9 +52,7 @@ GROUPS = {
     "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
         "cache_deciding": "step cache, balanced, each step decided by its residual",
         "cache_deciding_ahead": "step cache, balanced, each step decided a step ahead",
-        "cache_taylorseer_2": "TaylorSeer over whole steps, every second computed",
-        "cache_taylorseer": "TaylorSeer over whole steps, every third computed",
-        "cache_taylorseer_4": "TaylorSeer over whole steps, every fourth computed",
+        "cache_taylorseer_2": TAYLORSEER[2], "cache_taylorseer": TAYLORSEER[3], "cache_taylorseer_4": TAYLORSEER[4],
         "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs",
         "gpus_2_taylorseer": "TaylorSeer, two GPUs", "gpus_4_taylorseer": "TaylorSeer, four GPUs"},
     "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
@@ -232,9 +232,9 @@ QUALITY = {
     "cache_extreme": CACHES["cache_extreme"],
     "ahead_extreme": CACHES["cache_extreme"] + ", decided a step ahead",
     "steps_13": "13 steps",
-    "taylorseer_2": "TaylorSeer over whole steps, every second computed",
-    "taylorseer_3": "TaylorSeer over whole steps, every third computed",
-    "taylorseer_4": "TaylorSeer over whole steps, every fourth computed",
+    "taylorseer_2": TAYLORSEER[2],
+    "taylorseer_3": TAYLORSEER[3],
+    "taylorseer_4": TAYLORSEER[4],
     "unfused": "float8 row + FA3 fp8",
     "fused": "the same on fused kernels",
     "all_defaults": "all defaults",
