@@ -118,6 +118,7 @@ def main():
                                 cached=pipeline.techniques["step cache"].on),
         "step_kernels": kernels, "cold_start_s": log.seconds,
         "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
+        "fp8_check": pipeline.fp8_check,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
         "residual_diffs": step_cache.residual_diffs(pipeline) if pipeline.techniques["step cache"].on else None,
         "image_std": float(np.asarray(image).std()),

@@ -281,7 +281,7 @@ def judge_table(machine: str) -> str:
 
 
 # What a kernel's name begins with or holds.
-KINDS = {"matrix products": ("nvjet", "_product_kernel"), "attention": ("flash::",)}
+KINDS = {"matrix products": ("nvjet", "_gemm_kernel", "_product_kernel"), "attention": ("flash::",)}
 
 
 def kernel_table(where: str) -> str:
@@ -303,10 +303,10 @@ def _kind(name: str) -> str:
     return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "everything else")
 
 
-# The product of the same shape in results/kernels.py's `alternative` rows.
-PRODUCTS = {"qkv_product": "qkv", "gelu_product": "up",
-            "products, out": "single out", "products, attention's out": "attention's out",
-            "products, MLP's down": "down"}
+# The GEMM of the same shape in results/kernels.py's `alternative` rows. Records of older commits say product.
+GEMMS = {"qkv_gemm": "qkv", "gelu_gemm": "up", "fp8_gemm, out": "single out",
+         "fp8_gemm, attention's out": "attention's out", "fp8_gemm, MLP's down": "down"}
+GEMMS |= {name.replace("fp8_gemm", "products").replace("_gemm", "_product"): shape for name, shape in GEMMS.items()}
 
 
 def roofline_table(where: str) -> str:
@@ -324,8 +324,8 @@ def roofline_table(where: str) -> str:
         work = f"{row['tflops_per_s']:.0f}" if row["flops"] else "–"
         load = row.get("sustained")
         loaded = f"{load['ms']:.3f} | {load['sm_clock_mhz']:.0f}" if load else "– | –"
-        product = PRODUCTS.get(row["kernel"])
-        others = [cublas[f"{kind}:{product}"] for kind in ("tensor", "row")] if product else []
+        gemm = GEMMS.get(row["kernel"])
+        others = [cublas[f"{kind}:{gemm}"] for kind in ("tensor", "row")] if gemm else []
         other, other_loaded = (", ".join(f"{one['ms']:.3f}" for one in found) or "–" for found in (
             others, [one["sustained"] for one in others if "sustained" in one]))
         lines.append(f"| {row['kernel']} | {row['block']} | {row['ms']:.3f} | {work} | {row['tbytes_per_s']:.2f} | "

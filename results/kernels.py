@@ -34,33 +34,32 @@ def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, devic
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device)
 
-    def weight(rows, columns):
+    def weights(rows, columns):
         return *fused_kernels.quantize_rows(0.02 * normal(rows, columns)), (0.1 * normal(rows)).bfloat16()
-
-    def by_tensor(rows, columns):
-        value = 0.02 * normal(rows, columns)
-        scale = value.abs().amax() / fused_kernels.E4M3_MAX
-        return (value / scale).to(fused_kernels.E4M3), scale, (0.1 * normal(rows)).bfloat16()
 
     tokens = text + image
     x, x_scale = fused_kernels.quantize_rows(normal(1, tokens, width))
+    lengths = x_scale * x.float().norm(dim=-1)
     angle = 6 * normal(tokens, width // heads // 2)
-    table = (0.3 * normal(1, 12 * width + 16)).bfloat16()  # 16: as aligned as the real one
-    table[:, 12 * width:] = 100
+    table = 0.3 * normal(1, 12 * width)
+    for scale in (1, 4, 7, 10):
+        table[:, scale * width:(scale + 1) * width] += 1
     return {
         "text": normal(1, text, width).bfloat16(), "image": normal(1, image, width).bfloat16(),
-        "y": normal(1, tokens, width).bfloat16(), "table": table,
-        "offsets": torch.tensor([0, 6 * width, 12 * width, 12 * width + 2], device=device),
+        "y": normal(1, tokens, width).bfloat16(), "y_scale": 1 + 0.1 * normal(1, tokens),
+        "bias": normal(2, width).bfloat16(), "table": table.bfloat16(),
+        "offsets": torch.tensor([0, 6 * width], device=device),
         "gates": torch.tensor([2 * width, 8 * width], device=device),
-        "bounds": torch.full((2, 2 + 2 * heads), 1.1, device=device),
+        # |w| of random weights, so that scales are what they are in a block.
+        "bounds": torch.full((2, 2 + 2 * heads), 0.02 * width**0.5, device=device),
         "qk_scale": torch.tensor([0.03, 0.03], device=device),
-        "x": x, "x_scale": x_scale, "cos": angle.cos().half(), "sin": angle.sin().half(),
+        "x": x, "x_scale": x_scale, "lengths": lengths, "cos": angle.cos().half(), "sin": angle.sin().half(),
+        "scale": 0.02 * width**0.5 * (1 + lengths) / fused_kernels.E4M3_MAX,
+        "columns": torch.exp2(0.5 * normal(2 * mlp)), "one": torch.ones((), device=device),
         "norms": torch.ones(2, 3, width // heads, device=device),
         "descale": torch.full((1, 3, heads), 0.03, device=device),
-        "scales": torch.full((3, 4), 0.02, device=device),
-        "qkv": [weight(3 * width, width) for _ in range(2)], "up": [weight(mlp, width) for _ in range(2)],
-        "out": [by_tensor(width, width) for _ in range(2)], "down": [by_tensor(width, mlp) for _ in range(2)],
-        "single out": by_tensor(width, width + mlp),
+        "qkv": weights(6 * width, width), "up": weights(2 * mlp, width), "attention's out": weights(2 * width, width),
+        "down": weights(2 * width, mlp), "single out": weights(width, width + mlp),
         "hidden": fused_kernels.quantize_rows(normal(1, tokens, mlp))[0],
         "wide": fused_kernels.quantize_rows(normal(1, tokens, width + mlp))[0],
         "q": fused_kernels.quantize_rows(normal(3, 1, tokens, heads, width // heads))[0],
@@ -68,77 +67,68 @@ def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, devic
 
 
 def calls(given: dict) -> list[dict]:
-    """Every kernel: its name, the block that it is of, the call, FLOPs and least bytes, and its reference's call."""
-    k, text, image, x = fused_kernels, given["text"], given["image"], given["x"]
-    tokens, width, mlp = x.shape[1], x.shape[2], given["hidden"].shape[2]
-    t = text.shape[1]
-    common = given["table"], given["offsets"], given["bounds"], given["qk_scale"]
-    rope = given["cos"], given["sin"], given["descale"]
-
-    def stacked(name, streams):
-        return [torch.cat(parts) for parts in zip(*given[name][-streams:], strict=True)]
-
-    def lists(name, streams):
-        return [list(parts) for parts in zip(*given[name][-streams:], strict=True)]
-
+    """Every kernel: its name, the block that it is of, the call, FLOPs and least bytes, and its reference's call. Calls
+    give lists of results, `hidden` with them where it is written into."""
+    k, x, hidden, wide = fused_kernels, given["x"], given["hidden"], given["wide"]
+    both, rope = (given["text"], given["image"]), (given["cos"], given["sin"], given["qk_scale"])
+    modulation = given["table"], given["offsets"], given["bounds"]
+    t, width, mlp, plane = given["text"].shape[1], x.shape[2], hidden.shape[2], x.numel()
     found = []
 
-    def add(name, block, op, args, flops, size, room=0):
-        found.append({"kernel": name, "block": block, "call": lambda: shown(op(*args), room), "flops": flops,
-                      "bytes": size, "reference": lambda: shown(getattr(k, f"{op._name}_reference")(*args), room)})
+    def results(function, args, named):
+        made = function(*args, **named)
+        made = made if isinstance(made, tuple) else () if made is None else (made,)
+        return [*made, *(named[name] for name in named if name == "hidden")]
 
-    def shown(result, room):
-        return result[..., room:] if room else result
+    def add(name, block, op, args, flops, size, **named):
+        if "hidden" in named:
+            named["hidden"] = torch.zeros_like(named["hidden"])
+        reference = getattr(k, f"{op._name}_reference")
+        again = {name: x.clone() if name == "hidden" else x for name, x in named.items()}
+        found.append({"kernel": name, "block": block, "flops": flops, "bytes": size,
+                      "call": lambda: results(op, args, named), "reference": lambda: results(reference, args, again)})
 
-    plane = tokens * width
+    def product(name, block, x, w, streams):
+        add(f"fp8_gemm, {name}", block, k.fp8_gemm, (x, w, given["one"], t, streams), 2 * plane * x.shape[2],
+            x.numel() + 2 * plane + w.numel())
+
     for block, streams in (("single", 1), ("double", 2)):
-        joint = streams == 1
-        if joint:
-            add("residual_adaln", block, k.residual_adaln,
-                (text, image, given["y"], given["gates"], *common, 0, 1, 0, joint), 0, 7 * plane)
+        qkv, up = ([part[-streams * rows:] for part in given[name]] for name, rows in (("qkv", 3 * width), ("up", mlp)))
+        deferred = given["y"], given["y_scale"], given["bias"][:streams].expand(2, -1), given["gates"]
+        if block == "single":
+            add("residual_adaln", block, k.residual_adaln, (*both, *deferred, *modulation, 0, 1), 0, 7 * plane)
         else:
-            add("adaln", block, k.adaln, (text, image, *common, 0, 1, 0, joint), 0, 3 * plane)
-        qkv = stacked("qkv", streams)
-        add("qkv_product", block, k.qkv_product,
-            (x, given["x_scale"], *qkv, given["norms"][-streams:], *rope, t, streams),
+            add("adaln", block, k.adaln, (*both, *modulation, 0, 1), 0, 3 * plane)
+        add("qkv_gemm", block, k.qkv_gemm,
+            (x, given["x_scale"], *qkv, given["norms"][-streams:], *rope, given["lengths"], modulation[2], t, streams),
             6 * plane * width, 4 * plane + qkv[0].numel())
-        up = stacked("up", streams)
-        if joint:
-            add("gelu_product", block, k.gelu_product, (x, given["x_scale"], *up, given["scales"], 0, 1, width),
-                2 * plane * mlp, plane + tokens * mlp + up[0].numel(), room=width)
-            out = [[part] for part in given["single out"]]
-            add("products, out", block, k.products, (given["wide"], given["scales"], [0], *out, 0),
-                2 * plane * (width + mlp), 3 * plane + tokens * mlp + out[0][0].numel())
+        if block == "single":
+            add("place_attention", block, k.place_attention, (given["y"], given["scale"]), 0, 3 * plane, hidden=wide)
         else:
-            add("cast_attention", block, k.cast_attention, (given["y"], given["scales"]), 0, 3 * plane)
-            add("products, attention's out", block, k.products,
-                (x, given["scales"], [0, 0], *lists("out", 2), t), 2 * plane * width, 3 * plane + 2 * width**2)
-            add("residual_adaln", block, k.residual_adaln,
-                (text, image, given["y"], given["gates"], *common, 3, 4, 1, joint), 0, 7 * plane)
-            add("gelu_product", block, k.gelu_product, (x, given["x_scale"], *up, given["scales"], t, 2, 0),
-                2 * plane * mlp, plane + tokens * mlp + up[0].numel())
-            add("products, MLP's down", block, k.products,
-                (given["hidden"], given["scales"], [1, 2], *lists("down", 2), t), 2 * plane * mlp,
-                2 * plane + tokens * mlp + 2 * width * mlp)
-        add("gated_residual", block, k.gated_residual, (text, image, given["y"], given["gates"], given["table"]), 0,
-            6 * plane)
-    attended, hidden = (given["y"], given["scales"]), [torch.zeros_like(given["wide"]) for _ in range(2)]
-    found.append({"kernel": "place_attention", "block": "single", "flops": 0, "bytes": 3 * plane,
-                  "call": lambda: k.place_attention(*attended, hidden[0]) or hidden[0],
-                  "reference": lambda: k.place_attention_reference(*attended, hidden[1]) or hidden[1]})
+            add("cast_attention", block, k.cast_attention, (given["y"],), 0, 3 * plane)
+            product("attention's out", block, x, given["attention's out"][0], 2)
+            add("residual_adaln", block, k.residual_adaln, (*both, *deferred, *modulation, 3, 4), 0, 7 * plane)
+        add("gelu_gemm", block, k.gelu_gemm,
+            (x, given["x_scale"], *up, given["columns"][-streams * mlp:], given["scale"]), 2 * plane * mlp,
+            plane + hidden.numel() + up[0].numel(), hidden=wide if block == "single" else hidden, text_tokens=t,
+            streams=streams)
+        if block == "single":
+            product("out", block, wide, given["single out"][0], 1)
+        else:
+            product("MLP's down", block, hidden, given["down"][0], 2)
+        add("gated_residual", block, k.gated_residual, (*both, *deferred, given["table"]), 0, 6 * plane)
     q, key, v = given["q"]
     descale = given["descale"].unbind(1)
-    found.append({"kernel": "attention", "block": "both", "flops": 4 * tokens * plane, "bytes": 5 * plane,
-                  "call": lambda: attention.attention(q, key, v, *descale, "fa3"),
-                  "reference": lambda: attention.reference_attention(q, key, v, *descale)})
+    found.append({"kernel": "attention", "block": "both", "flops": 4 * x.shape[1] * plane, "bytes": 5 * plane,
+                  "call": lambda: [attention.attention(q, key, v, *descale, "fa3")],
+                  "reference": lambda: [attention.reference_attention(q, key, v, *descale)]})
     return found
 
 
 def alternatives(given: dict) -> list[dict]:
-    """cuBLAS' products of the same shapes, by row and by tensor, with bf16 results and nothing besides."""
-    rows, one = given["x"].shape[1], torch.ones((), device=given["x"].device)
-    shapes = {"qkv": ("x", given["qkv"][0]), "up": ("x", given["up"][0]), "down": ("hidden", given["down"][0]),
-              "attention's out": ("x", given["out"][0]), "single out": ("wide", given["single out"])}
+    """cuBLAS' products of the same shapes, by row and by tensor, with a bias, bf16 results and nothing besides."""
+    rows, one = given["x"].shape[1], given["one"]
+    shapes = {"qkv": "x", "up": "x", "down": "hidden", "attention's out": "x", "single out": "wide"}
     found = []
 
     def add(name, kind, x, w, scales, bias):
@@ -148,8 +138,10 @@ def alternatives(given: dict) -> list[dict]:
             "call": lambda: torch._scaled_mm(x, w.t(), *scales, bias=bias, out_dtype=torch.bfloat16,
                                              use_fast_accum=True)})
 
-    for name, (x, (w, _, bias)) in shapes.items():
-        x = given[x].flatten(0, 1)
+    for name, x in shapes.items():
+        x, (w, _, bias) = given[x].flatten(0, 1), given[name]
+        if name != "single out":
+            w, bias = w.chunk(2)[1], bias.chunk(2)[1]  # the image's
         add(name, "tensor", x, w, (one, one), bias)
         add(name, "row", x, w, (one.expand(rows, 1).contiguous(), one.expand(1, len(w)).contiguous()), bias)
     return found
@@ -159,9 +151,7 @@ def error_of(call: dict) -> float | None:
     """The largest relative error of any of a kernel's results against the reference's, in float32."""
     if call["reference"] is None:
         return None
-    found, expected = ([x[:, :1] if x.shape == (3, 4) else x for x in (part if isinstance(part, tuple) else (part,))]
-                       for part in (call["call"](), call["reference"]()))
-    return max(relative_error(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+    return max(relative_error(a.float(), b.float()) for a, b in zip(call["call"](), call["reference"](), strict=True))
 
 
 def under_load(call, calls: int = 20) -> dict:

@@ -41,17 +41,21 @@ class Case:
         self.B, self.T, self.tokens, self.D, self.heads, self.mlp = (*shape[:2], shape[1] + shape[2], *shape[3:])
         self.generator = torch.Generator().manual_seed(seed)
         self.text, self.image = 3 * self.normal(self.B, self.T, self.D), self.normal(self.B, shape[2], self.D)
-        self.text, self.image = self.text.bfloat16(), self.image.bfloat16()
         self.image[0, 0] = 0
         self.image[0, 1, 5] = 3000
-        self.y = self.normal(self.B, self.tokens, self.D).bfloat16()
+        self.image[0, 2, 5] = -1e5  # more than fp16 holds
+        self.text, self.image = kernels.to_stream(self.text), kernels.to_stream(self.image)
+        self.y = (100 * self.normal(self.B, self.tokens, self.D)).bfloat16()
+        self.y_scale = 0.01 * 4 ** self.normal(self.B, self.tokens)
+        self.bias = (10 * self.normal(2, self.D)).bfloat16()
         self.table = (0.3 * self.normal(self.B, 12 * self.D + 4)).bfloat16()
-        self.table[:, -4:] = (20 * self.normal(self.B, 4).abs()).bfloat16()
-        self.offsets = torch.tensor([0, 6 * self.D, 12 * self.D, 12 * self.D + 2])
+        for part in (1, 4, 7, 10):
+            self.table[:, part * self.D:(part + 1) * self.D] += 1
+        self.offsets, self.gates = torch.tensor([0, 6 * self.D]), torch.tensor([2, 8]) * self.D
         self.bounds = self.normal(2, 2 + 2 * self.heads).abs()
         self.qk_scale = torch.tensor([0.03, 0.05])
         self.x, self.x_scale = kernels.quantize_rows(self.normal(self.B, self.tokens, self.D))
-        self.scales = torch.tensor([0.02, 0.03, 0.04])[:, None].repeat(1, 4)
+        self.scale = 0.02 * 4 ** self.normal(self.B, self.tokens)
 
     def normal(self, *shape):
         return torch.randn(*shape, generator=self.generator)
@@ -59,34 +63,34 @@ class Case:
     def weights(self, rows):
         return *kernels.quantize_rows(0.05 * self.normal(rows, self.D)), self.normal(rows).bfloat16()
 
+    def deferred(self, streams):
+        """A residual that is yet to be added: `residual_adaln`'s y and what belongs to it."""
+        return self.y, self.y_scale, self.bias[:streams].expand(2, -1), self.gates
 
-def run(op, device, *args):
-    """The kernel's results and the reference's, on the CPU, as lists."""
-    if device == "cuda":
-        kernels.use_torch_memory(torch.device("cuda"))
-        args_there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
-        found = op(*args_there)
-    else:
-        found = op._init_fn(*args)  # past the dispatcher, which would give a CPU tensor to the reference
-    expected = getattr(kernels, f"{op._name}_reference")(*args)
-    return [[x.cpu() for x in (part if isinstance(part, tuple) else (part,))] for part in (found, expected)]
+    def lengths(self):
+        return 10 * self.normal(self.B, self.tokens).abs()
 
 
-def placed(device, attention, case):
-    """What `place_attention` and its reference make of a tensor of ones."""
-    there = "cuda" if device == "cuda" else "cpu"
-    expected, found = (torch.ones(case.B, case.tokens, case.D + case.mlp).to(kernels.E4M3) for _ in range(2))
-    kernels.place_attention_reference(attention, case.scales, expected)
-    place, found = (kernels.place_attention if device == "cuda" else kernels.place_attention._init_fn), found.to(there)
-    place(attention.to(there), case.scales.to(there), found)
-    assert (found[..., case.D:].float() == 1).all() and not (expected[..., :case.D].float() == 1).all()
-    return [found.cpu()], [expected]
+def run(op, device, *args, written=None):
+    """The kernel's results and the reference's, on the CPU, as lists; of the argument `written`, if they are there."""
+    results = []
+    for fused in (True, False):
+        given = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        if fused and device == "cuda":
+            kernels.use_torch_memory(torch.device("cuda"))
+            given = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given]
+            found = op(*given)
+        elif fused:
+            found = op._init_fn(*given)  # past the dispatcher, which would give a CPU tensor to the reference
+        else:
+            found = getattr(kernels, f"{op._name}_reference")(*given)
+        found = [] if found is None else list(found) if isinstance(found, tuple) else [found]
+        results.append([x.cpu() for x in [*found, *([] if written is None else [given[written]])]])
+    return results
 
 
 def assert_near(found, expected, device, rounding):
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if a.shape == (3, 4):
-            a, b = a[:, :1], b[:, :1]
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = a.float(), b.float()
         assert a.isfinite().all()
@@ -102,50 +106,68 @@ def both(shapes, large):
 @both(SHAPES, LARGE)
 def test_adaln(device, shape):
     case = Case(shape)
-    common = case.table, case.offsets, case.bounds, case.qk_scale
-    for joint in (False, True):
-        found, expected = run(kernels.adaln, device, case.text, case.image, *common, 0, 1, 1, joint)
-        assert_near(found, expected, device, [0.01, 1e-4, 1e-5, 1e-5])
-        zeros = [x[0][0, case.T] for x in (found, expected)]  # x is zero there, its LayerNorm the shift alone
-        assert_near(zeros[:1], zeros[1:], device, [0.02])
-        gates = torch.tensor([2, 8]) * case.D  # another block's: nothing but the table says where
-        found, expected = run(kernels.residual_adaln, device, case.text, case.image, case.y, gates, *common, 3, 4, 0,
-                              joint)
-        assert_near(found, expected, device, [0.003, 0.003, 0.02, 0.003, 1e-5, 1e-5])
-    found, expected = run(kernels.gated_residual, device, case.text, case.image, case.y, gates, case.table)
-    assert_near(found, expected, device, [0.003, 0.003])
+    common = case.table, case.offsets, case.bounds
+    found, expected = run(kernels.adaln, device, case.text, case.image, *common, 0, 1)
+    assert_near(found, expected, device, [0.01, 1e-4, 1e-4, 1e-4])
+    zeros = [x[0][0, case.T] for x in (found, expected)]  # x is zero there, its LayerNorm the shift alone
+    assert_near(zeros[:1], zeros[1:], device, [0.02])
+    for streams in (1, 2):
+        found, expected = run(kernels.residual_adaln, device, case.text, case.image, *case.deferred(streams), *common,
+                              3, 4)
+        assert_near(found, expected, device, [0.003, 0.003, 0.02, 0.003, 0.003, 0.003])
+        found, expected = run(kernels.gated_residual, device, case.text, case.image, *case.deferred(streams),
+                              case.table)
+        assert_near(found, expected, device, [0.003, 0.003])
+    # The last block of a picture makes the image's tokens alone.
+    y, y_scale = case.y[:, case.T:].contiguous(), case.y_scale[:, case.T:].contiguous()
+    found, expected = run(kernels.gated_residual, device, case.text[:, :0], case.image, y, y_scale,
+                          *case.deferred(1)[2:], case.table)
+    assert_near(found[1:], expected[1:], device, [0.003])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @both(SHAPES, LARGE)
-def test_products(device, shape):
+def test_casts_of_attention(device, shape):
     case = Case(shape)
-    found, expected = run(kernels.cast_attention, device, case.y, case.scales)
-    assert_near(found, expected, device, [0.001])
-    # As several GPUs send it: before the cast and after it.
-    parts = torch.stack(case.y.chunk(case.heads, -1))
-    cast, sent = kernels.cast_attention(case.y, case.scales), kernels.cast_attention(parts, case.scales)
-    assert torch.equal(sent.float(), cast.float())
-    for part in (parts, torch.stack(cast.chunk(case.heads, -1))):
-        found, expected = run(kernels.cast_attention, device, part, case.scales)
-        assert_near(found, expected, device, [0.001])
-        assert_near(*placed(device, part, case), device, [0.001])
-    assert_near(*placed(device, case.y, case), device, [0.001])
+    assert_near(*run(kernels.cast_attention, device, case.y), device, [0.005, 1e-6])
+    hidden = torch.ones(case.B, case.tokens, case.D + case.mlp).to(kernels.E4M3)
+    own = case.y.float().abs().amax(-1) / kernels.E4M3_MAX
+    least = own * 4 ** case.normal(case.B, case.tokens)  # half of the rows have a larger one
+    found, expected = run(kernels.place_attention, device, case.y, least, hidden, written=2)
+    assert_near(found, expected, device, [1e-6, 0.005])
+    assert (found[1][..., case.D:].float() == 1).all() and not (found[1][..., :case.D].float() == 1).all()
+    assert (found[0] >= least).all() and (found[0] > least).any() and (found[0] > 1.01 * own).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@both(SHAPES, LARGE)
+def test_gelu_gemm(device, shape):
+    case = Case(shape)
     for streams, room in ((1, case.D), (2, 0)):
-        weights = case.weights(streams * case.mlp)
-        results = run(kernels.gelu_product, device, case.x, case.x_scale, *weights, case.scales, case.T, streams, room)
-        assert_near(*([x[..., room:] for x in result] for result in results), device, [0.02])
+        columns = 4 ** case.normal(streams * case.mlp)
+        hidden = torch.ones(case.B, case.tokens, room + case.mlp).to(kernels.E4M3)
+        # The scale of a whole row, so that nothing saturates.
+        scale = case.scale * columns.max()
+        [found], [expected] = run(kernels.gelu_gemm, device, case.x, case.x_scale, *case.weights(streams * case.mlp),
+                                  columns, scale, hidden, case.T, streams, written=7)
+        assert (found[..., :room].float() == 1).all()
+        assert_near([found[..., room:]], [expected[..., room:]], device, [0.02])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@both(SHAPES, LARGE)
+def test_qkv_gemm(device, shape):
+    case = Case(shape)
     angle = case.normal(case.tokens, case.D // case.heads // 2)
-    descale = 0.02 + 0.02 * torch.rand(case.B, 3, case.heads, generator=case.generator)
     for streams in (1, 2):
         norms = torch.ones(streams, 3, case.D // case.heads)
         norms[:, :2] += 0.1 * case.normal(streams, 2, case.D // case.heads)
-        found, expected = run(kernels.qkv_product, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D),
-                              norms, angle.cos().half(), angle.sin().half(), descale, case.T, streams)
-        assert_near(found, expected, device, [0.02])
-        found, expected = run(kernels.qkv_product, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D),
-                              norms, angle.cos().half(), angle.sin().half(), descale, case.T, streams, case.heads)
-        assert_near(found, expected, device, [0.02])
+        for parts in (1, case.heads):
+            found, expected = run(
+                kernels.qkv_gemm, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D), norms,
+                angle.cos().half(), angle.sin().half(), case.qk_scale, case.lengths(), case.bounds, case.T, streams,
+                parts)
+            assert_near(found, expected, device, [0.02, 1e-5, 1e-5])
         assert found[0].shape == (case.heads, case.B, case.tokens, 3, 1, case.D // case.heads)
 
 
@@ -155,11 +177,12 @@ def test_products(device, shape):
 def test_attention_is_written_into_each_gpus_memory(device, shape, gpus):
     """Tensors of this GPU stand for the others' memory, and rank 1 leaves the others' parts as they are."""
     case, there = Case(shape), "cuda" if device == "cuda" else "cpu"
-    y = case.y[:, :case.tokens // gpus * gpus].contiguous().to(there)
+    y = case.y[:, :case.tokens // gpus * gpus].contiguous()
+    scale = 1 + torch.arange(case.B)
     memory = [torch.ones(gpus, case.B, y.shape[1] // gpus, case.D, device=there).to(kernels.E4M3) for _ in range(gpus)]
     addresses = torch.tensor([x.data_ptr() for x in memory], device=there)
-    kernels.send_attention(y, case.scales.to(there), addresses, 1)
-    expected = kernels.cast_attention_reference(y.cpu(), case.scales)
+    kernels.send_attention(y.to(there), scale.float().to(there), addresses, 1)
+    expected = kernels.to_e4m3(y.float() / scale[:, None, None])
     for found, part in zip(memory, expected.chunk(gpus, 1), strict=True):
         assert_near([found[1].cpu()], [part], device, [0.001])
         found[1] = 1
@@ -169,34 +192,29 @@ def test_attention_is_written_into_each_gpus_memory(device, shape, gpus):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")
 @pytest.mark.parametrize("shape", LARGE)
-def test_cublas_products(shape):
+def test_cublas_gemm(shape):
     case = Case(shape)
     for streams in (1, 2):
-        w, scale, bias = ([], [], [])
-        for _ in range(streams):
-            own, rows, offset = case.weights(case.D)
-            w, scale, bias = [*w, own], [*scale, rows.mean()], [*bias, offset]
-        args = case.x, case.scales, list(range(streams)), w, scale, bias, case.T
-        expected = kernels.products_reference(*args)
-        there = [[x.cuda() for x in arg] if isinstance(arg, list) and not isinstance(arg[0], int) else
-                 arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        assert_near([kernels.products(*there).cpu()], [expected], "cuda", [0.005])
+        w = case.weights(streams * case.D)[0]
+        assert_near(*run(kernels.fp8_gemm, "cuda", case.x, w, torch.ones(()), case.T, streams), "cuda", [0.005])
 
 
-def test_products_say_what_they_give():
+def test_ops_say_what_they_give():
     """To torch.compile and torch.export, which do not look into them."""
     case = Case(SHAPES[1])
-    angle, descale = case.normal(case.tokens, case.D // case.heads // 2).half(), torch.ones(case.B, 3, case.heads)
+    angle = case.normal(case.tokens, case.D // case.heads // 2).half()
     for streams, parts in ((1, 1), (2, 1), (1, 3)):
         norms = torch.ones(streams, 3, case.D // case.heads)
-        args = case.x, case.x_scale, *case.weights(streams * 3 * case.D), norms, angle, angle, descale, case.T, streams
-        torch.library.opcheck(kernels.qkv_product, (*args, parts), test_utils="test_faketensor")
-    for streams, room in ((2, 0), (1, case.D)):
-        args = case.x, case.x_scale, *case.weights(streams * case.mlp), case.scales, case.T, streams, room
-        torch.library.opcheck(kernels.gelu_product, args, test_utils="test_faketensor")
-    hidden = kernels.gelu_product(*args)
-    for attention in (case.y, torch.stack(case.y.chunk(3, -1))):
-        torch.library.opcheck(kernels.place_attention, (attention, case.scales, hidden), test_utils="test_faketensor")
+        args = (case.x, case.x_scale, *case.weights(streams * 3 * case.D), norms, angle, angle, case.qk_scale,
+                case.lengths(), case.bounds, case.T, streams, parts)
+        torch.library.opcheck(kernels.qkv_gemm, args, test_utils="test_faketensor")
+    hidden = case.x.new_empty(case.B, case.tokens, case.D + case.mlp)
+    args = case.x, case.x_scale, *case.weights(case.mlp), torch.ones(case.mlp), case.scale, hidden, case.T, 1
+    torch.library.opcheck(kernels.gelu_gemm, args, test_utils="test_faketensor")
+    torch.library.opcheck(kernels.place_attention, (case.y, case.scale, hidden), test_utils="test_faketensor")
+    for streams in (1, 2):
+        args = case.x, case.weights(streams * case.D)[0], torch.ones(()), case.T, streams
+        torch.library.opcheck(kernels.fp8_gemm, args, test_utils="test_faketensor")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
@@ -209,21 +227,17 @@ def test_the_compile_cache_knows_each_ops_kernels():
 
 
 def test_bounds_hold():
-    """No element of a product exceeds what adaln's scales allow, whatever the input: nothing saturates."""
+    """No element of a GEMM exceeds the scales that `adaln` allows, whatever the input, and none is useless."""
     for seed in range(5):
         case = Case((2, 12, 20, 128, 2, 256), seed)
-        shift, stretch = case.table[:, :case.D].float(), 1 + case.table[:, case.D:2 * case.D].float()
-        length = case.D**0.5 * stretch.abs().amax(1) + shift.norm(dim=1)
-        case.table[:, 12 * case.D:12 * case.D + 4] = (1.004 * length[:, None]).bfloat16()
-        case.offsets[1] = 0
         w, w_scale, bias = case.weights(case.mlp)
         exact = w.float() * w_scale[:, None]
         case.bounds[:, 0], case.bounds[:, 1] = exact.norm(dim=1).max(), bias.float().abs().max()
-        x, x_scale, _, scales = kernels.adaln(case.text, case.image, case.table, case.offsets, case.bounds,
-                                              case.qk_scale, 0, 1, 0, False)
-        hidden = (x.float() * x_scale[..., None]) @ exact.T + bias.float()
-        assert hidden.abs().max() <= kernels.E4M3_MAX * scales[1, 0]
-        assert hidden.abs().max() > 1e-3 * kernels.E4M3_MAX * scales[1, 0], "the bound is useless"
+        x, x_scale, scale, lengths = kernels.adaln(case.text, case.image, case.table, case.offsets, case.bounds, 0, 1)
+        x = x.float() * x_scale[..., None]
+        hidden = (x @ exact.T + bias.float()).abs() / scale[..., None]
+        assert hidden.amax(-1).min() > 1e-2 * kernels.E4M3_MAX and hidden.max() <= kernels.E4M3_MAX
+        assert (x.norm(dim=-1) <= lengths).all() and (x.norm(dim=-1) > 0.9 * lengths).all()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
@@ -235,14 +249,18 @@ def test_the_kernel_table_runs_every_op_of_both_blocks():
     given = table.random_inputs(16, 48, 128, 2, 256, "cpu")
     rows = [table.measure(call, lambda function: function() is None or 2.0) for call in table.calls(given)]
     assert {row["kernel"].split(",")[0] for row in rows} == {
-        "adaln", "qkv_product", "attention", "gelu_product", "products", "gated_residual", "cast_attention",
+        "adaln", "qkv_gemm", "attention", "gelu_gemm", "fp8_gemm", "gated_residual", "cast_attention",
         "place_attention", "residual_adaln"}
     assert all(row["error"] < 1e-6 and row["ms"] == 2.0 for row in rows)
     by_name = {(row["block"], row["kernel"]): row for row in rows}
     # 64 tokens, 128 wide, 256 in the MLP, by hand.
-    assert by_name["single", "qkv_product"]["flops"] == 2 * 64 * 128 * 384
-    assert by_name["single", "products, out"]["flops"] == 2 * 64 * 384 * 128
+    assert by_name["single", "qkv_gemm"]["flops"] == 2 * 64 * 128 * 384
+    assert by_name["single", "fp8_gemm, out"]["flops"] == 2 * 64 * 384 * 128
     assert by_name["double", "adaln"]["bytes"] == 64 * 128 * (2 + 1)
     assert by_name["double", "residual_adaln"]["bytes"] == 64 * 128 * (2 + 2 + 2 + 1)
+    assert by_name["single", "gelu_gemm"]["bytes"] == 64 * (128 + 256) + 256 * 128
+    assert by_name["double", "gelu_gemm"]["bytes"] == 64 * (128 + 256) + 2 * 256 * 128
+    assert by_name["double", "fp8_gemm, MLP's down"]["bytes"] == 64 * (256 + 2 * 128) + 2 * 128 * 256
+    assert by_name["single", "place_attention"]["bytes"] == by_name["double", "cast_attention"]["bytes"] == 64 * 128 * 3
     assert by_name["both", "attention"]["flops"] == 4 * 64 * 64 * 128
     assert len(table.alternatives(given)) == 10

@@ -73,6 +73,7 @@ def test_share_of_the_ceiling():
             ("--disable_quant", "SDPA (--disable_fa3)", 0.1 + 0.01),
             ("float8 dynamic, one scale a row, 342 Linears", "fa3 (fp8, scaled)", 0.05 + 0.0075),
             ("float8, one scale a row or a tensor, as each product is faster", "fa3 (fp8, scaled)", 0.04 + 0.0075),
+            ("float8, per-row scales, 266 Linears; modulations in bf16", "fa3 (fp8, scaled)", 0.04 + 0.0075),
             ("float8 dynamic, one scale a tensor", "fa3_bf16 (bf16)", 0.04 + 0.01)):
         assert share_of_ceiling(result(quantisation, attention), rates) == pytest.approx(expected / 0.1)
         on_two = result(quantisation, attention) | {"environment": {"processes": 2}}

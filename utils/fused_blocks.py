@@ -1,17 +1,18 @@
-"""FLUX's two kinds of block on the fused kernels, and the modulations of a whole image in one product.
+"""FLUX's two kinds of block on the fused kernels, and the modulations of a whole image in one GEMM.
 
     single block                                      double block, text and image side by side
-    residual_adaln  LayerNorm, modulation -> e4m3     residual_adaln
-    qkv_product     QK-norm, rotation -> e4m3         qkv_product
-    gelu_product    -> e4m3                           attention
-    attention       FlashAttention-3, fp8             cast_attention, products
-    place_attention beside GELU -> e4m3               residual_adaln, gelu_product, products
-    products        by cuBLAS
+    residual_adaln   LayerNorm, modulation -> e4m3    residual_adaln
+    qkv_gemm         QK-norm, RoPE -> e4m3            qkv_gemm
+    attention        FlashAttention-3, fp8            attention
+    place_attention  -> e4m3, beside GELU's columns   cast_attention, fp8_gemm
+    gelu_gemm        -> e4m3                          residual_adaln, gelu_gemm, fp8_gemm
+    fp8_gemm         by cuBLAS
 
 A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
-it. Only `temb` is another: the modulations of all blocks, of which each knows its place. And where no cache looks in
-between, a block leaves its last sum to the LayerNorm of the next one, which reads it anyway (`leave_sums`): what it
-gives as text is then (text, y, gates) with x + gate * y yet to be made.
+it. Two things differ. The residual stream is stored in fp16, over 16 (`to_stream`), from the embedders to norm_out. And
+`temb` is one table with the modulations of all blocks, and each block keeps its offset. Where no
+cache looks in between, a block defers its last residual add to the LayerNorm of the next one (`leave_sums`): in the
+place of text it then returns (text, y, y_scale, bias, gates), see `residual_adaln`.
 """
 
 from collections.abc import Callable
@@ -23,21 +24,25 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from utils.attention import attention, norm_scale
+from utils.equalization import channel_shares, reach
 from utils.fused_kernels import (
     E4M3,
-    E4M3_MAX,
+    EPS,
+    STREAM,
     adaln,
     cast_attention,
+    fp8_gemm,
     gated_residual,
-    gelu_product,
+    gelu_gemm,
     place_attention,
-    products,
-    qkv_product,
+    qkv_gemm,
     quantize_rows,
     residual_adaln,
+    to_e4m3,
+    to_stream,
     use_torch_memory,
 )
-from utils.parallel import all_tokens, exchange, own_part, ring, token_parts
+from utils.parallel import all_tokens, exchange, largest_of_all, own_part, ring, token_parts
 
 # The parts of a modulation, in the order of diffusers' AdaLayerNormZero; AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
@@ -45,48 +50,50 @@ READ = "tokens_read"  # among a block's joint_attention_kwargs: how many of the 
 
 
 class Float8Linear(torch.nn.Module):
-    """The weights of Linears of one shape, one below the other, as e4m3 (N, K), their scales, and biases (N,) in bf16.
+    """Weights of Linears of one shape, one below the other, as e4m3 (N, K) with one scale a row, and biases.
 
     Args:
-        by_row: one scale a row, (N,); or one a Linear, in a list as cuBLAS' products want them: weights and biases too.
+        weights: (N, K) float32 each; biases: (N,) each.
+        gated: the kernel of the residual reads the result, and multiplies it by a gate that has the scale in it already
+            (see `Modulations`). Scales are powers of two then, and biases are divided by them.
     """
 
-    def __init__(self, linears: list[torch.nn.Linear], by_row: bool, device: torch.device):
+    def __init__(self, weights: list[Tensor], biases: list[Tensor], gated: bool = False):
         super().__init__()
-        self.count, self.by_row = len(linears), by_row
-        for i, linear in enumerate(linears):
-            weight = linear.weight.detach().to(device)
-            if by_row:
-                weight, scale = quantize_rows(weight)
-            else:
-                scale = weight.float().abs().amax().clamp(min=1e-12) / E4M3_MAX
-                weight = (weight.float() / scale).to(E4M3)
-            bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
-            for name, value in (("weight", weight), ("scale", scale), ("bias", bias.to(device, torch.bfloat16))):
-                self.register_buffer(f"{name}_{i}", value)
-        if by_row:  # one tensor each
-            for name in ("weight", "scale", "bias"):
-                parts = [self._buffers.pop(f"{name}_{i}") for i in range(self.count)]
-                self.register_buffer(name, torch.cat(parts) if len(parts) > 1 else parts[0])
+        self.count = len(weights)
+        parts = [quantize_rows(weight, powers=gated) for weight in weights]
+        self.register_buffer("weight", torch.cat([weight for weight, _ in parts]))
+        self.register_buffer("scale", torch.cat([scale for _, scale in parts]))
+        bias = torch.cat(biases)
+        self.register_buffer("bias", (bias / self.scale if gated else bias).bfloat16())
 
-    def operands(self) -> tuple:
-        """Weights, scales, biases: tensors if by row, else lists of one tensor a Linear."""
-        if self.by_row:
-            return self.weight, self.scale, self.bias
-        return tuple([getattr(self, f"{name}_{i}") for i in range(self.count)] for name in ("weight", "scale", "bias"))
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.scale, self.bias
+
+    def scales(self) -> tuple[Tensor, ...]:
+        """(N,) of each Linear."""
+        return self.scale.chunk(self.count)
 
 
-def product_bounds(hidden: Float8Linear, qkv: Float8Linear, heads: int) -> Tensor:
-    """(streams, 2 + 2 H) float32: |w| and |b| of the MLP's widest row, then |w| and |b| of v's widest row in each head.
+def _read(linear: torch.nn.Linear, device: torch.device) -> list[Tensor]:
+    """Weight (N, K) and bias (N,) in float32, to be changed."""
+    weight = linear.weight.detach().to(device, torch.float32, copy=True)
+    bias = torch.zeros(len(weight), device=device) if linear.bias is None else linear.bias.detach()
+    return [weight, bias.to(device, torch.float32, copy=True)]
 
-    With a bound of |x| they bound every element of a product: |w_j x + b_j| <= |w_j| |x| + |b_j|.
+
+def gemm_bounds(hidden: Float8Linear, columns: Tensor, qkv: Float8Linear, heads: int) -> Tensor:
+    """(streams, 2 + 2 H) float32: |w| and |b| of GELU's largest channel, then |w| and |b| of v's in each head.
+
+    With the length of a row x they bound every element of a GEMM: |w_j x + b_j| <= |w_j| |x| + |b_j|. Channels are
+    weighted by `columns` (streams N,), GELU's reciprocal shares; v's are in its weights.
     """
-    def widest(linear: Float8Linear, groups: int) -> tuple[Tensor, Tensor]:
+    def largest(linear: Float8Linear, groups: int, columns: Tensor | float) -> tuple[Tensor, Tensor]:
         length = linear.weight.float().norm(dim=1) * linear.scale
-        return tuple(x.view(linear.count, groups, -1).amax(2) for x in (length, linear.bias.float().abs()))
+        return tuple((x * columns).view(linear.count, groups, -1).amax(2) for x in (length, linear.bias.float().abs()))
 
     # Of q, k and v, as of 3 H groups of rows, v's are the last.
-    return torch.cat([*widest(hidden, 1), *(x[:, 2 * heads:] for x in widest(qkv, 3 * heads))], dim=1)
+    return torch.cat([*largest(hidden, 1, columns), *(x[:, 2 * heads:] for x in largest(qkv, 3 * heads, 1.0))], dim=1)
 
 
 def _norms(pairs: list[tuple], device: torch.device) -> Tensor:
@@ -103,76 +110,107 @@ class _Block(torch.nn.Module):
     # Of several GPUs: how they share attention, among how many its heads, and through what, if not NCCL.
     context_parallel, parts, boxes = None, 1, None
 
-    def first_adaln(self, text, image: Tensor, table: Tensor, joint: bool) -> tuple[Tensor, ...]:
-        """text and image, complete, and what `adaln` makes of them."""
-        common = table, self.offsets, self.bounds, self.qk_scale, SHIFT, SCALE, 0, joint
+    def first_adaln(self, text, image: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """text (B, T, D) and image (B, I, D) of the stream, complete, and the results of `adaln`."""
         if isinstance(text, tuple):
-            text, y, gates = text
-            return residual_adaln(text, image, y, gates, *common)
-        return text, image, *adaln(text, image, *common)
+            text, *deferred = text
+            found = residual_adaln(text, image, *deferred, table, self.offsets, self.bounds, SHIFT, SCALE)
+        else:
+            found = text, image, *adaln(text, image, table, self.offsets, self.bounds, SHIFT, SCALE)
+        # q, k and v of all GPUs' tokens have common scales.
+        return (*found[:-1], largest_of_all(found[-1])) if self.context_parallel else found
 
-    def project(self, x: Tensor, x_scale: Tensor, rotation: tuple, descale: Tensor, text_tokens: int, streams: int
-                ) -> Callable[[], Tensor]:
-        """q, k and v; between several GPUs on their way to who attends to them, until what is returned is called."""
-        qkv = qkv_product(x, x_scale, *self.qkv.operands(), self.norms, *rotation, descale, text_tokens, streams,
-                          self.parts)
+    def project(self, x: Tensor, x_scale: Tensor, rope: tuple, lengths: Tensor, text_tokens: int, streams: int
+                ) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
+        """The results of `qkv_gemm` for x (B, S, D) e4m3. q, k and v are a function: between several GPUs they are on
+        their way to the GPU that attends to them until it is called."""
+        qkv, descale, shared = qkv_gemm(x, x_scale, *self.qkv.operands(), self.norms, *rope, self.qk_scale, lengths,
+                                        self.bounds, text_tokens, streams, self.parts)
         if self.boxes:
-            return self.boxes.start(qkv, "qkv")
+            return self.boxes.start(qkv, "qkv"), descale, shared
         if self.context_parallel == "ulysses":
             qkv = exchange(qkv)
-        return lambda: qkv
+        return lambda: qkv, descale, shared
 
-    def attend(self, qkv: Callable[[], Tensor], descale: Tensor, scales: Tensor, queries: slice = slice(None)
-               ) -> Tensor:
-        """What attention makes of `project`'s, as `cast_attention` and `place_attention` take it; on one GPU of
-        `queries` alone, which are tokens."""
-        if self.context_parallel == "ulysses":
-            attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
-            if self.boxes:
-                return self.boxes.send_attention(attended, scales)
-            return exchange(token_parts(cast_attention(attended, scales)))  # e4m3 moves half the bytes
+    def attend(self, qkv: Callable[[], Tensor], descale: Tensor, queries: slice = slice(None)) -> Tensor:
+        """(B, S, D) bf16, with all heads of this GPU's tokens; on one GPU of the tokens `queries` alone."""
         if self.context_parallel == "ring":
             return ring(qkv()[0], qkv()[1:], *descale.unbind(1), "fa3").flatten(2)
         q, k, v = qkv().unbind()
         return attention(q[:, queries], k, v, *descale.unbind(1), "fa3").flatten(2)
 
-    def last_sum(self, text: Tensor, image: Tensor, y: Tensor, gates: Tensor, table: Tensor) -> tuple:
-        return ((text, y, gates), image) if self.leaves_sum else gated_residual(text, image, y, gates, table)
+    def attend_by_heads(self, qkv: Callable[[], Tensor], descale: Tensor, scale: Tensor) -> Tensor:
+        """Ulysses: attends to this GPU's heads of all tokens, and exchanges the result for all heads of its tokens.
+
+        Returns (N, B, S / N, D / N) e4m3 over `scale` (B,), which all GPUs know: no GPU has a whole row before the
+        exchange. e4m3 moves half of bf16's bytes.
+        """
+        attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
+        if self.boxes:
+            return self.boxes.send_attention(attended, scale)
+        return exchange(token_parts(to_e4m3(attended.float() / scale[:, None, None])))
+
+    def last_sum(self, text: Tensor, image: Tensor, y: Tensor, y_scale: Tensor, linear: Float8Linear, gates: Tensor,
+                 table: Tensor) -> tuple:
+        """The block's result, with the residual add of y (B, S, D) done, or deferred to the next block."""
+        deferred = y, y_scale, linear.bias.view(linear.count, -1).expand(2, -1), gates
+        return ((text, *deferred), image) if self.leaves_sum else gated_residual(text, image, *deferred, table)
 
 
 class FusedSingleBlock(_Block):
     """A FluxSingleTransformerBlock with fused projections, on the fused kernels, with weights of its own.
 
     Args:
-        offset: where its modulation begins in the table (see `Modulations`); length: where the bound of its rows is.
+        offset: where its modulation begins in the table (see `Modulations`).
     """
 
-    def __init__(self, block, offset: int, length: int, device: torch.device):
+    def __init__(self, block, offset: int, device: torch.device):
         super().__init__()
-        attn = block.attn
-        self.qkv = Float8Linear([attn.to_qkv], True, device)
-        self.mlp = Float8Linear([block.proj_mlp], True, device)
-        self.out = Float8Linear([block.proj_out], False, device)
+        attn, width = block.attn, block.attn.query_dim
+        (qkv, qkv_bias), mlp, (out, out_bias) = (_read(one, device) for one in
+                                                 (attn.to_qkv, block.proj_mlp, block.proj_out))
+        v, v_bias = qkv[-width:], qkv_bias[-width:]
+        shares = channel_shares(torch.cat([reach(v, v_bias), reach(*mlp)]), out.abs().amax(0))
+        v /= shares[:width, None]
+        v_bias /= shares[:width]
+        out *= shares
+        self.qkv = Float8Linear([qkv], [qkv_bias])
+        self.mlp = Float8Linear([mlp[0]], [mlp[1]])
+        self.out = Float8Linear([out], [out_bias], gated=True)
+        self.register_buffer("columns", 1 / shares[width:])
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
-        self.register_buffer("offsets", torch.tensor([offset, offset, length, length], device=device))
-        self.register_buffer("gates", self.offsets[:2] + GATE * attn.query_dim)
-        self.register_buffer("bounds", product_bounds(self.mlp, self.qkv, attn.heads).repeat(2, 1))
+        self.register_buffer("offsets", torch.tensor([offset, offset], device=device))
+        self.register_buffer("gates", self.offsets + GATE * width)
+        self.register_buffer("bounds", gemm_bounds(self.mlp, self.columns, self.qkv, attn.heads).repeat(2, 1))
         self.register_buffer("qk_scale", torch.stack([norm_scale(attn.norm_q), norm_scale(attn.norm_k)]).to(device))
+        self.register_buffer("one", torch.ones((), device=device))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
-        text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, True)
-        qkv = self.project(x, x_scale, image_rotary_emb, descale, 0, 1)
-        queries = slice(None)
+        """hidden_states (B, I, D) and encoder_hidden_states (B, T, D) of the stream, or what the last block left; temb
+        (B, *) bf16, the table of `Modulations`; image_rotary_emb: cos and sin of `Rotation`."""
+        text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
+        tokens, queries = text.shape[1], slice(None)
+        qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 1)
         read = (joint_attention_kwargs or {}).get(READ)
         if self.drops_unread and read:
-            queries = slice(text.shape[1], text.shape[1] + read)
-            text, image, x, x_scale = text[:, :0], image[:, :read], x[:, queries], x_scale[:, queries]
-        # Before attention, so that it runs while q, k and v travel between GPUs.
-        hidden = gelu_product(x, x_scale, *self.mlp.operands(), scales, 0, 1, x.shape[2])
-        place_attention(self.attend(qkv, descale, scales, queries), scales, hidden)
-        y = products(hidden, scales, [0], *self.out.operands(), 0)
-        return self.last_sum(text, image, y, self.gates, temb)
+            queries = slice(tokens, tokens + read)
+            text, image, x, x_scale, scale = (text[:, :0], image[:, :read], x[:, queries], x_scale[:, queries],
+                                              scale[:, queries])
+        width = x.shape[2]
+        hidden = x.new_empty(*x.shape[:2], self.out.weight.shape[1])
+        mlp = *self.mlp.operands(), self.columns
+        if self.context_parallel == "ulysses":
+            # GELU first, so that it runs while q, k and v travel. The scale of a row then has to be a bound.
+            scale = shared[:, 1:].expand_as(scale).contiguous()
+            gelu_gemm(x, x_scale, *mlp, scale, hidden, 0, 1)
+            hidden[..., :width].unflatten(2, (self.parts, -1)).copy_(
+                self.attend_by_heads(qkv, descale, shared[:, 1].contiguous()).permute(1, 2, 0, 3))
+        else:
+            scale = place_attention(self.attend(qkv, descale, queries), scale, hidden)
+            gelu_gemm(x, x_scale, *mlp, scale, hidden, 0, 1)
+        y = fp8_gemm(hidden, self.out.weight, self.one, 0, 1)
+        return self.last_sum(text, image, y, scale, self.out, self.gates, temb)
 
 
 class FusedDoubleBlock(_Block):
@@ -180,67 +218,112 @@ class FusedDoubleBlock(_Block):
     image's.
 
     Args:
-        text_offset, image_offset: where its modulations begin in the table (see `Modulations`); text_length,
-            image_length: where the bounds of their rows are, for attention and, behind it, for the MLP.
+        text_offset, image_offset: where its modulations begin in the table (see `Modulations`).
     """
 
-    def __init__(self, block, text_offset: int, image_offset: int, text_length: int, image_length: int,
-                 device: torch.device):
+    def __init__(self, block, text_offset: int, image_offset: int, device: torch.device):
         super().__init__()
-        attn = block.attn
-        self.qkv = Float8Linear([attn.to_added_qkv, attn.to_qkv], True, device)
-        self.out = Float8Linear([attn.to_add_out, attn.to_out[0]], False, device)
-        self.up = Float8Linear([block.ff_context.net[0].proj, block.ff.net[0].proj], True, device)
-        self.down = Float8Linear([block.ff_context.net[2], block.ff.net[2]], False, device)
+        attn, width = block.attn, block.attn.query_dim
+        qkv, out, up, down = (
+            [_read(one, device) for one in pair] for pair in
+            ((attn.to_added_qkv, attn.to_qkv), (attn.to_add_out, attn.to_out[0]),
+             (block.ff_context.net[0].proj, block.ff.net[0].proj), (block.ff_context.net[2], block.ff.net[2])))
+        # Attention mixes the values of both streams: they have common shares.
+        v = [(weight[-width:], bias[-width:]) for weight, bias in qkv]
+        shares = channel_shares(torch.maximum(*(reach(*one) for one in v)),
+                                torch.maximum(*(weight.abs().amax(0) for weight, _ in out)))
+        for (weight, bias), (reader, _) in zip(v, out, strict=True):
+            weight /= shares[:, None]
+            bias /= shares
+            reader *= shares
+        columns = []
+        for one, (reader, _) in zip(up, down, strict=True):
+            shares = channel_shares(reach(*one), reader.abs().amax(0))
+            reader *= shares
+            columns.append(1 / shares)
+        for name, pairs in {"qkv": qkv, "out": out, "up": up, "down": down}.items():
+            weights, biases = map(list, zip(*pairs, strict=True))
+            setattr(self, name, Float8Linear(weights, biases, gated=name in ("out", "down")))
         norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
+        self.register_buffer("columns", torch.cat(columns))
         self.register_buffer("norms", _norms(norms, device))
-        self.register_buffer("offsets", torch.tensor([text_offset, image_offset, text_length, image_length],
-                                                     device=device))
-        self.register_buffer("gates", self.offsets[:2] + GATE * attn.query_dim)
-        self.register_buffer("mlp_gates", self.offsets[:2] + MLP_GATE * attn.query_dim)
-        self.register_buffer("bounds", product_bounds(self.up, self.qkv, attn.heads))
+        self.register_buffer("offsets", torch.tensor([text_offset, image_offset], device=device))
+        self.register_buffer("gates", self.offsets + GATE * width)
+        self.register_buffer("mlp_gates", self.offsets + MLP_GATE * width)
+        self.register_buffer("bounds", gemm_bounds(self.up, self.columns, self.qkv, attn.heads))
         qk_scale = [norm_scale(*both) for both in zip(*norms, strict=True)]
         self.register_buffer("qk_scale", torch.stack(qk_scale).to(device))
+        self.register_buffer("one", torch.ones((), device=device))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
-        text, image, x, x_scale, descale, scales = self.first_adaln(encoder_hidden_states, hidden_states, temb, False)
+        """The arguments are those of `FusedSingleBlock.forward`."""
+        text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
         tokens = text.shape[1]
-        attended = self.attend(self.project(x, x_scale, image_rotary_emb, descale, tokens, 2), descale, scales)
-        y = products(cast_attention(attended, scales), scales, [0, 0], *self.out.operands(), tokens)
-        text, image, x, x_scale, _, scales = residual_adaln(text, image, y, self.gates, temb, self.offsets, self.bounds,
-                                                            self.qk_scale, MLP_SHIFT, MLP_SCALE, 1, False)
-        hidden = gelu_product(x, x_scale, *self.up.operands(), scales, tokens, 2, 0)
-        y = products(hidden, scales, [1, 2], *self.down.operands(), tokens)
-        return self.last_sum(text, image, y, self.mlp_gates, temb)
+        qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 2)
+        if self.context_parallel == "ulysses":
+            parts = self.attend_by_heads(qkv, descale, shared[:, 0].contiguous())
+            attended, attended_scale = parts.permute(1, 2, 0, 3).flatten(2), shared[:, :1].expand_as(scale).contiguous()
+        else:
+            attended, attended_scale = cast_attention(self.attend(qkv, descale))
+        y = fp8_gemm(attended, self.out.weight, self.one, tokens, 2)
+        text, image, x, x_scale, scale, _ = residual_adaln(
+            text, image, y, attended_scale, self.out.bias.view(2, -1), self.gates, temb, self.offsets, self.bounds,
+            MLP_SHIFT, MLP_SCALE)
+        hidden = x.new_empty(*x.shape[:2], self.down.weight.shape[1])
+        gelu_gemm(x, x_scale, *self.up.operands(), self.columns, scale, hidden, tokens, 2)
+        y = fp8_gemm(hidden, self.down.weight, self.one, tokens, 2)
+        return self.last_sum(text, image, y, scale, self.down, self.mlp_gates, temb)
 
 
 class Modulations(torch.nn.Module):
     """In time_text_embed's place: a step's modulations of all blocks, (B, total) bf16, instead of the embedding that
-    they follow from. Behind them the bounds of the modulated rows' lengths, and norm_out's scale and shift.
+    they follow from. It holds 1 + scale for scale, and for each gate the gate times the scale of the weight (N,) whose
+    result it multiplies, see `Float8Linear`. Behind them lie norm_out's scale and shift.
 
     The blocks' modulation Linears hold 3.2 B weights, and a step reads them for one row a batch item: 1.1 ms on an H100
-    as one product, more as 76. All steps of an image have the same text and guidance and a timestep that the scheduler
-    knows beforehand, so that `prepare` makes them all in one product of steps x B rows, which reads the weights once,
-    before the first; `forward`, which a CUDA graph may record, only says where they are.
+    as one GEMM in e4m3, more as 76. All steps of an image have the same text and guidance and a timestep that the
+    scheduler knows beforehand. `prepare` therefore makes them all before the first step, in one GEMM of steps x B rows
+    that reads the weights once; `forward`, which a CUDA graph may record, only says where they are.
+
+    Args:
+        doubles, singles: the modulation Linears in the order of the blocks, text's before image's, each with the scales
+            (N,) of its gates.
+        in_float8: the weights in e4m3, 3.2 GB, and not in bf16, 6.4 GB and 0.5 ms more an image. e4m3 costs accuracy:
+            every token of every block is multiplied by these values.
     """
 
-    def __init__(self, embed: torch.nn.Module, doubles: list[torch.nn.Linear], singles: list[torch.nn.Linear],
-                 last: torch.nn.Linear, device: torch.device):
+    def __init__(self, embed: torch.nn.Module, doubles: list[tuple], singles: list[tuple], last: torch.nn.Linear,
+                 device: torch.device, in_float8: bool):
         super().__init__()
-        self.embed, self.last = embed, last
+        self.embed, self.last, self.in_float8 = embed, last, in_float8
         self.doubles, self.singles, self.width = len(doubles), len(singles), last.in_features
         linears = [*doubles, *singles]
-        rows = sum(linear.out_features for linear in linears)
-        for name, shape, dtype in (("weight", (rows, self.width), E4M3), ("scale", (rows,), torch.float32),
-                                   ("bias", (rows,), torch.bfloat16)):
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        rows = sum(linear.out_features for linear, _ in linears)
+        self.register_buffer("weight", torch.empty(rows, self.width, dtype=E4M3 if in_float8 else torch.bfloat16,
+                                                   device=device))
+        self.register_buffer("scale", torch.ones(rows if in_float8 else 1, device=device))
+        self.register_buffer("bias", torch.empty(rows, device=device))
         at = 0
-        for linear in linears:
-            part, own = Float8Linear([linear], True, device), slice(at, at + linear.out_features)
-            self.weight[own], self.scale[own], self.bias[own] = part.operands()
+        for linear, gates in linears:
+            own = slice(at, at + linear.out_features)
+            weight = linear.weight.detach().to(device, copy=True)
+            bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+            bias = bias.to(device, copy=True)
+            # The third part of three is a gate. The scales are powers of two: nothing is rounded.
+            for part, scale in enumerate(gates):
+                gate = slice((3 * part + GATE) * self.width, (3 * part + GATE + 1) * self.width)
+                weight[gate] *= scale[:, None].to(weight.dtype)
+                bias[gate] *= scale.to(bias.dtype)
+            if in_float8:
+                weight, self.scale[own] = quantize_rows(weight)
+            self.weight[own], self.bias[own] = weight, bias
             at = own.stop
-            linear.weight = linear.bias = None  # freed here, or there would be 3.2 GB of them twice for a while
+            linear.weight = linear.bias = None  # freed here, or there would be all of them twice for a while
+        # 1 + scale is rounded as a whole: where it is near zero, bf16 keeps eight bits of it and not of 1.
+        of_doubles = self.doubles * 6 * self.width
+        self.bias[:of_doubles].view(self.doubles, 6, self.width)[:, [SCALE, MLP_SCALE]] += 1
+        self.bias[of_doubles:].view(self.singles, 3, self.width)[:, SCALE] += 1
         self.tables: list[tuple] = []  # (conditions, (steps, B, total)): one, or two with a negative prompt
         self.current: dict[int, Tensor] = {}  # by batch size: CUDA graphs hold their addresses
         self.batch = 0
@@ -280,25 +363,24 @@ class Modulations(torch.nn.Module):
         conditions = [timesteps.flatten(), *([guidance.repeat(steps)] if guidance is not None else [])]
         # As FluxTransformer2DModel.forward scales them, in the model's dtype.
         x = F.silu(self.embed(*(one.to(dtype) * 1000 for one in conditions), pooled.repeat(steps, 1)))
-        made = self.product(x)
-        at = self.doubles * 6 * self.width
-        doubles = made[:, :at].view(len(x), self.doubles, 6, self.width).float()
-        singles = made[:, at:].view(len(x), self.singles, 3, self.width).float()
-        both = [row_length(doubles, *parts) for parts in ((SHIFT, SCALE), (MLP_SHIFT, MLP_SCALE))]
-        lengths = [torch.stack(both, 2).flatten(1), row_length(singles, SHIFT, SCALE)]
-        # bf16 rounds by up to 2^-9: up is safe. Each row of the table begins where 16 bytes can be loaded at once.
-        lengths = (torch.cat(lengths, 1) * (1 + 2**-8)).to(made.dtype)
-        lengths = F.pad(lengths, (0, -lengths.shape[1] % 16))
-        return torch.cat([made, lengths, self.last(x).to(made.dtype)], dim=1).unflatten(0, (steps, -1))
+        return torch.cat([self.gemm(x), self.last(x).to(torch.bfloat16)], dim=1).unflatten(0, (steps, -1))
 
-    def product(self, x: Tensor) -> Tensor:
-        """x (M, D) bf16, quantised by row: (M, total), bf16."""
+    def gemm(self, x: Tensor) -> Tensor:
+        """x (M, D) bf16, in e4m3 quantised by row: (M, blocks' modulations), bf16."""
+        # 32 rows at a time, whose float32 results are 0.2 GB.
+        return torch.cat([(self._gemm(rows).float() + self.bias).bfloat16() for rows in x.split(32)])
+
+    def _gemm(self, x: Tensor) -> Tensor:
+        if not self.in_float8:
+            if x.device.type == "cpu":
+                return F.linear(x.float(), self.weight.float())
+            # Not rounded to bf16 before 1 is added, as said above.
+            return torch.mm(x.to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)
         x8, scale = quantize_rows(x)
         if x.device.type == "cpu":
-            return F.linear(x8.float() * scale[:, None], self.weight.float() * self.scale[:, None],
-                            self.bias.float()).bfloat16()
-        return torch._scaled_mm(x8, self.weight.t(), scale[:, None], self.scale[None], bias=self.bias,
-                                out_dtype=torch.bfloat16, use_fast_accum=True)
+            return F.linear(x8.float() * scale[:, None], self.weight.float() * self.scale[:, None])
+        return torch._scaled_mm(x8, self.weight.t(), scale[:, None], self.scale[None], out_dtype=torch.bfloat16,
+                                use_fast_accum=True)
 
 
 def _index_in(schedule: Tensor | None, now: Tensor | None) -> int | None:
@@ -308,22 +390,27 @@ def _index_in(schedule: Tensor | None, now: Tensor | None) -> int | None:
     return now.storage_offset() - schedule.storage_offset()
 
 
-def row_length(modulations: Tensor, shift: int, scale: int) -> Tensor:
-    """The bound sqrt(D) max|1 + scale| + |shift| of what LayerNorm and modulation make: (M, N, parts, D) -> (M, N)."""
-    width = modulations.shape[-1]
-    return width**0.5 * (1 + modulations[:, :, scale]).abs().amax(-1) + modulations[:, :, shift].norm(dim=-1)
+class StreamEmbedder(torch.nn.Module):
+    """An embedder of tokens (B, S, C) whose result begins the residual stream (B, S, D)."""
+
+    def __init__(self, embed: torch.nn.Module):
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_stream(self.embed(x))
 
 
 class NormOut(torch.nn.Module):
-    """diffusers' AdaLayerNormContinuous with scale and shift from the end of `Modulations`' table."""
-
-    def __init__(self, norm: torch.nn.Module):
-        super().__init__()
-        self.norm = norm
+    """diffusers' AdaLayerNormContinuous of the residual stream, with scale and shift from the end of `Modulations`'
+    table."""
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        scale, shift = table[:, None, -2 * x.shape[-1]:].chunk(2, dim=-1)
-        return self.norm(x) * (1 + scale) + shift
+        """x (B, S, D) of the stream, table (B, *) bf16: (B, S, D) bf16."""
+        width = x.shape[-1]
+        scale, shift = table[:, None, -2 * width:].chunk(2, dim=-1)
+        # LayerNorm undoes the stream's scale, all but its epsilon.
+        return torch.addcmul(shift, F.layer_norm(x, (width,), eps=EPS / STREAM**2).to(table.dtype), 1 + scale)
 
 
 class Rotation(torch.nn.Module):
@@ -342,11 +429,14 @@ class Rotation(torch.nn.Module):
 
 
 @torch.no_grad()
-def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device) -> int:
+def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float8_modulations: bool = False) -> int:
     """Puts the fused blocks in the place of diffusers', one after the other on `device`, freeing theirs. Afterwards
     `follow_schedule` has to be called.
 
     For a transformer with fused projections, LoRA included, and nothing quantised.
+
+    Args:
+        float8_modulations: see `Modulations`.
 
     Returns:
         The number of Linears in e4m3.
@@ -354,21 +444,22 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device) -> in
     if device.type == "cuda":
         use_torch_memory(device)
     width, double, single = transformer.inner_dim, transformer.transformer_blocks, transformer.single_transformer_blocks
-    doubles = [linear for block in double for linear in (block.norm1_context.linear, block.norm1.linear)]
-    singles = [block.norm.linear for block in single]
-    first_single = 6 * width * len(doubles)
-    lengths = first_single + 3 * width * len(singles)
+    doubles, singles = [], []
     for i, block in enumerate(double):
-        double[i] = FusedDoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, lengths + 4 * i,
-                                     lengths + 4 * i + 2, device)
+        double[i] = FusedDoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, device)
+        gates = zip(double[i].out.scales(), double[i].down.scales(), strict=True)
+        doubles += zip((block.norm1_context.linear, block.norm1.linear), gates, strict=True)
     for i, block in enumerate(single):
-        single[i] = FusedSingleBlock(block, first_single + 3 * width * i, lengths + 2 * len(doubles) + i, device)
+        single[i] = FusedSingleBlock(block, 6 * width * len(doubles) + 3 * width * i, device)
+        singles.append((block.norm.linear, single[i].out.scales()))
     embed, norm_out = transformer.time_text_embed, transformer.norm_out
-    transformer.time_text_embed = Modulations(embed, doubles, singles, norm_out.linear, device)
-    transformer.norm_out = NormOut(norm_out.norm)
+    transformer.time_text_embed = Modulations(embed, doubles, singles, norm_out.linear, device, float8_modulations)
+    transformer.norm_out = NormOut()
+    transformer.x_embedder = StreamEmbedder(transformer.x_embedder)
+    transformer.context_embedder = StreamEmbedder(transformer.context_embedder)
     transformer.pos_embed = Rotation(transformer.pos_embed)
-    return len(doubles) + len(singles) + sum(module.count for module in transformer.modules()
-                                             if isinstance(module, Float8Linear))
+    return float8_modulations * (len(doubles) + len(singles)) + sum(
+        module.count for module in transformer.modules() if isinstance(module, Float8Linear))
 
 
 def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 0) -> None:

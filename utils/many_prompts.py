@@ -120,7 +120,8 @@ def is_made(path: Path, parameters: dict) -> bool:
 
 def _of_the_picture(parameters: dict) -> dict:
     """Without what is of the run alone: whether packages were exported or loaded."""
-    techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()}
+    techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()
+                  if name != "fp8 check"}
     return json.loads(json.dumps(parameters | {"techniques": techniques}))
 
 

@@ -11,8 +11,9 @@ so that pipeline and scheduler see one transformer, on every GPU the same. For a
   divide.
 
 Attention has neither mask nor order, rotations being in q and k already: text and image of GPU 0, then those of GPU 1,
-are as good as text first. What is exchanged is what attention reads: e4m3 on the fused kernels, where every GPU has
-the same scales, since they come from bounds that no token enters.
+are as good as text first. What is exchanged is what attention reads: e4m3 on the fused kernels. There the scales of v,
+and with Ulysses those of attention's result, follow from the longest row. Each block therefore takes the largest row
+lengths among all GPUs (`largest_of_all`, one small all-reduce), and every GPU has the same scales.
 
 Processes are torchrun's, one a GPU, over NCCL, or over gloo on a CPU. An error ends its process at once, and torchrun
 then ends the others; one that is merely stuck ends itself after `TIMEOUT`.
@@ -311,9 +312,9 @@ def measure() -> dict:
         "ring": lambda: _pass_on(keys, torch.empty_like(keys)).wait()}}
     if boxes := mailboxes():
         attended = torch.randn(1, own * gpus, heads * head // gpus, dtype=torch.bfloat16, device="cuda")
-        scales = torch.ones(3, 4, device="cuda")
+        scale = torch.ones(1, device="cuda")
         calls["peer memory"] = {  # one kind after itself, which is safe where nobody reads
-            "qkv": lambda: boxes.start(qkv, "qkv")(), "back": lambda: boxes.send_attention(attended, scales),
+            "qkv": lambda: boxes.start(qkv, "qkv")(), "back": lambda: boxes.send_attention(attended, scale),
             "nothing": lambda: boxes.start(nothing, "nothing")()}
     found = {"gpu": torch.cuda.get_device_name(), "gpus": gpus}
     for way, named in calls.items():

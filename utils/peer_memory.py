@@ -60,13 +60,16 @@ class Mailboxes:
 
         return wait
 
-    def send_attention(self, attention: Tensor, tensor_scales: Tensor) -> Tensor:
-        """`cast_attention` of attention (B, S, D / N), of all tokens and this GPU's heads, each GPU's tokens written
-        into its mailbox. Returns (N, B, S / N, D / N) e4m3, of this GPU's tokens and all heads, part by part, to be
-        read before anything else is sent."""
+    def send_attention(self, attention: Tensor, scale: Tensor) -> Tensor:
+        """Casts attention (B, S, D / N), of all tokens and this GPU's heads, to e4m3 over the scale (B,) of its item,
+        and writes each GPU's tokens into its mailbox.
+
+        Returns (N, B, S / N, D / N) e4m3, of this GPU's tokens and all heads, part by part, to be read before anything
+        else is sent.
+        """
         gpus, (B, tokens, width) = dist.get_world_size(), attention.shape
         mine, handle, addresses = self.box("attention", B * tokens // gpus * width)
-        send_attention(attention, tensor_scales, addresses, dist.get_rank())
+        send_attention(attention, scale, addresses, dist.get_rank())
         handle.barrier()
         return mine.view(E4M3).view(gpus, B, tokens // gpus, width)
 

@@ -1,6 +1,7 @@
 """The recipe: load a FLUX.1 pipeline, then `optimize` it, top to bottom, in the one order in which the steps work."""
 
 import os
+import sys
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from utils.checkpoint import configs_of, hub_errors, identify, image_settings, r
 from utils.checks import images_per_call, moves_transformer, t5_stays
 from utils.cuda_graph import CUDAGraphed
 from utils.extrapolation import Extrapolated
+from utils.fp8_check import Fp8Check
 from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
@@ -101,6 +103,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     techniques = pipeline.techniques = chosen.decisions
     transformer, vae = pipeline.transformer, pipeline.vae
     device = torch.device(args.device)
+    check = begin_fp8_check(pipeline, args, chosen, log)
 
     # Fusing concatenates weights, which quantised tensors cannot do: before quantisation, after LoRA.
     if chosen.is_on("fused projections"):
@@ -130,9 +133,14 @@ def optimize(pipeline, args, log: StageLog | None = None):
 
     with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
         cpu = torch.device("cpu")
-        if chosen.quant:
-            count = (fuse_blocks(transformer, device) if fused else
-                     quantize_transformer(transformer, *chosen.quant, device, cpu if moves_transformer(args) else None))
+        if fused:
+            # Weights wait on the CPU where the GPU is too small for all of them unquantised. That is where 3 GiB count.
+            capped = transformer.device.type != device.type
+            count = fuse_blocks(transformer, device, float8_modulations=capped)
+            techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears; "
+                                                        f"modulations in {'float8' if capped else 'bf16'}")
+        elif chosen.quant:
+            count = quantize_transformer(transformer, *chosen.quant, device, cpu if moves_transformer(args) else None)
             techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
         if args.text_encoder_quant:
             quantize_text_encoder(pipeline.text_encoder_2, device, None if t5_stays(args) else cpu)
@@ -152,6 +160,9 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if fused:
         leave_sums(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
                                   else (0, 0)))
+    if check:
+        with log.stage("fp8 check"):
+            check.measure(transformer)
     if chosen.compile_mode == "export_aoti":
         with log.stage("packages"), follow_schedule(pipeline) if fused else nullcontext():
             techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
@@ -203,10 +214,42 @@ def optimize(pipeline, args, log: StageLog | None = None):
         steps = chosen.settings.num_inference_steps if chosen.cache else 1
         with log.stage("compile" if chosen.compile_mode == "compile" else "record"):
             show_progress(pipeline, False)
-            # With embeddings, as for a file of prompts, whose prompts are encoded one at a time.
-            pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))
+            # With embeddings, as for a file of prompts, whose prompts are encoded one at a time. A step cache would
+            # compare its first step with the second, which has inputs of its own.
+            checked = check and not (chosen.cache or chosen.extrapolation)
+            with check.measure_next_call(pipeline.transformer) if checked else nullcontext():
+                pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))
             show_progress(pipeline, not args.quiet)
+    if check:
+        pipeline.fp8_check = check.record()
+        techniques["fp8 check"] = Decision(True, check.line())
+        log.line(f"fp8 check: {check.line()}")
+        if parallel.is_first():
+            check.report(sys.argv[1:], args.strict)
     return pipeline
+
+
+def begin_fp8_check(pipeline, args, chosen, log: StageLog) -> Fp8Check | None:
+    """The check with its bf16 reference, before anything is quantised; or None, and a line about why."""
+    pipeline.fp8_check = None
+    fp8_attention = chosen.attention_backend == "aiter" or (
+        "fp8" in attention.BACKENDS.get(chosen.attention_backend, ("", ""))[1])
+    # int8 too, but not on a CPU, where a bf16 step takes longer than the picture's.
+    if not (fp8_attention or (chosen.quant and (chosen.quant[0] == "float8" or args.device == "cuda"))):
+        return None
+    if args.skip_fp8_check:
+        why = "--skip_fp8_check"
+    elif pipeline.transformer.device.type != args.device or args.offload != "none":
+        why = "not run: the unquantised model does not fit on this GPU"
+    else:
+        show_progress(pipeline, False)
+        with log.stage("bf16 step"):
+            # One image, whatever the batch: a bf16 step takes three times as long as one in fp8.
+            check = Fp8Check(pipeline, call_kwargs(pipeline, args, prompt=[args.prompt], seed=[args.seed]))
+        show_progress(pipeline, not args.quiet)
+        return check
+    pipeline.techniques["fp8 check"] = Decision(False, why)
+    return None
 
 
 def show_progress(pipeline, shown: bool) -> None:

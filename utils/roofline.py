@@ -79,7 +79,9 @@ def share_of_ceiling(record: dict, ceilings: dict) -> float | None:
         return None
     quantisation = techniques["quantisation"]
     how = quantisation["how"] if quantisation["on"] else "bf16"
-    kinds = ([kind for kind, sign in (("float8_row", "a row"), ("float8_tensor", "a tensor")) if sign in how]
+    # The fused blocks' GEMMs ("per-row") come in both kinds: cuBLAS multiplies plain e4m3 numbers, as for one tensor.
+    signs = {"float8_row": ("a row", "per-row"), "float8_tensor": ("a tensor", "per-row")}
+    kinds = ([kind for kind, words in signs.items() if any(word in how for word in words)]
              if how.startswith("float8") else [how])
     products = [rates[kind] for rates in ceilings["matmul"].values() for kind in kinds if rates.get(kind)]
     attends = [rate for name, rate in ceilings["attention"].items()

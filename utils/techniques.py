@@ -126,8 +126,8 @@ def plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Plan:
     unwanted = "--disable_fused_kernels" if args.disable_fused_kernels else _unfused_by_choice(args)
     if default_on("fused kernels", bool(unwanted), unwanted or "--disable_fused_kernels",
                   _fusion_obstacle(hardware, chosen, configs),
-                  "LayerNorm, modulation, QK-norm, rotation, GELU, casts to e4m3; modulations of all steps at once"):
-        on["quantisation"] = Decision(True, "float8, one scale a row or a tensor, as each product is faster")
+                  "LayerNorm, modulation, QK-norm, RoPE, GELU, casts to e4m3; modulations of all steps at once"):
+        on["quantisation"] = Decision(True, "float8, per-row scales")
         if compiles:
             what, *why = on["compile"].how.split("; ", 1)
             what = what.removeprefix(f"{args.compile_scope}, ")

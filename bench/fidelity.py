@@ -1,0 +1,399 @@
+"""Fidelity report: how far each lossy switch moves FLUX.1's pictures from those of bf16 eager.
+
+    python -m bench.fidelity --ckpt black-forest-labs/FLUX.1-dev --output-dir fidelity/dev
+    python -m bench.fidelity --ckpt tiny-flux-dev --output-dir /tmp/f --prompts 4 --rows int8 default -- --device cpu
+
+All rows draw the same prompts with the same seeds. gen_image.py draws each row in a process of its own; flags after
+`--` go to all rows. Run the command again after an interruption: it draws only the missing pictures. A row that this
+machine cannot run is skipped with gen_image.py's reason.
+
+The report is three files in --output-dir: fidelity.json, fidelity.md (the table) and sheet.png (thumbnails of the first
+prompts, a line for each row). The last line of stdout is the path of fidelity.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import PIL.Image
+from PIL import ImageDraw, ImageFont
+
+from experiments import CHANNELS, COMPILED, EAGER, FA3, FUSED, OFF, QUANT
+from tiny_flux import judge, pictures
+from utils.benchmark_utils import (
+    DEFAULT_CKPT,
+    SCHEMA_VERSION,
+    RecipeError,
+    create_parser,
+    environment,
+    exit_with_reason,
+    replacing,
+    write_json,
+)
+from utils.checks import check_args, make_writable_parent, manifest_path
+from utils.images import load_reference, numbered_path, read_parameters
+from utils.many_prompts import Prompt, read_prompts
+from utils.quality import perceptual, picture_drift
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = Path(__file__).with_name("prompts.txt")
+REFERENCE = "reference"
+SHOWN, SIDE, LABEL_WIDTH, LINE_HEIGHT, GAP = 8, 160, 160, 16, 4  # the contact sheet: columns, then pixels
+CRASHED = "crashed"
+CHUNK = 10  # pictures in one call of LPIPS and CLIP: about 1 GB of activations at 1024x1024
+
+
+class Row(NamedTuple):
+    """A recipe: gen_image.py's flags, and one line for readers."""
+    flags: list[str]
+    meaning: str
+
+
+# For rows that consist of defaults: without --strict gen_image.py would fall back and draw another recipe. --strict
+# also refuses tuning flags where nothing is compiled.
+STRICT = ["--strict", "--disable_inductor_tuning_flags"]
+ROWS = {
+    REFERENCE: Row([*EAGER, *OFF], "bf16 eager with every technique off"),
+    "compile": Row([*COMPILED, FA3, QUANT], "torch.compile alone, which only changes rounding: the scale"),
+    "fp8_attention": Row([*EAGER, FUSED, CHANNELS, QUANT, *STRICT], "fp8 attention alone"),
+    "float8_row": Row([*EAGER, FUSED, CHANNELS, FA3, "--quant_dtype", "float8", "--quant_granularity", "row"],
+                      "float8 with per-row scales alone, without the fused kernels"),
+    "int8": Row([*COMPILED, FA3, "--quant_dtype", "int8"], "int8 alone, compiled"),
+    "text_encoder_quant": Row([*EAGER, *OFF, "--text_encoder_quant"], "T5 in int8 alone"),
+    "fused": Row([*EAGER, CHANNELS, "--quant_dtype", "float8", *STRICT],
+                 "the fused kernels with float8 and fp8 attention, not compiled"),
+    "default": Row([], "the default recipe"),
+    "default_balanced": Row(["--cache_preset", "balanced"], "the default recipe with --cache_preset balanced"),
+    "default_fast": Row(["--cache_preset", "fast"], "the default recipe with --cache_preset fast"),
+    "default_taylorseer": Row(["--step_cache", "taylorseer"], "the default recipe with --step_cache taylorseer"),
+}
+COLUMNS = {"PSNR mean": ("psnr_mean", ".1f"), "PSNR min": ("psnr_min", ".1f"), "SSIM": ("ssim", ".3f"),
+           "LPIPS": ("lpips", ".4f"), "CLIP": ("clip_score", ".2f"), "s/image": ("seconds_per_image", ".2f")}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default=DEFAULT_CKPT, help=f"as gen_image.py takes it ({DEFAULT_CKPT})")
+    parser.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder of the report and its pictures")
+    parser.add_argument("--prompts", type=int, metavar="N", help="draw the first N prompts (all)")
+    parser.add_argument("--prompts-file", metavar="FILE", help="prompts in gen_image.py's format (50 built-in ones)")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="draw these rows and the reference (all)")
+    parser.add_argument("--list", action="store_true", help="print the rows with their flags, and draw nothing")
+    parser.add_argument("--download-metrics", action="store_true", help="fetch the weights of LPIPS and CLIP score")
+    parser.add_argument("flags", nargs="*", help="after --: flags of gen_image.py for all rows")
+    return parser.parse_args()
+
+
+def choose_rows(names: list[str] | None) -> list[str]:
+    """The rows to draw, in the table's order and with the reference.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if unknown := [name for name in names or [] if name not in ROWS]:
+        raise RecipeError(f"--rows {' '.join(unknown)}: unknown. Choose from {', '.join(ROWS)}.")
+    return [name for name in ROWS if not names or name in names or name == REFERENCE]
+
+
+def built_in_prompts(ckpt: str, edits: bool) -> list[str]:
+    """Fifty prompts. tiny-flux only knows its captions; Kontext (`edits`) takes instructions."""
+    if ckpt.startswith("tiny-"):
+        if edits:
+            return judge.edits_of(judge.training_captions(50))[0]
+        texts, _ = pictures.prompts(50)  # 25 with style and background, then 25 without
+        return [text for pair in zip(texts[:25], texts[25:], strict=True) for text in pair]
+    texts = PROMPTS.read_text().splitlines()
+    return [f"Put the main subject of the picture into this scene: {text}" for text in texts] if edits else texts
+
+
+def choose_prompts(args, seed: int) -> list[dict]:
+    """[{"prompt", "seed"}, ...]. A prompt without a seed of its own has `seed` plus its index.
+
+    Raises:
+        RecipeError: an unreadable file, or a count that the prompts do not have.
+    """
+    if args.prompts_file:
+        try:
+            available, complaints = read_prompts(args.prompts_file)
+        except OSError as error:
+            raise RecipeError(f"--prompts-file {args.prompts_file}: cannot be read ({error.strerror}). Give a text "
+                              "file with one prompt a line.") from error
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+    else:
+        available = [Prompt(i + 1, i, text) for i, text in enumerate(built_in_prompts(args.ckpt, bool(args.image)))]
+    if args.prompts is not None and not 1 <= args.prompts <= len(available):
+        raise RecipeError(f"--prompts {args.prompts}: choose from 1 to {len(available)}, or add --prompts-file.")
+    return [{"prompt": prompt.text, "seed": seed + i if prompt.seed is None else prompt.seed}
+            for i, prompt in enumerate(available[:args.prompts])]
+
+
+def read_previous(path: Path, record: dict) -> dict:
+    """The folder's earlier report, or an empty one. It may have fewer or more prompts than `record`, but no others.
+
+    Raises:
+        RecipeError: `record` has another model, flags, machine, versions, prompts or seeds.
+    """
+    if not path.exists():
+        return {"rows": {}, "skipped": {}}
+    try:
+        previous = json.loads(path.read_text())
+        settings, prompts, _, _ = (previous[key] for key in ("settings", "prompts", "rows", "skipped"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path} is no report of this program: choose another --output-dir, or delete it.") from error
+    for name, value in record["settings"].items():
+        if settings.get(name) != value:
+            raise RecipeError(f"--output-dir {path.parent} holds pictures with other {name} ({settings.get(name)!r}, "
+                              f"now {value!r}). Choose another folder, or delete this one.")
+    if any(old != new for old, new in zip(prompts, record["prompts"], strict=False)):
+        raise RecipeError(f"--output-dir {path.parent} holds pictures of other prompts or seeds. Choose another "
+                          "folder, or delete this one.")
+    return previous
+
+
+def draw(name: str, command: list[str]) -> str | None:
+    """Runs gen_image.py for one row and passes its output on to stderr.
+
+    Returns:
+        None on success; else one line: gen_image.py's reason if it refused the row, or `CRASHED` and its last line.
+    """
+    print(f"\n{name}: {ROWS[name].meaning}", file=sys.stderr, flush=True)
+    end = ""
+    with subprocess.Popen([sys.executable, str(ROOT / "gen_image.py"), *command], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        # Chunks, not lines: a progress bar ends no line.
+        while piece := os.read(child.stdout.fileno(), 65536):
+            text = piece.decode(errors="replace")
+            print(text, end="", file=sys.stderr, flush=True)
+            end = (end + text)[-10_000:]
+    if child.returncode == 0:
+        return None
+    refusals = re.split(r"^(?:\S+: )?error: ", end, flags=re.MULTILINE)
+    if child.returncode == 2 and len(refusals) > 1:
+        return " ".join(refusals[-1].split())
+    return f"{CRASHED} (exit code {child.returncode}): {(end.strip().splitlines() or ['no output'])[-1]}"
+
+
+def hashes(files: list[Path]) -> list[str | None]:
+    """SHA-256 of each file, None for a missing one."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]
+
+
+def seconds_per_image(manifest: Path, files: list[Path]) -> float | None:
+    """The median of the pictures' seconds in the manifest; None without a manifest."""
+    lines = map(json.loads, manifest.read_text().splitlines()) if manifest.exists() else []
+    seconds = {line["file"]: line["seconds"] for line in lines}  # the last line of a file counts
+    known = [seconds[file.name] for file in files if file.name in seconds]
+    return statistics.median(known) if known else None
+
+
+def open_all(files: list[Path]) -> list[PIL.Image.Image]:
+    return [PIL.Image.open(file).convert("RGB") for file in files]
+
+
+def drift_of(files: list[Path], reference: list[Path]) -> dict:
+    """PSNR (dB) and SSIM against the reference: of each picture, and mean and minimum over all."""
+    # One picture at a time: the SSIM of a single 1024x1024 picture in float64 takes about 5 GB.
+    drifts = [picture_drift(open_all([file]), open_all([other])) for file, other in zip(files, reference, strict=True)]
+    means = {name: statistics.fmean(drift[name] for drift in drifts) for name in ("psnr_mean", "ssim", "identical")}
+    return means | {"psnr_min": min(drift["psnr_min"] for drift in drifts), "pictures": [
+        {"file": file.name, "sha256": sha256, "psnr": drift["psnr_mean"], "ssim": drift["ssim"]}
+        for file, sha256, drift in zip(files, hashes(files), drifts, strict=True)]}
+
+
+def perceptual_scores(files: list[Path], reference: list[Path], prompts: list[str], download: bool) -> dict:
+    """Mean LPIPS and CLIP score. A metric without its weights is None, with the reason in "not_available"."""
+    total = {"lpips": 0.0, "clip_score": 0.0}
+    for start in range(0, len(files), CHUNK):
+        part = slice(start, start + CHUNK)
+        scores = perceptual(open_all(files[part]), open_all(reference[part]), prompts[part], download)
+        for name in total:
+            known = total[name] is not None and scores[name] is not None
+            total[name] = total[name] + scores[name] * len(files[part]) / len(files) if known else None
+        if scores["not_available"]:
+            break
+    return total | {"not_available": scores["not_available"]}
+
+
+def is_drawn(row: dict, name: str, files: list[Path]) -> bool:
+    """Whether a recorded row has today's flags, and its pictures are all there and unchanged."""
+    return row["flags"] == ROWS[name].flags and [one["sha256"] for one in row["pictures"]] == hashes(files)
+
+
+def measure(row: dict, files: list[Path], reference: list[Path], prompts: list[str], download: bool) -> dict:
+    """`row` with its metrics. Metrics that it has are kept unless the reference's pictures have changed."""
+    against = hashlib.sha256("".join(map(str, hashes(reference))).encode()).hexdigest()
+    is_new = row.get("against") != against
+    if is_new:
+        row = row | drift_of(files, reference) | {"against": against}
+    if is_new or row["not_available"]:
+        row = row | perceptual_scores(files, reference, prompts, download)
+    return row
+
+
+def new_row(name: str, files: list[Path], commit: str | None) -> dict:
+    """The record of a row just drawn, before its metrics. `techniques`: those that were on, name to how."""
+    seconds = seconds_per_image(manifest_path(files[0].with_name("image.png")), files)
+    return {**ROWS[name]._asdict(), "commit": commit, "techniques": read_parameters(files[0])["techniques"],
+            "seconds_per_image": seconds}
+
+
+def make_rows(record: dict, previous: dict, names: list[str], args, common: list[str]) -> None:
+    """Draws and measures rows into `record`, and writes fidelity.json after each. Rows of an earlier run stay.
+
+    Args:
+        names: the rows to draw, the reference among them.
+        common: gen_image.py's flags for all rows.
+
+    Raises:
+        RecipeError: the reference cannot be drawn.
+    """
+    folder, prompts = args.output_dir, [one["prompt"] for one in record["prompts"]]
+    files = {name: [numbered_path(str(folder / name / "image.png"), i, one["seed"])
+                    for i, one in enumerate(record["prompts"])] for name in ROWS}
+    rows = {name: row for name, row in previous["rows"].items() if name in ROWS and is_drawn(row, name, files[name])}
+    record["skipped"] = {name: why for name, why in previous["skipped"].items() if name not in names}
+    for name in ROWS:
+        if name not in rows:
+            if name not in names:
+                continue
+            # The row's flags come last, so that shared flags cannot change what the row stands for.
+            output = ["--output-file", str(folder / name / "image.png")]
+            if why := draw(name, [*common, *output, *ROWS[name].flags]):
+                if name == REFERENCE:
+                    raise RecipeError(f"the reference cannot be drawn: {why}")
+                record["skipped"][name] = why
+                continue
+            rows[name] = new_row(name, files[name], record["environment"]["commit"])
+        rows[name] = measure(rows[name], files[name], files[REFERENCE], prompts, args.download_metrics)
+        record["rows"] = {row: rows[row] for row in ROWS if row in rows}
+        write_json(str(folder / "fidelity.json"), record)
+
+
+def table(record: dict) -> str:
+    """The report in Markdown."""
+    settings, rows = record["settings"], record["rows"]
+    commits = ", ".join(sorted({str(row["commit"]) for row in rows.values()}))
+    lines = [f"# Fidelity of {settings['model']}", "",
+             f"{len(record['prompts'])} prompts, one seed each; flags of all rows: {settings['flags'] or 'none'}.",
+             "", f"| row | {' | '.join(COLUMNS)} | recipe |", f"|---|{'---:|' * len(COLUMNS)}---|"]
+    for name, row in rows.items():
+        cells = ["–" if row[key] is None else format(row[key], form) for key, form in COLUMNS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['meaning']} |")
+    lines += ["", "PSNR (dB), SSIM and LPIPS compare with the reference's pictures; 100 dB means identical. CLIP "
+              f"compares with the prompts. {settings['gpu'] or 'CPU'}; {settings['packages']}; commit {commits}; "
+              f"{record['environment']['date']}.", ""]
+    if "default" in rows:
+        how = rows["default"]["techniques"]
+        lines.append("- default on this machine: " + "; ".join(
+            f"{name}: {how.get(name, 'off')}" for name in ("attention", "quantisation", "fused kernels")))
+    lines += [f"- {name} skipped: {why}" for name, why in record["skipped"].items()]
+    lines += [f"- {name} missing: {why}" for name, why in rows[REFERENCE]["not_available"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def make_sheet(rows: dict[str, list[PIL.Image.Image]], labels: dict[str, str], prompts: list[str]) -> PIL.Image.Image:
+    """Thumbnails: a line for each row, a column for each prompt.
+
+    Args:
+        rows: pictures of one size, one for each prompt.
+        labels: the text left of each row, three lines at most.
+    """
+    font, first = ImageFont.load_default(12), next(iter(rows.values()))[0]
+    height, head = round(SIDE * first.height / first.width), 3 * LINE_HEIGHT + GAP
+    size = LABEL_WIDTH + len(prompts) * (SIDE + GAP), head + len(rows) * (height + GAP)
+    sheet = PIL.Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, prompt in enumerate(prompts):
+        text = textwrap.fill(f"{column + 1}. {prompt}", 25, max_lines=3, placeholder=" …")
+        pen.multiline_text((LABEL_WIDTH + column * (SIDE + GAP), GAP), text, "black", font)
+    for line, (name, images) in enumerate(rows.items()):
+        top = head + line * (height + GAP)
+        pen.multiline_text((GAP, top), labels[name], "black", font)
+        for column, image in enumerate(images):
+            sheet.paste(image.convert("RGB").resize((SIDE, height), PIL.Image.Resampling.LANCZOS),
+                        (LABEL_WIDTH + column * (SIDE + GAP), top))
+    return sheet
+
+
+def write_report(record: dict, folder: Path) -> str:
+    """Writes the table and the contact sheet; returns the table."""
+    text, count = table(record), min(SHOWN, len(record["prompts"]))
+    with replacing(folder / "fidelity.md") as temporary:
+        temporary.write_text(text)
+    pictures_of = {name: open_all([folder / name / one["file"] for one in row["pictures"][:count]])
+                   for name, row in record["rows"].items()}
+    labels = {name: f"{name}\nPSNR {row['psnr_mean']:.1f} dB\nSSIM {row['ssim']:.3f}"
+              for name, row in record["rows"].items()} | {REFERENCE: REFERENCE}
+    sheet = make_sheet(pictures_of, labels, [one["prompt"] for one in record["prompts"][:count]])
+    with replacing(folder / "sheet.png") as temporary:
+        sheet.save(temporary)
+    return text
+
+
+def shared_flags(args) -> tuple[list[str], argparse.Namespace]:
+    """gen_image.py's flags for all rows, and the reference's arguments.
+
+    Raises:
+        RecipeError: a flag after `--` that the report sets itself.
+    """
+    common = ["--ckpt", args.ckpt, *(["--image", args.image] if args.image else []), *args.flags]
+    parser = create_parser()
+    recipe = parser.parse_args([*common, *ROWS[REFERENCE].flags])
+    fixed = {name: parser.get_default(name) for name in ("output_file", "prompts_file", "num_images_per_prompt")}
+    for name, value in (fixed | {"ckpt": args.ckpt, "image": args.image}).items():
+        if getattr(recipe, name) != value:
+            raise RecipeError(f"--{name} after --: the report sets this flag for each row. Drop it.")
+    return common, recipe
+
+
+def settings_of(args, machine: dict) -> dict:
+    """The settings that all pictures of a folder must share."""
+    image = hashlib.sha256(load_reference(args.image).tobytes()).hexdigest() if args.image else None
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return {"model": args.ckpt, "flags": " ".join(args.flags), "image_sha256": image, "gpu": machine.get("gpu"),
+            "packages": versions}
+
+
+def main():
+    args = parse()
+    if args.list:
+        for name, row in ROWS.items():
+            print(f"{name:<20}{row.meaning}\n{'':<20}{' '.join(row.flags) or '(no flags)'}")
+        return
+    if args.output_dir is None:
+        raise RecipeError("--output-dir DIR is missing: give the folder for the report and its pictures.")
+    args.output_dir = args.output_dir.expanduser()
+    path, names, (common, recipe) = args.output_dir / "fidelity.json", choose_rows(args.rows), shared_flags(args)
+    prompts = choose_prompts(args, recipe.seed)
+    make_writable_parent(path, "--output-dir")
+    with tempfile.TemporaryDirectory() as scratch:
+        prompts_file = Path(scratch, "prompts.jsonl")
+        prompts_file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        recipe.prompts_file, recipe.output_file = str(prompts_file), str(args.output_dir / REFERENCE / "image.png")
+        check_args(recipe)
+        machine = environment(recipe.device)
+        record = {"schema_version": SCHEMA_VERSION, "settings": settings_of(args, machine), "prompts": prompts,
+                  "rows": {}, "skipped": {}, "environment": machine}
+        previous = read_previous(path, record)
+        make_rows(record, previous, names, args, [*common, "--prompts-file", str(prompts_file)])
+    write_json(str(path), record)
+    print(write_report(record, args.output_dir))
+    print(path)
+    if crashed := [name for name, why in record["skipped"].items() if why.startswith(CRASHED)]:
+        raise RecipeError(f"{', '.join(crashed)} crashed; see the output above. Run the command again to retry.")
+
+
+if __name__ == "__main__":
+    exit_with_reason(main)

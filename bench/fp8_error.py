@@ -1,0 +1,155 @@
+"""How far each fp8 recipe's step is from float32, on weights that are shaped as trained ones are.
+
+    python -m bench.fp8_error --random_weights 3+6 --output-json results/h200/fp8_error/families.json
+    python -m bench.fp8_error --random_weights --cases plain massive=500,spread=0.5,neuron=300 --output-json full.json
+    python -m bench.fp8_error --ckpt tiny-flux-dev --random_weights 1+2 --device cpu --output-json tiny.json
+
+For every case of `bench.trained_like` one transformer is reshaped, each recipe is applied to a copy of it, and the same
+step of a real call is compared with float32 arithmetic: ||step - float32|| / ||float32|| over the picture's tokens. On
+a CPU the recipes run through the kernels' references. The step is eager: graphs and compilation only change rounding.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import time
+
+import torch
+from torch import Tensor
+
+from bench import trained_like
+from utils import attention
+from utils.attention import use_attention_library
+from utils.benchmark_utils import (
+    RecipeError,
+    create_parser,
+    environment,
+    exit_with_reason,
+    write_json,
+)
+from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
+from utils.quality import capture_step, float32_step, relative_error
+from utils.quantization import quantize_transformer
+
+# Random weights have gates of about 0.07, with which blocks hardly change the stream. Trained gates are of order 0.5.
+RANDOM_GATES = 8.0
+
+
+def as_bf16(transformer: torch.nn.Module, device: torch.device) -> None:
+    """diffusers' own blocks."""
+
+
+def as_float8_row(transformer: torch.nn.Module, device: torch.device) -> None:
+    """This recipe without its fused kernels: torchao's per-row float8, FlashAttention-3 in scaled fp8."""
+    use_attention_library(transformer, "fa3")
+    quantize_transformer(transformer, "float8", "row", device)
+
+
+def as_flux_fast(transformer: torch.nn.Module, device: torch.device) -> None:
+    """flux-fast's: one scale a tensor, q, k and v cast to e4m3 without a scale."""
+    use_attention_library(transformer, "fa3_unscaled")
+    quantize_transformer(transformer, "float8", "tensor", device)
+
+
+def as_fused(transformer: torch.nn.Module, device: torch.device, float8_modulations: bool = False) -> None:
+    """The default on a Hopper GPU."""
+    from utils.fused_blocks import fuse_blocks, leave_sums  # Triton, which CPU builds of torch lack
+
+    fuse_blocks(transformer, device, float8_modulations)
+    leave_sums(transformer)
+
+
+def as_fused_float8_modulations(transformer: torch.nn.Module, device: torch.device) -> None:
+    """The default where memory is capped."""
+    as_fused(transformer, device, float8_modulations=True)
+
+
+def as_int8(transformer: torch.nn.Module, device: torch.device) -> None:
+    """torchao's int8 by row, FlashAttention-3 in scaled fp8."""
+    use_attention_library(transformer, "fa3")
+    quantize_transformer(transformer, "int8", "row", device)
+
+
+def as_fp8_attention(transformer: torch.nn.Module, device: torch.device) -> None:
+    """FlashAttention-3 in scaled fp8 alone."""
+    use_attention_library(transformer, "fa3")
+
+
+RECIPES = {"bf16": as_bf16, "fp8_attention": as_fp8_attention, "float8_row": as_float8_row, "flux_fast": as_flux_fast,
+           "fused": as_fused, "fused_float8_modulations": as_fused_float8_modulations, "int8": as_int8}
+
+
+@torch.no_grad()
+def step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
+    """The output (B, S, C) of one step; fused blocks need their modulations first."""
+    if hasattr(transformer.time_text_embed, "prepare"):
+        transformer.time_text_embed.prepare(inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"])
+    return transformer(**inputs)[0]
+
+
+def measure(transformer: torch.nn.Module, inputs: dict, mixture: dict[str, float], recipes: list[str], tokens: int,
+            device: torch.device) -> dict[str, float]:
+    """{recipe: relative error} of one case.
+
+    Args:
+        transformer: unquantised, with unfused projections; it stays as it is.
+        inputs: of one step; tokens: how many of the output's rows the pipeline reads.
+    """
+    reshaped = copy.deepcopy(transformer)
+    trained_like.reshape(reshaped, mixture, inputs)
+    inputs = trained_like.step_inputs(inputs, mixture)
+    reference = float32_step(reshaped, inputs)[:, :tokens]
+    errors = {}
+    for i, name in enumerate(recipes):
+        # The last recipe takes the model itself: at full depth there is no room for one more copy on some cards.
+        model = copy.deepcopy(reshaped) if i + 1 < len(recipes) else reshaped
+        fuse_projections(model)
+        RECIPES[name](model, device)
+        errors[name] = relative_error(step(model, inputs)[:, :tokens], reference)
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return errors
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--cases", nargs="+", metavar="FAMILY=STRENGTH,...", help="plain, or mixtures (all)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--gates", type=float, metavar="FACTOR",
+                        help=f"factor of all gates: {RANDOM_GATES:g} with --random_weights, else 1")
+    parser.add_argument("--output-json", required=True, metavar="FILE")
+    args, rest = parser.parse_known_args()
+    recipe = create_parser().parse_args([*rest, "--quiet"])
+    cases = ([(text, trained_like.parse(text)) for text in args.cases] if args.cases else
+             [("plain", {}), *trained_like.cases()])
+    device = torch.device(recipe.device)
+    if device.type == "cuda":
+        function, where = attention.find_library("fa3")
+        if function is None:
+            raise RecipeError(f"fp8 recipes need FlashAttention-3 here: {where}.")
+        attention.register_library("fa3", function)
+    pipeline = load_pipeline(recipe)
+    kwargs = call_kwargs(pipeline, recipe)
+    inputs = capture_step(pipeline, kwargs)
+    tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
+    transformer = pipeline.transformer
+    del pipeline
+    record = {"model": recipe.ckpt, "random_weights": recipe.random_weights, "rows": [],
+              "gates": args.gates or (RANDOM_GATES if recipe.random_weights else 1.0),
+              "environment": environment(recipe.device)}
+    for name, mixture in cases:
+        start = time.perf_counter()
+        scaled = mixture | {"gates": record["gates"] * mixture.get("gates", 1.0)}
+        errors = measure(transformer, inputs, scaled, args.recipes, tokens, device)
+        record["rows"].append({"case": name, "errors": errors})
+        print(f"{name:60}", *(f"{recipe} {100 * error:.2f} %" for recipe, error in errors.items()),
+              f"({time.perf_counter() - start:.1f} s)", flush=True)
+        write_json(args.output_json, record)
+    print(json.dumps({"output_json": args.output_json, "cases": len(cases)}))
+
+
+if __name__ == "__main__":
+    exit_with_reason(main)

@@ -1,0 +1,158 @@
+"""The check of fp8 against bf16, on tiny-flux: a CPU runs the fused blocks through the kernels' references."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from bench import trained_like
+from utils import fp8_check, fused_blocks, pipeline_utils
+from utils.benchmark_utils import RecipeError
+from utils.fp8_check import BOUND, Fp8Check
+from utils.images import image_parameters
+from utils.many_prompts import is_made
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.quality import capture_step
+from utils.techniques import Decision
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """`optimize` decides as on a Hopper GPU."""
+    plan = pipeline_utils.plan
+
+    def planned(*given):
+        chosen = plan(*given)
+        chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
+        for name in ("attention", "quantisation", "fused kernels"):
+            chosen.decisions[name] = Decision(True, "")
+        return chosen
+
+    def make(argv):
+        monkeypatch.setattr(pipeline_utils, "plan", plan)
+        pipeline = load_pipeline(argv)
+        monkeypatch.setattr(pipeline_utils, "plan", planned)
+        return pipeline
+    return make
+
+
+@pytest.fixture
+def args(make_args):
+    return lambda *argv: make_args("--ckpt", "tiny-flux-dev", "--compile_export_mode", "disabled", *argv)
+
+
+def test_check_on_a_recipe_that_holds_is_a_line(on_hopper, args, capfd, tmp_path):
+    """The error is that of a step, it reaches record and metadata, and it does not decide whether a picture is made."""
+    pipeline = optimize(on_hopper(args()), args())
+    errors = pipeline.fp8_check["errors"]
+    assert set(errors) == {"first", "middle"} and all(0.01 < error < BOUND for error in errors.values())
+    assert pipeline.fp8_check["holds"] and "WARNING" not in capfd.readouterr().err
+    assert f"{100 * max(errors.values()):.1f} %" in pipeline.techniques["fp8 check"].how
+    kwargs = call_kwargs(pipeline, args(), num_inference_steps=1)
+    parameters = image_parameters(args(), kwargs, pipeline.techniques, "x", 1)
+    assert "fp8 check" in parameters["techniques"]
+    from utils.images import save_image
+    save_image(pipeline(**kwargs).images[0], tmp_path / "x.png", parameters)
+    without = parameters | {"techniques": {name: how for name, how in parameters["techniques"].items()
+                                           if name != "fp8 check"}}
+    assert is_made(tmp_path / "x.png", without)
+
+
+def test_check_of_the_finished_recipe_compares_the_first_step(on_hopper, args):
+    """The error after all wrappers is that of the blocks by themselves, though the call starts from other noise."""
+    pipeline = on_hopper(args())
+    check = Fp8Check(pipeline, call_kwargs(pipeline, args()))
+    pipeline = optimize(pipeline, args("--skip_fp8_check"))
+    with check.measure_next_call(pipeline.transformer):
+        pipeline(**call_kwargs(pipeline, args(), seed=7, num_inference_steps=2))
+    check.measure(pipeline.transformer)
+    assert check.errors["finished"] == pytest.approx(check.errors["first"], rel=1e-3)
+    before = dict(check.errors)
+    pipeline(**call_kwargs(pipeline, args(), num_inference_steps=1))
+    assert check.errors == before, "hooks are left"
+
+
+def broken_gemm(monkeypatch):
+    """One GEMM's weight scale is 1,000 times too large."""
+    init = fused_blocks.FusedSingleBlock.__init__
+
+    def broken(self, *given):
+        init(self, *given)
+        self.mlp.scale *= 1000
+
+    monkeypatch.setattr(fused_blocks.FusedSingleBlock, "__init__", broken)
+
+
+def broken_attention(monkeypatch):
+    """Attention takes v for 1,000 times what it is."""
+    attention = fused_blocks.attention
+    monkeypatch.setattr(fused_blocks, "attention",
+                        lambda q, k, v, qs, ks, vs, library: attention(q, k, v, qs, ks, 1000 * vs, library))
+
+
+def broken_row_scale(monkeypatch):
+    """LayerNorm's result is divided by a scale 1,000 times too large, and is multiplied by the right one."""
+    adaln = fused_blocks.residual_adaln
+
+    def broken(*given):
+        text, image, x, *rest = adaln(*given)
+        return text, image, (x.float() / 1000).to(x.dtype), *rest
+
+    monkeypatch.setattr(fused_blocks, "residual_adaln", broken)
+
+
+@pytest.mark.parametrize("breaks", [broken_gemm, broken_attention, broken_row_scale])
+def test_check_catches_a_scale_1000_times_too_large(on_hopper, args, monkeypatch, capfd, breaks):
+    breaks(monkeypatch)
+    pipeline = optimize(on_hopper(args()), args())
+    assert pipeline.fp8_check["holds"] is False and not max(pipeline.fp8_check["errors"].values()) <= BOUND
+    printed = capfd.readouterr().err
+    assert "WARNING" in printed and "--disable_quant" in printed
+    with pytest.raises(RecipeError, match="--strict"):
+        optimize(on_hopper(args()), args("--strict", "--disable_cudagraphs", "--disable_gpu_postprocess",
+                                         "--disable_fused_vae", "--disable_inductor_tuning_flags"))
+
+
+def test_check_catches_nan(on_hopper, args):
+    pipeline = on_hopper(args())
+    check = Fp8Check(pipeline, call_kwargs(pipeline, args()))
+    check.errors = {"first": 0.01, "middle": math.nan}
+    assert math.isnan(check.worst) and not check.holds
+
+
+@pytest.mark.parametrize("argv, why", [(["--skip_fp8_check"], "--skip_fp8_check"),
+                                       (["--offload", "text"], "does not fit")])
+def test_check_that_does_not_run_says_why(on_hopper, args, argv, why, monkeypatch):
+    pipeline = on_hopper(args())
+    pipeline.techniques = {}
+    chosen = pipeline_utils.plan(args(), pipeline_utils.configs_of(pipeline), pipeline_utils.detect("cpu"))
+    monkeypatch.setattr(fp8_check, "Fp8Check", None)
+    assert pipeline_utils.begin_fp8_check(pipeline, args(*argv), chosen, None) is None
+    assert pipeline.fp8_check is None and why in pipeline.techniques["fp8 check"].how
+
+
+def test_check_is_of_fp8_alone(make_args):
+    """int8 on a CPU, and bf16, have no fp8 to check."""
+    args = make_args("--ckpt", "tiny-flux", "--compile_export_mode", "disabled")
+    pipeline = optimize(load_pipeline(args), args)
+    assert pipeline.fp8_check is None and "fp8 check" not in pipeline.techniques
+
+
+def test_check_with_guidance_takes_the_first_call_of_each_step(on_hopper, args):
+    pipeline = on_hopper(args())
+    given = args("--negative_prompt", "red", "--true_cfg_scale", "2")
+    check = Fp8Check(pipeline, call_kwargs(pipeline, given))
+    first, middle = (check.steps[name][0] for name in ("first", "middle"))
+    assert first["timestep"] > middle["timestep"] > 0
+    assert torch.equal(first["encoder_hidden_states"], middle["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("mixture", ["neuron=3000,head=3000", "massive=500,spread=0.5,neuron=300"])
+def test_fused_recipe_passes_the_check_on_reshaped_weights(on_hopper, args, mixture):
+    """bench/trained_like.py's mixtures, on the trained checkpoint."""
+    pipeline = on_hopper(args())
+    inputs = capture_step(pipeline, call_kwargs(pipeline, args()))
+    trained_like.reshape(pipeline.transformer, trained_like.parse(mixture), inputs)
+    assert optimize(pipeline, args()).fp8_check["holds"]
