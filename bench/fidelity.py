@@ -9,6 +9,9 @@ machine cannot run is skipped with gen_image.py's reason.
 
 The report is three files in --output-dir: fidelity.json, fidelity.md (the table) and sheet.png (thumbnails of the first
 prompts, a line for each row). The last line of stdout is the path of fidelity.json.
+
+Where the fused kernels run, the report also names the blocks whose e4m3 values most often leave e4m3's precise range:
+see bench/block_shares.py. --block-shares measures a tiny model's blocks on a CPU.
 """
 
 import argparse
@@ -21,12 +24,15 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 import PIL.Image
+import torch
 from PIL import ImageDraw, ImageFont
 
+from bench.fp8_error import as_fused
 from experiments import CHANNELS, COMPILED, EAGER, FA3, FUSED, OFF, QUANT
 from tiny_flux import judge, pictures
 from utils.benchmark_utils import (
@@ -39,16 +45,21 @@ from utils.benchmark_utils import (
     replacing,
     write_json,
 )
+from utils.checkpoint import read_configs
 from utils.checks import check_args, make_writable_parent, manifest_path
 from utils.images import load_reference, numbered_path, read_parameters
 from utils.many_prompts import Prompt, read_prompts
-from utils.quality import perceptual, picture_drift
+from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
+from utils.quality import capture_step, perceptual, picture_drift
+from utils.techniques import detect, plan
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = Path(__file__).with_name("prompts.txt")
 REFERENCE = "reference"
 SHOWN, SIDE, LABEL_WIDTH, LINE_HEIGHT, GAP = 8, 160, 160, 16, 4  # the contact sheet: columns, then pixels
 CRASHED = "crashed"
+TENSORS = {"hidden": "GELU's result", "v": "v", "attention": "attention's result"}  # of bench/block_shares.py
+WORST = 5  # blocks that the report names for each tensor
 CHUNK = 10  # pictures in one call of LPIPS and CLIP: about 1 GB of activations at 1024x1024
 
 
@@ -91,6 +102,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="draw these rows and the reference (all)")
     parser.add_argument("--list", action="store_true", help="print the rows with their flags, and draw nothing")
     parser.add_argument("--download-metrics", action="store_true", help="fetch the weights of LPIPS and CLIP score")
+    parser.add_argument("--block-shares", "--block_shares", action="store_true",
+                        help="measure a tiny model's e4m3 values by block on a CPU; GPUs with fused kernels always do")
     parser.add_argument("flags", nargs="*", help="after --: flags of gen_image.py for all rows")
     return parser.parse_args()
 
@@ -204,7 +217,7 @@ def open_all(files: list[Path]) -> list[PIL.Image.Image]:
 
 def drift_of(files: list[Path], reference: list[Path]) -> dict:
     """PSNR (dB) and SSIM against the reference: of each picture, and mean and minimum over all."""
-    # One picture at a time: the SSIM of a single 1024x1024 picture in float64 takes about 5 GB.
+    # One picture at a time: the SSIM of a single 1024x1024 picture in float64 takes about 0.4 GB.
     drifts = [picture_drift(open_all([file]), open_all([other])) for file, other in zip(files, reference, strict=True)]
     means = {name: statistics.fmean(drift[name] for drift in drifts) for name in ("psnr_mean", "ssim", "identical")}
     return means | {"psnr_min": min(drift["psnr_min"] for drift in drifts), "pictures": [
@@ -281,6 +294,57 @@ def make_rows(record: dict, previous: dict, names: list[str], args, common: list
         write_json(str(folder / "fidelity.json"), record)
 
 
+def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> dict:
+    """e4m3 values by block in the first step of a prompt.
+
+    Args:
+        recipe: gen_image.py's arguments of the default row.
+        on_cpu: whether to measure without a GPU, through the kernels' references.
+
+    Returns:
+        {"shares": the result of `block_shares`}, or {"not_measured": one line of why}.
+    """
+    print("\nblocks: shares of their e4m3 values", file=sys.stderr, flush=True)
+    try:
+        # Also registers FlashAttention-3.
+        chosen = plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights),
+                      detect(recipe.device, recipe.gpu_memory_limit))
+        if not chosen.is_on("fused kernels") and not on_cpu:
+            return {"not_measured": f"fused kernels are off: {chosen.decisions['fused kernels'].how}"}
+        from bench.block_shares import block_shares  # Triton, which CPU builds of torch lack
+
+        pipeline = load_pipeline(recipe)
+        if pipeline.transformer.device.type != recipe.device:
+            return {"not_measured": "the unquantised model does not fit on this GPU"}
+        inputs = capture_step(pipeline, call_kwargs(pipeline, recipe, [prompt["prompt"]], [prompt["seed"]]))
+        transformer = pipeline.transformer
+        del pipeline
+        fuse_projections(transformer)
+        as_fused(transformer, torch.device(recipe.device))
+        return {"shares": block_shares(transformer, inputs)}
+    except RecipeError as error:
+        return {"not_measured": " ".join(str(error).split())}
+    except Exception as error:  # of whatever kind, such as no memory: it must not cost the report
+        traceback.print_exc()
+        return {"not_measured": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def block_lines(blocks: dict) -> list[str]:
+    """The report's section on blocks: for each tensor its median block and the worst ones."""
+    lines = ["", "## e4m3 values by block", ""]
+    if "shares" not in blocks:
+        return [*lines, f"Not measured: {blocks['not_measured']}"]
+    lines += ["Share of values below 2^-6, where e4m3 keeps fewer bits, plus share at 448, where it saturates. "
+              "GELU's negative values are small by nature. Attention's result in double blocks has a 448 in each row. "
+              f"First step of prompt 1; commit {blocks['commit']}.", ""]
+    for name, meaning in TENSORS.items():
+        ranked = sorted(blocks["shares"], key=lambda row: row[name]["below"] + row[name]["saturated"], reverse=True)
+        median, *worst = (f"{row['block']} {100 * row[name]['below']:.2f} + {100 * row[name]['saturated']:.2f} %"
+                          for row in (ranked[len(ranked) // 2], *ranked[:WORST]))
+        lines.append(f"- {meaning}: median {median}; worst {', '.join(worst)}")
+    return lines
+
+
 def table(record: dict) -> str:
     """The report in Markdown."""
     settings, rows = record["settings"], record["rows"]
@@ -300,6 +364,7 @@ def table(record: dict) -> str:
             f"{name}: {how.get(name, 'off')}" for name in ("attention", "quantisation", "fused kernels")))
     lines += [f"- {name} skipped: {why}" for name, why in record["skipped"].items()]
     lines += [f"- {name} missing: {why}" for name, why in rows[REFERENCE]["not_available"].items()]
+    lines += block_lines(record["blocks"])
     return "\n".join(lines) + "\n"
 
 
@@ -376,6 +441,10 @@ def main():
         raise RecipeError("--output-dir DIR is missing: give the folder for the report and its pictures.")
     args.output_dir = args.output_dir.expanduser()
     path, names, (common, recipe) = args.output_dir / "fidelity.json", choose_rows(args.rows), shared_flags(args)
+    on_cpu = args.block_shares and recipe.device == "cpu"
+    if on_cpu and not args.ckpt.startswith("tiny-"):
+        raise RecipeError(f"--block-shares: {args.ckpt} is too large for a CPU. Use a tiny model, such as --ckpt "
+                          "tiny-flux-dev, or drop the flag.")
     prompts = choose_prompts(args, recipe.seed)
     make_writable_parent(path, "--output-dir")
     with tempfile.TemporaryDirectory() as scratch:
@@ -385,9 +454,13 @@ def main():
         check_args(recipe)
         machine = environment(recipe.device)
         record = {"schema_version": SCHEMA_VERSION, "settings": settings_of(args, machine), "prompts": prompts,
-                  "rows": {}, "skipped": {}, "environment": machine}
+                  "rows": {}, "skipped": {}, "blocks": {}, "environment": machine}
         previous = read_previous(path, record)
+        record["blocks"] = previous.get("blocks", {})
         make_rows(record, previous, names, args, [*common, "--prompts-file", str(prompts_file)])
+    if "shares" not in record["blocks"]:
+        default_recipe = create_parser().parse_args([*common, *ROWS["default"].flags, "--quiet"])
+        record["blocks"] = measure_blocks(default_recipe, prompts[0], on_cpu) | {"commit": machine["commit"]}
     write_json(str(path), record)
     print(write_report(record, args.output_dir))
     print(path)

@@ -2,7 +2,7 @@
 
     python -m bench.fp8_error --random_weights 3+6 --output-json results/h200/fp8_error/families.json
     python -m bench.fp8_error --random_weights --cases plain massive=500,spread=0.5,neuron=300 --output-json full.json
-    python -m bench.fp8_error --ckpt tiny-flux-dev --random_weights 1+2 --device cpu --output-json tiny.json
+    python -m bench.fp8_error --ckpt tiny-flux-dev --pictures 16 --output-json results/h200/fp8_error/pictures.json
 
 For every case of `bench.trained_like` one transformer is reshaped, each recipe is applied to a copy of it, and the same
 step of a real call is compared with float32 arithmetic: ||step - float32|| / ||float32|| over the picture's tokens. On
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import trained_like
+from tiny_flux import judge, pictures
 from utils import attention
 from utils.attention import use_attention_library
 from utils.benchmark_utils import (
@@ -26,10 +27,11 @@ from utils.benchmark_utils import (
     create_parser,
     environment,
     exit_with_reason,
+    spare_the_garbage_collector,
     write_json,
 )
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step, float32_step, relative_error
+from utils.quality import capture_step, float32_step, picture_drift, relative_error
 from utils.quantization import quantize_transformer
 
 # Random weights have gates of about 0.07, with which blocks hardly change the stream. Trained gates are of order 0.5.
@@ -88,30 +90,50 @@ def step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
     return transformer(**inputs)[0]
 
 
-def measure(transformer: torch.nn.Module, inputs: dict, mixture: dict[str, float], recipes: list[str], tokens: int,
-            device: torch.device) -> dict[str, float]:
-    """{recipe: relative error} of one case.
+def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], count: int, steps: int) -> list:
+    """tiny-flux's pictures of `count` prompts, by a transformer in the pipeline's place."""
+    pipeline.transformer = transformer
+    handles = [trained_like.attach(transformer, mixture)]
+    if hasattr(transformer.time_text_embed, "prepare"):
+        from utils.fused_blocks import follow_schedule
+        handles.append(follow_schedule(pipeline))
+    try:
+        return judge.draw_pictures(pipeline, pictures.prompts(count)[0], steps)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str], tokens: int, count: int, steps: int
+            ) -> dict[str, dict[str, float]]:
+    """{"errors": {recipe: relative error}, "psnr": {recipe: dB}} of one case.
 
     Args:
-        transformer: unquantised, with unfused projections; it stays as it is.
+        pipeline: with an unquantised transformer, whose projections are not fused; it stays as it is.
         inputs: of one step; tokens: how many of the output's rows the pipeline reads.
+        count: how many pictures to draw, in `steps` steps; of bf16 and of each recipe.
     """
-    reshaped = copy.deepcopy(transformer)
+    transformer = pipeline.transformer
+    device, reshaped = transformer.device, copy.deepcopy(transformer)
     trained_like.reshape(reshaped, mixture, inputs)
     inputs = trained_like.step_inputs(inputs, mixture)
     reference = float32_step(reshaped, inputs)[:, :tokens]
-    errors = {}
+    expected = draw(pipeline, reshaped, mixture, count, steps) if count else None
+    found = {"errors": {}, "psnr": {}}
     for i, name in enumerate(recipes):
-        # The last recipe takes the model itself: at full depth there is no room for one more copy on some cards.
+        # The last recipe takes the model itself: at full depth some cards have no room for one more copy.
         model = copy.deepcopy(reshaped) if i + 1 < len(recipes) else reshaped
         fuse_projections(model)
         RECIPES[name](model, device)
-        errors[name] = relative_error(step(model, inputs)[:, :tokens], reference)
+        found["errors"][name] = relative_error(step(model, inputs)[:, :tokens], reference)
+        if count:
+            found["psnr"][name] = picture_drift(draw(pipeline, model, mixture, count, steps), expected)["psnr_mean"]
         del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return errors
+    pipeline.transformer = transformer
+    return found
 
 
 def main():
@@ -120,6 +142,7 @@ def main():
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--gates", type=float, metavar="FACTOR",
                         help=f"factor of all gates: {RANDOM_GATES:g} with --random_weights, else 1")
+    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="also draw N pictures of tiny-flux (0)")
     parser.add_argument("--output-json", required=True, metavar="FILE")
     args, rest = parser.parse_known_args()
     recipe = create_parser().parse_args([*rest, "--quiet"])
@@ -131,22 +154,25 @@ def main():
         if function is None:
             raise RecipeError(f"fp8 recipes need FlashAttention-3 here: {where}.")
         attention.register_library("fa3", function)
+    if args.pictures and not recipe.ckpt.startswith("tiny-flux"):
+        raise RecipeError(f"--pictures draws with --ckpt tiny-flux or tiny-flux-dev, not with {recipe.ckpt}.")
     pipeline = load_pipeline(recipe)
     kwargs = call_kwargs(pipeline, recipe)
     inputs = capture_step(pipeline, kwargs)
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
-    transformer = pipeline.transformer
-    del pipeline
-    record = {"model": recipe.ckpt, "random_weights": recipe.random_weights, "rows": [],
+    spare_the_garbage_collector()  # or each look for what a recipe leaves takes 0.25 s
+    record = {"model": recipe.ckpt, "random_weights": recipe.random_weights, "pictures": args.pictures, "rows": [],
               "gates": args.gates or (RANDOM_GATES if recipe.random_weights else 1.0),
               "environment": environment(recipe.device)}
     for name, mixture in cases:
         start = time.perf_counter()
-        scaled = mixture | {"gates": record["gates"] * mixture.get("gates", 1.0)}
-        errors = measure(transformer, inputs, scaled, args.recipes, tokens, device)
-        record["rows"].append({"case": name, "errors": errors})
-        print(f"{name:60}", *(f"{recipe} {100 * error:.2f} %" for recipe, error in errors.items()),
-              f"({time.perf_counter() - start:.1f} s)", flush=True)
+        if record["gates"] != 1:
+            mixture = mixture | {"gates": record["gates"] * mixture.get("gates", 1.0)}
+        found = measure(pipeline, inputs, mixture, args.recipes, tokens, args.pictures, kwargs["num_inference_steps"])
+        record["rows"].append({"case": name} | found)
+        shown = (f"{recipe} {100 * error:.2f} %" + (f" {found['psnr'][recipe]:.1f} dB" if args.pictures else "")
+                 for recipe, error in found["errors"].items())
+        print(f"{name:60}", *shown, f"({time.perf_counter() - start:.1f} s)", flush=True)
         write_json(args.output_json, record)
     print(json.dumps({"output_json": args.output_json, "cases": len(cases)}))
 

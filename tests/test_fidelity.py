@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from bench import fidelity
 from utils import attention, random_weights, techniques
@@ -230,6 +231,7 @@ def test_folder_with_another_fidelity_json_is_refused(run, tmp_path, text):
     (["--prompts-file", "{}/empty.txt"], "holds no prompt"),
     (["--output-dir", "{}/empty.txt/out"], "--output-dir"),
     (["--image", "{}/missing.png"], "missing.png"),
+    (["--ckpt", "FLUX.1-dev", "--block_shares", "--", "--device", "cpu"], "--block-shares"),
     (["--", "--height", "65"], "--height 65"),
     (["--", "--ckpt", "tiny-flux-dev"], "--ckpt"),
     (["--", "--output-file", "x.png"], "--output_file"),
@@ -312,6 +314,65 @@ def test_sheet_has_a_line_for_each_row_and_a_column_for_each_prompt():
     for line in range(2):  # something is written left of each row
         label = sheet.crop((0, top + line * height, fidelity.LABEL_WIDTH, top + (line + 1) * height))
         assert label.getextrema()[0][0] < 128
+
+
+def synthetic_shares(count, **special):
+    """Healthy blocks "single 0" and so on; `special` replaces {"below", "saturated"} of one tensor in a block."""
+    rows = [{"block": f"single {i}", **{name: {"below": 0.001 * i, "zero": 0.0, "saturated": 0.0}
+                                        for name in fidelity.TENSORS}} for i in range(count)]
+    for name, (index, below, saturated) in special.items():
+        rows[index][name] = {"below": below, "zero": 0.0, "saturated": saturated}
+    return rows
+
+
+def test_block_lines_name_the_worst_blocks_and_the_median():
+    rows = synthetic_shares(7, hidden=(0, 0.9, 0.0), v=(2, 0.001, 0.5))
+    lines = fidelity.block_lines({"shares": rows, "commit": "abc123"})
+    assert lines[1] == "## e4m3 values by block" and "commit abc123" in lines[3]
+    assert lines[5:] == [
+        "- GELU's result: median single 4 0.40 + 0.00 %; worst single 0 90.00 + 0.00 %, single 6 0.60 + 0.00 %, "
+        "single 5 0.50 + 0.00 %, single 4 0.40 + 0.00 %, single 3 0.30 + 0.00 %",
+        "- v: median single 4 0.40 + 0.00 %; worst single 2 0.10 + 50.00 %, single 6 0.60 + 0.00 %, "
+        "single 5 0.50 + 0.00 %, single 4 0.40 + 0.00 %, single 3 0.30 + 0.00 %",
+        "- attention's result: median single 3 0.30 + 0.00 %; worst single 6 0.60 + 0.00 %, single 5 0.50 + 0.00 %, "
+        "single 4 0.40 + 0.00 %, single 3 0.30 + 0.00 %, single 2 0.20 + 0.00 %"]
+    assert fidelity.block_lines({"not_measured": "no GPU", "commit": None})[3:] == ["Not measured: no GPU"]
+
+
+def test_blocks_on_a_cpu_are_measured_on_request_alone(run, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    flags = ["--", "--device", "cpu", "--random_weights", "1+2"]
+    record, _ = run("--rows", "int8", *flags)
+    assert set(record["blocks"]) == {"not_measured", "commit"} and "no GPU" in record["blocks"]["not_measured"]
+    record, drawn = run("--rows", "int8", "--block_shares", *flags)
+    assert drawn == [] and [row["block"] for row in record["blocks"]["shares"]] == ["double 0", "single 0", "single 1"]
+    text = (tmp_path / "out" / "fidelity.md").read_text()
+    assert all(f"- {meaning}: median " in text for meaning in fidelity.TENSORS.values())
+
+
+def test_measured_blocks_are_kept_and_others_are_tried_again(run, monkeypatch):
+    found = [{"not_measured": "no memory"}, {"shares": synthetic_shares(1)}]
+    monkeypatch.setattr(fidelity, "measure_blocks", lambda *_: found.pop(0))
+    assert run(*ROWS)[0]["blocks"]["not_measured"] == "no memory"
+    measured = run(*ROWS)[0]["blocks"]
+    assert measured["shares"] == synthetic_shares(1)
+    assert run(*ROWS)[0]["blocks"] == measured and not found
+
+
+@pytest.mark.parametrize("hardware, expected", [
+    (H100, "OutOfMemoryError: CUDA out of memory."),
+    (RTX4090, "fused kernels are off: written for Hopper (sm_90), this is NVIDIA GeForce RTX 4090")])
+def test_measure_blocks_without_memory_or_fused_kernels_returns_one_line(decide, monkeypatch, hardware, expected):
+    """`decide` stands in for the libraries of a GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+    def load_pipeline(recipe):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation.")
+
+    monkeypatch.setattr(fidelity, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(fidelity, "detect", lambda *_: hardware)
+    recipe = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--device", "cuda"])
+    assert fidelity.measure_blocks(recipe, {"prompt": "a cat", "seed": 42}, False) == {"not_measured": expected}
 
 
 @pytest.mark.slow

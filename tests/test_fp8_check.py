@@ -49,7 +49,8 @@ def test_check_on_a_recipe_that_holds_is_a_line(on_hopper, args, capfd, tmp_path
     errors = pipeline.fp8_check["errors"]
     assert set(errors) == {"first", "middle"} and all(0.01 < error < BOUND for error in errors.values())
     assert pipeline.fp8_check["holds"] and "WARNING" not in capfd.readouterr().err
-    assert f"{100 * max(errors.values()):.1f} %" in pipeline.techniques["fp8 check"].how
+    assert pipeline.fp8_check["difference"] == pytest.approx(sum(errors.values()) / 2)
+    assert f"{50 * sum(errors.values()):.1f} %" in pipeline.techniques["fp8 check"].how
     kwargs = call_kwargs(pipeline, args(), num_inference_steps=1)
     parameters = image_parameters(args(), kwargs, pipeline.techniques, "x", 1)
     assert "fp8 check" in parameters["techniques"]
@@ -107,7 +108,7 @@ def broken_row_scale(monkeypatch):
 def test_check_catches_a_scale_1000_times_too_large(on_hopper, args, monkeypatch, capfd, breaks):
     breaks(monkeypatch)
     pipeline = optimize(on_hopper(args()), args())
-    assert pipeline.fp8_check["holds"] is False and not max(pipeline.fp8_check["errors"].values()) <= BOUND
+    assert pipeline.fp8_check["holds"] is False and not pipeline.fp8_check["difference"] <= BOUND
     printed = capfd.readouterr().err
     assert "WARNING" in printed and "--disable_quant" in printed
     with pytest.raises(RecipeError, match="--strict"):
@@ -119,7 +120,9 @@ def test_check_catches_nan(on_hopper, args):
     pipeline = on_hopper(args())
     check = Fp8Check(pipeline, call_kwargs(pipeline, args()))
     check.errors = {"first": 0.01, "middle": math.nan}
-    assert math.isnan(check.worst) and not check.holds
+    assert math.isnan(check.difference) and not check.holds
+    check.errors = {"first": 0.01, "middle": 0.02, "finished": 0.5}
+    assert check.difference == pytest.approx(0.5) and not check.holds
 
 
 @pytest.mark.parametrize("argv, why", [(["--skip_fp8_check"], "--skip_fp8_check"),

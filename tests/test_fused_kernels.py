@@ -162,10 +162,11 @@ def test_qkv_gemm(device, shape):
     for streams in (1, 2):
         norms = torch.ones(streams, 3, case.D // case.heads)
         norms[:, :2] += 0.1 * case.normal(streams, 2, case.D // case.heads)
+        bounds = case.bounds if streams == 2 else case.bounds[:1].repeat(2, 1)
         for parts in (1, case.heads):
             found, expected = run(
                 kernels.qkv_gemm, device, case.x, case.x_scale, *case.weights(streams * 3 * case.D), norms,
-                angle.cos().half(), angle.sin().half(), case.qk_scale, case.lengths(), case.bounds, case.T, streams,
+                angle.cos().half(), angle.sin().half(), case.qk_scale, case.lengths(), bounds, case.T, streams,
                 parts)
             assert_near(found, expected, device, [0.02, 1e-5, 1e-5])
         assert found[0].shape == (case.heads, case.B, case.tokens, 3, 1, case.D // case.heads)

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from utils.pipeline_utils import call_kwargs
 from utils.quality import (
@@ -19,6 +20,7 @@ from utils.quality import (
     perceptual,
     picture_drift,
     relative_error,
+    ssim,
 )
 from utils.regions import StageTimes, in_regions
 
@@ -98,6 +100,19 @@ def test_drift_of_pictures():
     other.putpixel((0, 0), (1, 0, 0))  # over 100 dB, and not the same
     assert picture_drift([other], [large])["identical"] == 0
     assert picture_drift(reference[::-1], reference)["ssim"] < 0.2 < found["ssim"] < 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 72), (97, 16), (6, 11)])
+@pytest.mark.parametrize("noise", [0, 1, 20, 255])
+def test_ssim_equals_that_of_torchmetrics(size, noise):
+    """Noise of 255 leaves nothing of the reference, noise of 0 all. The last third of each picture is flat."""
+    reference = torch.randint(0, 256, (2, 3, *size)).double()
+    reference[..., -size[1] // 3:] = torch.tensor([0.0, 255.0])[:, None, None, None]
+    found = (reference + torch.randint(-noise, noise + 1, reference.shape)).clamp(0, 255)
+    values = ssim(found, reference)
+    expected = structural_similarity_index_measure(found, reference, data_range=255.0, reduction="none")
+    assert (values - expected).abs().max() < 1e-9
+    assert values.dtype == torch.float64 and (values.tolist() == [1.0, 1.0]) == (noise == 0)
 
 
 def test_black_pictures_and_broken_latents_are_counted():

@@ -39,7 +39,6 @@ from utils.fused_kernels import (
     quantize_rows,
     residual_adaln,
     to_e4m3,
-    to_stream,
     use_torch_memory,
 )
 from utils.parallel import all_tokens, exchange, largest_of_all, own_part, ring, token_parts
@@ -391,14 +390,20 @@ def _index_in(schedule: Tensor | None, now: Tensor | None) -> int | None:
 
 
 class StreamEmbedder(torch.nn.Module):
-    """An embedder of tokens (B, S, C) whose result begins the residual stream (B, S, D)."""
+    """An embedder of tokens (B, S, C) whose result begins the residual stream (B, S, D).
 
-    def __init__(self, embed: torch.nn.Module):
+    The stream's scale is a power of two, so that weights in bf16 take it in without rounding.
+    """
+
+    def __init__(self, embed: torch.nn.Linear):
         super().__init__()
         self.embed = embed
+        embed.weight /= STREAM
+        if embed.bias is not None:
+            embed.bias /= STREAM
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_stream(self.embed(x))
+        return self.embed(x).half()
 
 
 class NormOut(torch.nn.Module):

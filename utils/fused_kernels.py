@@ -114,6 +114,8 @@ def _adaln_kernel(
         bounds: (2, BOUNDS) float32, see `utils.fused_blocks.gemm_bounds`.
     """
     PIECES: tl.constexpr = D // BLOCK
+    # Once there is a sum nobody reads its terms again: L2 is for the sum and for what the next GEMM reads.
+    DEAD: tl.constexpr = "evict_first" if RESIDUAL else ""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     item, stream, source, new = _own_stream(row, text, image, new_text, new_image, T, S, D)
@@ -128,14 +130,14 @@ def _adaln_kernel(
     scale = ()
     shift = ()
     for j in tl.static_range(PIECES):
-        x += (tl.load(source + j * BLOCK + i).to(tl.float32) * STREAM,)
+        x += (tl.load(source + j * BLOCK + i, eviction_policy=DEAD).to(tl.float32) * STREAM,)
         scale += (tl.load(modulation + SCALE * D + j * BLOCK + i),)
         shift += (tl.load(modulation + SHIFT * D + j * BLOCK + i),)
     if RESIDUAL:
         summed = ()
         for j in tl.static_range(PIECES):
             gate = tl.load(own_gate + j * BLOCK + i).to(tl.float32)
-            added = tl.load(y + row * D + j * BLOCK + i).to(tl.float32) * own_scale
+            added = tl.load(y + row * D + j * BLOCK + i, eviction_policy=DEAD).to(tl.float32) * own_scale
             added += tl.load(bias + stream * bias_stride + j * BLOCK + i).to(tl.float32)
             total = _to_stream_kernel(x[j] + gate * added, STREAM)
             tl.store(new + j * BLOCK + i, total)
@@ -221,6 +223,11 @@ def _tanh(x):
 
 
 @triton.jit
+def _both_largest(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
 def _v_scale(bounds, heads, mask, text_length, image_length, HEADS: tl.constexpr, MAX: tl.constexpr):
     """The scale of v in each of `heads`: the larger bound of both streams. `bounds` as in `gemm_bounds`."""
     BOUNDS: tl.constexpr = 2 + 2 * HEADS
@@ -237,7 +244,7 @@ def _gemm_kernel(
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
         PROGRAMS: tl.constexpr, HALVES: tl.constexpr, QKV: tl.constexpr, STREAMS: tl.constexpr, D: tl.constexpr,
         HEAD: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, LENGTHS_BLOCK: tl.constexpr,
-        PARTS: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr, ROUNDING: tl.constexpr):
+        PARTS: tl.constexpr, ONE_BOUND: tl.constexpr, EPS: tl.constexpr, MAX: tl.constexpr, ROUNDING: tl.constexpr):
     """x (M, K) times w (STREAMS N, K)^T, plus bias, finished in registers and written as e4m3.
 
     With QKV the end is QK-norm, RoPE and the division by the scales of q, k and v; without, GELU and the division by
@@ -252,7 +259,8 @@ def _gemm_kernel(
         out_scale: (M,), out_columns: (STREAMS N,): GELU's result is divided by the one and multiplied by the other.
         cos, sin: (M, HEAD / 2) float16. norms: (STREAMS, 3, HEAD): the weights of q's norm, of k's, and ones.
         qk_scale: (2,), static scales of q and k. bounds: (2, 2 + 2 HEADS). lengths: (tokens,), of all rows, of which
-            text's are the first text_tokens; M may be the rows of one stream alone.
+            text's are the first text_tokens; M may be the rows of one stream alone. ONE_BOUND: both streams have the
+            same bounds.
         descale: (3, HEADS), written: the scales of q, k and v. shared_scale: (2,), written: a scale that bounds
             attention's result, and one that bounds GELU's as well.
     """
@@ -261,9 +269,13 @@ def _gemm_kernel(
     if QKV:
         i = tl.arange(0, LENGTHS_BLOCK)
         length = tl.load(lengths + i, i < tokens, 0.)
-        text_length = tl.max(tl.where(i < text_tokens, length, 0.), 0)
-        image_length = tl.max(tl.where(i < text_tokens, 0., length), 0)
-        if tl.program_id(0) == 0:
+        if ONE_BOUND:
+            text_length = tl.max(length, 0)
+            image_length = text_length
+        else:
+            text_length, image_length = tl.reduce(
+                (tl.where(i < text_tokens, length, 0.), tl.where(i < text_tokens, 0., length)), 0, _both_largest)
+        if tl.program_id(0) == PROGRAMS - 1:  # the last program has the fewest tiles
             heads = tl.arange(0, HEADS_BLOCK)
             mask = heads < HEADS
             v = _v_scale(bounds, heads, mask, text_length, image_length, HEADS, MAX)
@@ -529,7 +541,7 @@ def gelu_gemm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tens
             _gemm_kernel[(tiles["PROGRAMS"],)](
                 x[b, row:], w[own], x_scale[b, row:], w_scale[own], bias[own], hidden[b, row:, room:], scale[b, row:],
                 columns[own], bias, bias, bias, bias, bias, bias, bias, bias, rows, text_tokens, whole, room + N, 0, 0,
-                0, N, K, *tiles.values(), False, w[own].shape[0] // N, N, 16, 1, 1, 1, 1, EPS, E4M3_MAX, ROUNDING,
+                0, N, K, *tiles.values(), False, w[own].shape[0] // N, N, 16, 1, 1, 1, 1, True, EPS, E4M3_MAX, ROUNDING,
                 num_warps=8, num_stages=3)
 
 
@@ -548,7 +560,7 @@ def qkv_gemm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tenso
         x: (B, S, K) e4m3, x_scale: (B, S). w: (streams 3 D, K) e4m3, w_scale the same without K, bias in bf16.
         norms: (streams, 3, D / H) float32, the weights of q's norm, of k's, and ones.
         cos, sin: (S, D / H / 2) float16. qk_scale: (2,) float32, static scales of q and k.
-        lengths, bounds: as `adaln` gives and takes them.
+        lengths, bounds: as `adaln` gives and takes them; of one stream both rows of bounds are the same.
         text_tokens: how many of the S tokens are text's, for `lengths`, and for the weights if there are two streams.
         parts: how many GPUs will attend, each to its part of the heads.
 
@@ -573,7 +585,7 @@ def qkv_gemm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tenso
                 cos[row:], sin[row:], norms[stream:], qk_scale, lengths[b], bounds, descale[b], shared[b], rows,
                 text_tokens, whole, flat.shape[3], flat.stride(0), text_tokens, tokens, N, K, *tiles.values(), True,
                 w[own].shape[0] // N, D, D // heads, heads, triton.next_power_of_2(heads),
-                triton.next_power_of_2(tokens), parts, EPS, E4M3_MAX, ROUNDING, num_warps=8, num_stages=3)
+                triton.next_power_of_2(tokens), parts, streams == 1, EPS, E4M3_MAX, ROUNDING, num_warps=8, num_stages=3)
     return out, descale, shared
 
 

@@ -160,7 +160,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if fused:
         leave_sums(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
                                   else (0, 0)))
-    if check:
+    if check and not chosen.context_parallel:  # of several GPUs only the finished recipe shares its tokens out
         with log.stage("fp8 check"):
             check.measure(transformer)
     if chosen.compile_mode == "export_aoti":
@@ -220,7 +220,9 @@ def optimize(pipeline, args, log: StageLog | None = None):
             with check.measure_next_call(pipeline.transformer) if checked else nullcontext():
                 pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))
             show_progress(pipeline, not args.quiet)
-    if check:
+    if check and not check.errors:
+        techniques["fp8 check"] = Decision(False, "not run: several GPUs, and a step cache or no warm-up")
+    elif check:
         pipeline.fp8_check = check.record()
         techniques["fp8 check"] = Decision(True, check.line())
         log.line(f"fp8 check: {check.line()}")
