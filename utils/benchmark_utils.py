@@ -300,7 +300,7 @@ def environment(device: str) -> dict:
             continue
     record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
-              "commit": _commit() or os.environ.get("GIT_COMMIT"),
+              "commit": os.environ.get("GIT_COMMIT") or _commit(),
               "processes": int(os.environ.get("WORLD_SIZE", 1)), "argv": sys.argv[1:],
               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
