@@ -10,9 +10,9 @@
 
 A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
 it. Two things differ. The residual stream is stored in fp16, over 16 (`to_stream`), from the embedders to norm_out. And
-`temb` is one table with the modulations of all blocks, and each block keeps its offset. Where no
-cache looks in between, a block defers its last residual add to the LayerNorm of the next one (`leave_sums`): in the
-place of text it then returns (text, y, y_scale, bias, gates), see `residual_adaln`.
+`temb` is one table with the modulations of all blocks, in which each block knows its offset. Where no cache looks in
+between, a block defers its last residual add to the LayerNorm of the next one (`leave_sums`): in the place of text it
+then returns (text, y, y_scale, bias, gates), see `residual_adaln`.
 """
 
 from collections.abc import Callable

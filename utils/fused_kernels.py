@@ -17,7 +17,8 @@ Every activation has one scale a row (token), and every weight has one scale a r
   channel j of GELU's result and of v is therefore divided by a static share e_j, and the column of the next weight is
   multiplied by it before that weight is quantized. See utils/equalization.py.
 * **Scales after the GEMM.** cuBLAS multiplies plain e4m3 numbers, at the speed of one scale a tensor. The kernel that
-  adds the residual reads every row of the result anyway, and multiplies it by the scales of its row and columns there.
+  adds the residual reads every row of the result anyway, and multiplies it by the scale of the row. The scales of the
+  columns are powers of two, and are in the gates already (`utils.fused_blocks.Modulations`).
 * **The residual stream in fp16, over 16.** Rounding the stream to bf16 after every block is most of the error of a bf16
   model. fp16 has three bits more and the same size. Divided by 16 it reaches 1,048,560: FLUX.1-dev's stream was seen at
   91,648 (black-forest-labs/flux issue 472), which plain fp16 cannot hold.
