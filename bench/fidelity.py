@@ -96,10 +96,12 @@ def parse() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default=DEFAULT_CKPT, help=f"as gen_image.py takes it ({DEFAULT_CKPT})")
     parser.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder of the report and its pictures")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR",
+                        help="folder of the report and its pictures; needed, but for --list")
     parser.add_argument("--prompts", type=int, metavar="N", help="draw the first N prompts (all)")
     parser.add_argument("--prompts-file", metavar="FILE", help="prompts in gen_image.py's format (50 built-in ones)")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="draw these rows and the reference (all)")
+    parser.add_argument("--rows", nargs="+", metavar="NAME",
+                        help="draw these rows and the reference (all; --list names them)")
     parser.add_argument("--list", action="store_true", help="print the rows with their flags, and draw nothing")
     parser.add_argument("--download-metrics", action="store_true", help="fetch the weights of LPIPS and CLIP score")
     parser.add_argument("--block-shares", "--block_shares", action="store_true",

@@ -138,13 +138,18 @@ def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--cases", nargs="+", metavar="FAMILY=STRENGTH,...", help="plain, or mixtures (all)")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="Takes gen_image.py's flags as well: --ckpt, --random_weights, --device.")
+    parser.add_argument("--cases", nargs="+", metavar="FAMILY=STRENGTH,...",
+                        help="plain, families or mixtures (plain, each family at three strengths, and the mixtures)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE",
+                        help=f"recipes to measure: {', '.join(RECIPES)} (all)")
     parser.add_argument("--gates", type=float, metavar="FACTOR",
                         help=f"factor of all gates: {RANDOM_GATES:g} with --random_weights, else 1")
-    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="also draw N pictures of tiny-flux (0)")
-    parser.add_argument("--output-json", required=True, metavar="FILE")
+    parser.add_argument("--pictures", type=int, default=0, metavar="N",
+                        help="also the PSNR of N tiny-flux pictures against bf16's (0)")
+    parser.add_argument("--output-json", required=True, metavar="FILE", help="where to write the record")
     args, rest = parser.parse_known_args()
     recipe = create_parser().parse_args([*rest, "--quiet"])
     cases = ([(text, trained_like.parse(text)) for text in args.cases] if args.cases else
@@ -166,7 +171,7 @@ def main():
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
     spare_the_garbage_collector()  # or each look for what a recipe leaves takes 0.25 s
     record = {"model": recipe.ckpt, "random_weights": recipe.random_weights, "pictures": args.pictures, "rows": [],
-              "gates": args.gates or (RANDOM_GATES if recipe.random_weights else 1.0),
+              "gates": args.gates if args.gates is not None else RANDOM_GATES if recipe.random_weights else 1.0,
               "environment": environment(recipe.device)}
     for name, mixture in cases:
         start = time.perf_counter()

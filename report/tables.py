@@ -419,6 +419,32 @@ def expected_table(where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The cases of bench/fp8_error.py that are shown.
+FP8_CASES = {
+    "plain": "random weights",
+    "heavy_rows=0.4": "long-tailed weight rows",
+    "spread=0.9": "AdaLN scales spread over the channels",
+    "gates=8": "gates 8 times larger again",
+    "neuron=3000": "one strong neuron in each MLP",
+    "head=3000": "one strong head in each attention",
+    "massive=500,spread=0.5,neuron=300": "massive channels, spread scales, strong neurons",
+    "massive=2000,spread=0.9,neuron=3000,head=300": "the same, stronger, and strong heads",
+}
+FP8_RECIPES = {"bf16": "bf16", "float8_row": "float8 per row", "flux_fast": "flux-fast's", "fused": "fused (default)"}
+
+
+def fp8_error_table(where: str) -> str:
+    """The markdown table of results/<gpu>/fp8_error/<name>.json, `where` being <gpu>/<name>: each recipe's error of a
+    step in `FP8_CASES`."""
+    gpu, name = where.split("/")
+    rows = {row["case"]: row["errors"] for row in
+            json.loads((RESULTS / gpu / "fp8_error" / f"{name}.json").read_text())["rows"]}
+    lines = [f"| weights | {' | '.join(FP8_RECIPES.values())} |", "|---" * (1 + len(FP8_RECIPES)) + "|"]
+    lines += [f"| {meaning}: `{case}` | " + " | ".join(f"{rows[case][recipe] * 100:.2f} %" for recipe in FP8_RECIPES)
+              + " |" for case, meaning in FP8_CASES.items()]
+    return "\n".join(lines) + "\n"
+
+
 def tried_table(gpu: str) -> str:
     """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
     def shown(values):
@@ -435,7 +461,7 @@ def with_tables(text: str) -> str:
     makers = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
               "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
               "load": load_table, "last_block": last_block_table, "expected": expected_table, "tried": tried_table,
-              "images_a_minute": images_a_minute_table}
+              "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
     return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
 
 

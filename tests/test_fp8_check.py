@@ -126,7 +126,7 @@ def test_check_catches_nan(on_hopper, args):
 
 
 @pytest.mark.parametrize("argv, why", [(["--skip_fp8_check"], "--skip_fp8_check"),
-                                       (["--offload", "text"], "does not fit")])
+                                       (["--offload", "text"], "--offload text")])
 def test_check_that_does_not_run_says_why(on_hopper, args, argv, why, monkeypatch):
     pipeline = on_hopper(args())
     pipeline.techniques = {}

@@ -167,10 +167,9 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--package-from", metavar="REPO@REVISION:SHA256",
                         help="download missing packages: native code that runs as you, from someone you trust")
     recipe.add_argument("--skip_fp8_check", action="store_true",
-                        help="do not compare a step in fp8 with one in bf16 at the start (under a second)")
+                        help="skip the check at the start, which compares two quantised steps with bf16's")
     recipe.add_argument("--strict", action="store_true",
-                        help="a technique that is on by default but cannot run here is an error, not a line; so is a "
-                        "failed fp8 check")
+                        help="fail if a default technique cannot run here, or if the fp8 check fails")
 
     report = parser.add_argument_group("benchmark and reports")
     report.add_argument("--warmup", type=int, help="untimed images before the timed ones: 3 (run_benchmark.py)")

@@ -20,7 +20,7 @@ Every activation has one scale a row (token), and every weight has one scale a r
   adds the residual reads every row of the result anyway, and multiplies it by the scale of the row. The scales of the
   columns are powers of two, and are in the gates already (`utils.fused_blocks.Modulations`).
 * **The residual stream in fp16, over 16.** Rounding the stream to bf16 after every block is most of the error of a bf16
-  model. fp16 has three bits more and the same size. Divided by 16 it reaches 1,048,560: FLUX.1-dev's stream was seen at
+  model. fp16 has three bits more and the same size. Divided by 16 it reaches 1,048,064: FLUX.1-dev's stream was seen at
   91,648 (black-forest-labs/flux issue 472), which plain fp16 cannot hold.
 * **Text before image.** Blocks exchange two tensors, as diffusers has it, and a kernel picks its pointer by the row;
   within a block all tokens are one (B, T + I, *). Nothing is ever concatenated.

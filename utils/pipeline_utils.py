@@ -241,7 +241,9 @@ def begin_fp8_check(pipeline, args, chosen, log: StageLog) -> Fp8Check | None:
         return None
     if args.skip_fp8_check:
         why = "--skip_fp8_check"
-    elif pipeline.transformer.device.type != args.device or args.offload != "none":
+    elif args.offload != "none":
+        why = f"not run with --offload {args.offload}: the unquantised model is not on the GPU"
+    elif pipeline.transformer.device.type != args.device:
         why = "not run: the unquantised model does not fit on this GPU"
     else:
         show_progress(pipeline, False)
