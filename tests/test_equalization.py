@@ -7,7 +7,7 @@ import torch
 from conftest import relative
 
 from bench import trained_like
-from utils.equalization import channel_shares, equalize_values
+from utils.equalization import channel_shares, column_powers, equalize_values
 from utils.pipeline_utils import call_kwargs, fuse_projections
 from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import Int8Linear, quantize_text_encoder, quantize_transformer
@@ -32,6 +32,22 @@ def test_channel_shares_take_strong_channels_in():
         assert plain_7.isfinite()
     written[7], read[9] = 0, 0
     assert channel_shares(written, read).isfinite().all() and (channel_shares(written, read) > 0).all()
+
+
+def test_column_powers_are_of_columns_and_not_of_strong_rows():
+    """A channel that is read 100 times less has a power of about 1 / 100. A strong row has no say."""
+    first, second = torch.randn(64, 32), torch.randn(96, 32)
+    assert (column_powers([first, second]) == 1).all()
+    first[:, 3] /= 100
+    second[:, 3] /= 100
+    second[5] = torch.logspace(0, 6, 32)
+    second[6] = 0
+    first[:, 9], second[:, 9] = 0, 0
+    powers = column_powers([first, second])
+    assert 1 / 256 <= powers[3] <= 1 / 64 and powers[9] == 2.0**-14
+    others = torch.ones(32).bool()
+    others[[3, 9]] = False
+    assert (powers[others].log2().abs() <= 1).all() and (powers.log2() == powers.log2().round()).all()
 
 
 @pytest.mark.parametrize("fused", [False, True])

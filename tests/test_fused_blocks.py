@@ -301,16 +301,18 @@ def test_modulations_hold_one_plus_scale_and_scaled_gates(load, in_float8, bound
     conditions = [inputs["timestep"] * 1000, inputs["guidance"] * 1000, inputs["pooled_projections"]]
     x = torch.nn.functional.silu(modulations.embed(*conditions)).float()
     table = modulations.table(inputs["timestep"][None], inputs["guidance"], inputs["pooled_projections"])[0].float()
-    places = [*((double.offsets[i], (double.out.scales()[i], double.down.scales()[i])) for i in range(2)),
-              (single.offsets[0], single.out.scales())]
-    for (weight, bias), (at, scales) in zip(kept, places, strict=True):
+    factors = [*double.factors, *single.factors]
+    assert torch.equal(factors[0][2], double.out.scales()[0]) and torch.equal(factors[1][5], double.down.scales()[1])
+    assert torch.equal(factors[2][2], single.out.scale) and len({*factors[0][0].tolist()}) > 1
+    for (weight, bias), at, own in zip(kept, (*double.offsets, single.offsets[0]), factors, strict=True):
         expected = (x @ weight.T + bias).view(-1, width)
         expected[1::3] += 1
-        expected[2::3] *= torch.stack(scales)
+        expected *= own
         found = table[0, at:at + len(weight)].view(-1, width)
         for a, b in zip(found, expected, strict=True):
             assert relative(a, b) < bound
-    assert abs(table[0, double.offsets[0] + width + 5] / (1 + kept[0][1][width + 5]) - 1) < 0.01
+    near_zero = (1 + kept[0][1][width + 5]) * factors[0][1][5]
+    assert abs(table[0, double.offsets[0] + width + 5] / near_zero - 1) < 0.01
 
 
 @torch.no_grad()
@@ -344,14 +346,16 @@ def test_shares_are_folded_into_the_weights(load):
 
     pairs = zip(weights(fused.qkv), weights(fused.out), (block.attn.to_added_qkv, block.attn.to_qkv),
                 (block.attn.to_add_out, block.attn.to_out[0]), strict=True)
-    for qkv, out, first, second in (*pairs, (weights(fused_single.qkv)[0], weights(fused_single.out)[0][:, :width],
-                                             single.attn.to_qkv, single.proj_out)):
-        found = out @ qkv[-width:]
+    pairs = [*pairs, (weights(fused_single.qkv)[0], weights(fused_single.out)[0][:, :width], single.attn.to_qkv,
+                      single.proj_out)]
+    read = [own[0] for own in (*fused.factors, *fused_single.factors)]
+    for (qkv, out, first, second), by_qkv in zip(pairs, read, strict=True):
+        found = out @ qkv[-width:] * by_qkv
         assert relative(found, second.weight[:, :width].float() @ first.weight[-width:].float()) < 0.05
-    for up, down, columns, mlp in zip(weights(fused.up), weights(fused.down), fused.columns.chunk(2),
-                                      (block.ff_context, block.ff), strict=True):
+    for up, down, columns, mlp, own in zip(weights(fused.up), weights(fused.down), fused.columns.chunk(2),
+                                           (block.ff_context, block.ff), fused.factors, strict=True):
         x = torch.randn(50, width)
-        found = torch.nn.functional.gelu(x @ up.T, approximate="tanh") * columns @ down.T
+        found = torch.nn.functional.gelu(x * own[3] @ up.T, approximate="tanh") * columns @ down.T
         expected = torch.nn.functional.gelu(x @ mlp.net[0].proj.weight.float().T, approximate="tanh") @ (
             mlp.net[2].weight.float().T)
         assert relative(found, expected) < 0.06

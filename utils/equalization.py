@@ -34,6 +34,19 @@ def channel_shares(written: Tensor, read: Tensor) -> Tensor:
     return (sides[0] ** EQUALIZATION / sides[1] ** (1 - EQUALIZATION)).float()
 
 
+def column_powers(weights: list[Tensor]) -> Tensor:
+    """(K,) powers of two: how much more than the median the rows of `weights`, (N, K) each, read of each input channel.
+
+    Rows count alike, however long they are. Where an input channel is multiplied by its power, and the columns are
+    divided by it, the length of an input says how large a GEMM's results can be: channels that hardly anybody reads,
+    such as massive ones that no modulation undoes, add little to it.
+    """
+    squares = sum((weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-30)).square().sum(0) for weight in weights)
+    columns = squares.sqrt()
+    columns = (columns / columns.median().clamp(min=1e-30)).clamp(2.0**-14, 2.0**14)
+    return torch.exp2(columns.log2().round())
+
+
 @torch.no_grad()
 def equalize_values(block: torch.nn.Module) -> None:
     """Equalizes v and the columns that read attention's result, in the weights of one of diffusers' FLUX blocks.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from utils.attention import attention, norm_scale
-from utils.equalization import channel_shares, reach
+from utils.equalization import channel_shares, column_powers, reach
 from utils.fused_kernels import (
     E4M3,
     EPS,
@@ -169,6 +169,9 @@ class FusedSingleBlock(_Block):
         (qkv, qkv_bias), mlp, (out, out_bias) = (_read(one, device) for one in
                                                  (attn.to_qkv, block.proj_mlp, block.proj_out))
         v, v_bias = qkv[-width:], qkv_bias[-width:]
+        read = column_powers([v, mlp[0]])
+        qkv /= read
+        mlp[0] /= read
         shares = channel_shares(torch.cat([reach(v, v_bias), reach(*mlp)]), out.abs().amax(0))
         v /= shares[:width, None]
         v_bias /= shares[:width]
@@ -176,6 +179,7 @@ class FusedSingleBlock(_Block):
         self.qkv = Float8Linear([qkv], [qkv_bias])
         self.mlp = Float8Linear([mlp[0]], [mlp[1]])
         self.out = Float8Linear([out], [out_bias], gated=True)
+        self.factors = [torch.stack([read, read, self.out.scale])]  # of the modulation's parts, see `Modulations`
         self.register_buffer("columns", 1 / shares[width:])
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
         self.register_buffer("offsets", torch.tensor([offset, offset], device=device))
@@ -229,6 +233,10 @@ class FusedDoubleBlock(_Block):
              (block.ff_context.net[0].proj, block.ff.net[0].proj), (block.ff_context.net[2], block.ff.net[2])))
         # Attention mixes the values of both streams: they have common shares.
         v = [(weight[-width:], bias[-width:]) for weight, bias in qkv]
+        read = [(column_powers([own[0]]), column_powers([other[0]])) for own, other in zip(v, up, strict=True)]
+        for (by_qkv, by_up), own, other in zip(read, qkv, up, strict=True):
+            own[0] /= by_qkv
+            other[0] /= by_up
         shares = channel_shares(torch.maximum(*(reach(*one) for one in v)),
                                 torch.maximum(*(weight.abs().amax(0) for weight, _ in out)))
         for (weight, bias), (reader, _) in zip(v, out, strict=True):
@@ -243,6 +251,10 @@ class FusedDoubleBlock(_Block):
         for name, pairs in {"qkv": qkv, "out": out, "up": up, "down": down}.items():
             weights, biases = map(list, zip(*pairs, strict=True))
             setattr(self, name, Float8Linear(weights, biases, gated=name in ("out", "down")))
+        # Of the parts of text's and of image's modulation, see `Modulations`.
+        gates = zip(self.out.scales(), self.down.scales(), strict=True)
+        self.factors = [torch.stack([by_qkv, by_qkv, gate, by_up, by_up, mlp_gate])
+                        for (by_qkv, by_up), (gate, mlp_gate) in zip(read, gates, strict=True)]
         norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
         self.register_buffer("columns", torch.cat(columns))
         self.register_buffer("norms", _norms(norms, device))
@@ -277,8 +289,9 @@ class FusedDoubleBlock(_Block):
 
 class Modulations(torch.nn.Module):
     """In time_text_embed's place: a step's modulations of all blocks, (B, total) bf16, instead of the embedding that
-    they follow from. It holds 1 + scale for scale, and for each gate the gate times the scale of the weight (N,) whose
-    result it multiplies, see `Float8Linear`. Behind them lie norm_out's scale and shift.
+    they follow from. It holds 1 + scale for scale. Each part is multiplied by the block's factors, powers of two: shift
+    and scale by what the next weights' columns were divided by (`column_powers`), each gate by the scales of the weight
+    whose result it multiplies (`Float8Linear`). Behind them lie norm_out's scale and shift.
 
     The blocks' modulation Linears hold 3.2 B weights, and a step reads them for one row a batch item: 1.1 ms on an H100
     as one GEMM in e4m3, more as 76. All steps of an image have the same text and guidance and a timestep that the
@@ -286,8 +299,8 @@ class Modulations(torch.nn.Module):
     that reads the weights once; `forward`, which a CUDA graph may record, only says where they are.
 
     Args:
-        doubles, singles: the modulation Linears in the order of the blocks, text's before image's, each with the scales
-            (N,) of its gates.
+        doubles, singles: the modulation Linears in the order of the blocks, text's before image's, each with its
+            factors, (parts, D).
         in_float8: the weights in e4m3, 3.2 GB, and not in bf16, 6.4 GB and 0.5 ms more an image. e4m3 costs accuracy:
             every token of every block is multiplied by these values.
     """
@@ -304,25 +317,20 @@ class Modulations(torch.nn.Module):
         self.register_buffer("scale", torch.ones(rows if in_float8 else 1, device=device))
         self.register_buffer("bias", torch.empty(rows, device=device))
         at = 0
-        for linear, gates in linears:
-            own = slice(at, at + linear.out_features)
-            weight = linear.weight.detach().to(device, copy=True)
+        for linear, factors in linears:
+            own, parts = slice(at, at + linear.out_features), len(factors)
+            # Nothing is rounded by a power of two.
+            weight = linear.weight.detach().to(device).unflatten(0, (parts, -1))
+            weight = (weight * factors[:, :, None].to(weight.dtype)).flatten(0, 1)
             bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
-            bias = bias.to(device, copy=True)
-            # The third part of three is a gate. The scales are powers of two: nothing is rounded.
-            for part, scale in enumerate(gates):
-                gate = slice((3 * part + GATE) * self.width, (3 * part + GATE + 1) * self.width)
-                weight[gate] *= scale[:, None].to(weight.dtype)
-                bias[gate] *= scale.to(bias.dtype)
+            bias = bias.to(device, torch.float32, copy=True).view(parts, -1)
+            # 1 + scale is rounded as a whole: where it is near zero, bf16 keeps eight bits of it and not of 1.
+            bias[SCALE::3] += 1
             if in_float8:
                 weight, self.scale[own] = quantize_rows(weight)
-            self.weight[own], self.bias[own] = weight, bias
+            self.weight[own], self.bias[own] = weight, (bias * factors).flatten()
             at = own.stop
             linear.weight = linear.bias = None  # freed here, or there would be all of them twice for a while
-        # 1 + scale is rounded as a whole: where it is near zero, bf16 keeps eight bits of it and not of 1.
-        of_doubles = self.doubles * 6 * self.width
-        self.bias[:of_doubles].view(self.doubles, 6, self.width)[:, [SCALE, MLP_SCALE]] += 1
-        self.bias[of_doubles:].view(self.singles, 3, self.width)[:, SCALE] += 1
         self.tables: list[tuple] = []  # (conditions, (steps, B, total)): one, or two with a negative prompt
         self.current: dict[int, Tensor] = {}  # by batch size: CUDA graphs hold their addresses
         self.batch = 0
@@ -452,11 +460,10 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float
     doubles, singles = [], []
     for i, block in enumerate(double):
         double[i] = FusedDoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, device)
-        gates = zip(double[i].out.scales(), double[i].down.scales(), strict=True)
-        doubles += zip((block.norm1_context.linear, block.norm1.linear), gates, strict=True)
+        doubles += zip((block.norm1_context.linear, block.norm1.linear), double[i].factors, strict=True)
     for i, block in enumerate(single):
         single[i] = FusedSingleBlock(block, 6 * width * len(doubles) + 3 * width * i, device)
-        singles.append((block.norm.linear, single[i].out.scales()))
+        singles += zip((block.norm.linear,), single[i].factors, strict=True)
     embed, norm_out = transformer.time_text_embed, transformer.norm_out
     transformer.time_text_embed = Modulations(embed, doubles, singles, norm_out.linear, device, float8_modulations)
     transformer.norm_out = NormOut()

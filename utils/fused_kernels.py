@@ -15,7 +15,8 @@ Every activation has one scale a row (token), and every weight has one scale a r
   normal values, and e4m3 has room for that: it keeps four bits from 2^-6 to 448.
 * **Static per-channel equalization.** A bound must not be thrown off by one strong neuron, head or channel. Each
   channel j of GELU's result and of v is therefore divided by a static share e_j, and the column of the next weight is
-  multiplied by it before that weight is quantized. See utils/equalization.py.
+  multiplied by it before that weight is quantized. Input channels that the next weights hardly read are made smaller in
+  the same way, through the modulation: they must not decide R. See utils/equalization.py.
 * **Scales after the GEMM.** cuBLAS multiplies plain e4m3 numbers, at the speed of one scale a tensor. The kernel that
   adds the residual reads every row of the result anyway, and multiplies it by the scale of the row. The scales of the
   columns are powers of two, and are in the gates already (`utils.fused_blocks.Modulations`).
