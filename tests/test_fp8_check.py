@@ -11,7 +11,7 @@ from bench import trained_like
 from utils import fp8_check, fused_blocks, pipeline_utils
 from utils.benchmark_utils import RecipeError
 from utils.fp8_check import BOUND, Fp8Check
-from utils.images import image_parameters
+from utils.images import image_parameters, save_image
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quality import capture_step
@@ -54,7 +54,6 @@ def test_check_on_a_recipe_that_holds_is_a_line(on_hopper, args, capfd, tmp_path
     kwargs = call_kwargs(pipeline, args(), num_inference_steps=1)
     parameters = image_parameters(args(), kwargs, pipeline.techniques, "x", 1)
     assert "fp8 check" in parameters["techniques"]
-    from utils.images import save_image
     save_image(pipeline(**kwargs).images[0], tmp_path / "x.png", parameters)
     without = parameters | {"techniques": {name: how for name, how in parameters["techniques"].items()
                                            if name != "fp8 check"}}
