@@ -12,8 +12,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from bench.fp8_error import step
 from utils import fused_blocks
+from utils.quality import run_step
 
 SIGN_MASK, SMALLEST_NORMAL, LARGEST = 0x7F, 0x08, 0x7E  # bytes of e4m3: all but the sign, 2^-6, 448
 
@@ -57,7 +57,7 @@ def block_shares(transformer: FluxTransformer2DModel, inputs: dict) -> list[dict
         rows[-1][name] = shares(x)
 
     with _announced_blocks(transformer, lambda name: rows.append({"block": name})), _observed_ops(keep):
-        step(transformer, inputs)
+        run_step(transformer, inputs)
     return rows
 
 

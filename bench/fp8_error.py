@@ -17,7 +17,6 @@ import time
 
 import torch
 import torchao.quantization.quant_api
-from torch import Tensor
 
 from bench import trained_like
 from tiny_flux import judge, pictures
@@ -32,7 +31,7 @@ from utils.benchmark_utils import (
     write_json,
 )
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step, float32_step, picture_drift, relative_error
+from utils.quality import capture_step, float32_step, picture_drift, relative_error, run_step
 from utils.quantization import quantize_transformer
 
 # Random weights have gates of about 0.07, with which blocks hardly change the stream. Trained gates are of order 0.5.
@@ -83,14 +82,6 @@ RECIPES = {"bf16": as_bf16, "fp8_attention": as_fp8_attention, "float8_row": as_
            "fused": as_fused, "fused_float8_modulations": as_fused_float8_modulations, "int8": as_int8}
 
 
-@torch.no_grad()
-def step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
-    """The output (B, S, C) of one step; fused blocks need their modulations first."""
-    if hasattr(transformer.time_text_embed, "prepare"):
-        transformer.time_text_embed.prepare(inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"])
-    return transformer(**inputs)[0]
-
-
 def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], count: int, steps: int) -> list:
     """tiny-flux's pictures of `count` prompts, by a transformer in the pipeline's place."""
     pipeline.transformer = transformer
@@ -126,7 +117,7 @@ def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str
         model = copy.deepcopy(reshaped) if i + 1 < len(recipes) else reshaped
         fuse_projections(model)
         RECIPES[name](model, device)
-        found["errors"][name] = relative_error(step(model, inputs)[:, :tokens], reference)
+        found["errors"][name] = relative_error(run_step(model, inputs)[:, :tokens], reference)
         if count:
             found["psnr"][name] = picture_drift(draw(pipeline, model, mixture, count, steps), expected)["psnr_mean"]
         del model

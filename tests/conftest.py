@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchao.quantization.quant_api
 
-from utils import random_weights, techniques
+from utils import pipeline_utils, random_weights, techniques
 from utils.benchmark_utils import create_parser
 
 # Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
@@ -57,6 +57,19 @@ def float8_on_cpu(monkeypatch):
     """torchao refuses float8 on a CPU although PyTorch computes it there, slowly."""
     monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda *_: None)
     monkeypatch.setattr(techniques.Hardware, "has_float8", True)
+
+
+@pytest.fixture
+def plan_on_hopper(monkeypatch):
+    """Called, it has `optimize` decide as on a Hopper GPU from then on."""
+    def planned(*given):
+        chosen = techniques.plan(*given)
+        chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
+        for name in ("attention", "quantisation", "fused kernels"):
+            chosen.decisions[name] = techniques.Decision(True, "")
+        return chosen
+
+    return lambda: monkeypatch.setattr(pipeline_utils, "plan", planned)
 
 
 def skip_without_float8_products() -> None:

@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from bench.block_shares import block_shares, shares
-from bench.fp8_error import as_fused, step
+from bench.fp8_error import as_fused
 from utils import fused_blocks
 from utils.benchmark_utils import create_parser
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step
+from utils.quality import capture_step, run_step
 
 OPS = ("gelu_gemm", "qkv_gemm", "cast_attention", "place_attention")
 
@@ -72,7 +72,7 @@ def test_block_shares_are_those_of_the_tensors_that_gemms_and_attention_read(fus
                         lambda q, k, v, *rest: attended.append(v.clone()) or attention(q, k, v, *rest))
     monkeypatch.setattr(fused_blocks, "fp8_gemm",
                         lambda x, *rest: multiplied.append(x.clone()) or fp8_gemm(x, *rest))
-    step(transformer, inputs)
+    run_step(transformer, inputs)
     doubles, width = len(transformer.transformer_blocks), transformer.inner_dim
     for row, v in zip(healthy, attended, strict=True):
         assert row["v"] == shares(v)

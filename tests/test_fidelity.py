@@ -42,6 +42,7 @@ def decide(monkeypatch):
 
 @pytest.mark.parametrize("row, lossy", [
     ("reference", []), ("compile", []), ("fp8_attention", ["attention"]), ("float8_row", ["quantisation"]),
+    ("float8_tensor", ["quantisation"]),
     ("int8", ["quantisation"]), ("text_encoder_quant", ["text encoder quant"]),
     ("fused", ["attention", "quantisation", "fused kernels"]),
     ("default", ["attention", "quantisation", "fused kernels"]),
@@ -60,10 +61,11 @@ def test_reference_has_every_technique_off(decide):
 
 @pytest.mark.parametrize("hardware, model, refused", [
     (RTX4090, "FLUX.1-dev", {"fp8_attention", "fused"}),
-    (A100, "FLUX.1-dev", {"fp8_attention", "float8_row", "fused"}),
+    (A100, "FLUX.1-dev", {"fp8_attention", "float8_row", "float8_tensor", "fused"}),
     (MI300, "FLUX.1-dev", {"fused"}),
-    (H100, "FLUX.1-schnell", {"default_balanced", "default_fast", "default_taylorseer"}),
-    (Hardware("cpu"), "tiny-flux-dev", {"fp8_attention", "float8_row", "fused"}),
+    (H100, "FLUX.1-schnell", {"default_safe", "default_balanced", "default_fast", "default_extreme",
+                                  "default_taylorseer"}),
+    (Hardware("cpu"), "tiny-flux-dev", {"fp8_attention", "float8_row", "float8_tensor", "fused"}),
 ])
 def test_row_that_cannot_run_is_refused_and_not_drawn_without_its_switch(decide, hardware, model, refused):
     found = set()

@@ -8,32 +8,22 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from bench import trained_like
-from utils import fp8_check, fused_blocks, pipeline_utils
+from utils import fp8_check, fused_blocks, pipeline_utils, techniques
 from utils.benchmark_utils import RecipeError
 from utils.fp8_check import BOUND, Fp8Check
 from utils.images import image_parameters, save_image
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quality import capture_step
-from utils.techniques import Decision
 
 
 @pytest.fixture
-def on_hopper(monkeypatch):
-    """`optimize` decides as on a Hopper GPU."""
-    plan = pipeline_utils.plan
-
-    def planned(*given):
-        chosen = plan(*given)
-        chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
-        for name in ("attention", "quantisation", "fused kernels"):
-            chosen.decisions[name] = Decision(True, "")
-        return chosen
-
-    def make(argv):
-        monkeypatch.setattr(pipeline_utils, "plan", plan)
-        pipeline = load_pipeline(argv)
-        monkeypatch.setattr(pipeline_utils, "plan", planned)
+def on_hopper(monkeypatch, plan_on_hopper):
+    """A pipeline, which `optimize` then treats as on a Hopper GPU."""
+    def make(args):
+        monkeypatch.setattr(pipeline_utils, "plan", techniques.plan)
+        pipeline = load_pipeline(args)
+        plan_on_hopper()
         return pipeline
     return make
 
@@ -109,7 +99,9 @@ def test_check_catches_a_scale_1000_times_too_large(on_hopper, args, monkeypatch
     pipeline = optimize(on_hopper(args()), args())
     assert pipeline.fp8_check["holds"] is False and not pipeline.fp8_check["difference"] <= BOUND
     printed = capfd.readouterr().err
-    assert "WARNING" in printed and "--disable_quant" in printed
+    assert "WARNING" in printed
+    flags = ("--disable_fused_kernels", "--attention_backend", "--quant_dtype", "--disable_quant")
+    assert sorted(flags, key=printed.index) == list(flags)  # in the order of what they cost
     with pytest.raises(RecipeError, match="--strict"):
         optimize(on_hopper(args()), args("--strict", "--disable_cudagraphs", "--disable_gpu_postprocess",
                                          "--disable_fused_vae", "--disable_inductor_tuning_flags"))
@@ -122,6 +114,16 @@ def test_check_catches_nan(on_hopper, args):
     assert math.isnan(check.difference) and not check.holds
     check.errors = {"first": 0.01, "middle": 0.02, "finished": 0.5}
     assert check.difference == pytest.approx(0.5) and not check.holds
+
+
+def test_check_names_only_flags_that_change_something(on_hopper, args, capfd):
+    """int8 without fp8 attention and fused kernels has bf16 left."""
+    check = Fp8Check(on_hopper(args()), call_kwargs(on_hopper(args()), args()))
+    check.errors = {"first": 1.0}
+    check.report(set(), strict=False)
+    printed = capfd.readouterr().err
+    assert "--disable_quant" in printed
+    assert not any(flag in printed for flag in ("--disable_fused_kernels", "fa3_bf16", "--quant_dtype"))
 
 
 @pytest.mark.parametrize("argv, why", [(["--skip_fp8_check"], "--skip_fp8_check"),

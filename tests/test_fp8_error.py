@@ -39,6 +39,7 @@ def test_recipes_are_measured_on_each_case(measured):
         assert set(errors) == {"bf16", "fp8_attention", "fused"}
         assert 0.001 < errors["bf16"] < errors["fp8_attention"] < errors["fused"] < 0.05
     assert record["gates"] == fp8_error.RANDOM_GATES and record["environment"]["packages"]["torch"]
+    assert record["environment"]["argv"][-2:] == ["--output-json", "out.json"], "a folder of this machine is recorded"
 
 
 class RowLinear(torch.nn.Module):

@@ -28,7 +28,6 @@ from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import quantize_transformer
 from utils.random_weights import architecture
-from utils.techniques import Decision
 
 CPU = torch.device("cpu")
 CASES = {
@@ -103,20 +102,11 @@ def test_fused_steps_are_as_near_to_float32_as_unfused_ones(load, argv, float8_o
                 if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name]
 
 
-def test_the_recipe_puts_them_in(load, monkeypatch):
+def test_the_recipe_puts_them_in(load, plan_on_hopper):
     """`optimize` as on a Hopper GPU, down to the pictures: near eager's, and the same the second time."""
-    plan = pipeline_utils.plan
-
-    def on_hopper(*given):
-        chosen = plan(*given)
-        chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
-        for name in ("attention", "quantisation", "fused kernels"):
-            chosen.decisions[name] = Decision(True, "")
-        return chosen
-
     pipeline, args = load("--ckpt", "tiny-flux", "--compile_export_mode", "disabled")
     latents = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images]
-    monkeypatch.setattr(pipeline_utils, "plan", on_hopper)
+    plan_on_hopper()
     pipeline = pipeline_utils.optimize(pipeline, args)
     assert all(type(block) is FusedDoubleBlock for block in pipeline.transformer.transformer_blocks)
     latents += [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]

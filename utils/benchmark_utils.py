@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def environment(device: str) -> dict:
     record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
               "commit": os.environ.get("GIT_COMMIT") or _commit(),
-              "processes": int(os.environ.get("WORLD_SIZE", 1)), "argv": sys.argv[1:],
+              "processes": int(os.environ.get("WORLD_SIZE", 1)), "argv": list(map(_without_folder, sys.argv[1:])),
               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -313,6 +314,11 @@ def environment(device: str) -> dict:
                    "compute_capability": f"{properties.major}.{properties.minor}",
                    "driver": driver or None, "power_limit": power or None}
     return record
+
+
+def _without_folder(arg: str) -> str:
+    """An absolute path, or --flag=PATH, by its file's name: folders are of one machine."""
+    return re.sub(r"^([^/]*=)?/.*/", r"\1", arg)
 
 
 def _commit() -> str | None:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from utils.benchmark_utils import RecipeError
-from utils.quality import relative_error
+from utils.quality import relative_error, run_step
 
 # On full-width weights shaped as trained ones are (bench/trained_like.py), a step differs by 1 to 12 % where a recipe
-# holds, and by 21 to 34 % where the fused scales of old failed: results/h200/fp8_error. tiny-flux has short rows, and
-# its steps amplify what came before: 5 to 10 % fused, 8 to 18 % with torchao's per-row float8.
+# holds: results/h200/fp8_error. Fused scales of a whole tensor, from bounds, failed with 21 to 34 %. tiny-flux has
+# short rows, and its steps amplify what came before: its pictures are right with up to 18 %.
 BOUND = 0.2
 # What helps, in the order of what it costs.
-CURES = (("--disable_fused_kernels", "per-row float8 by torchao"),
-         ("--attention_backend fa3_bf16", "attention in bf16"),
-         ("--quant_dtype int8", "int8"),
-         ("--disable_quant --disable_fa3", "bf16 throughout"))
+CURES = {"fused": "--disable_fused_kernels (per-row float8 by torchao)",
+         "fp8 attention": "--attention_backend fa3_bf16 (attention in bf16)",
+         "float8": "--quant_dtype int8",
+         "any": "--disable_quant --disable_fa3 (bf16 throughout)"}
 
 
 class Fp8Check:
@@ -51,14 +51,10 @@ class Fp8Check:
         self.steps = {"first": calls[0], "middle": calls[len(calls) // 2]}
         self.errors: dict[str, float] = {}
 
-    @torch.no_grad()
     def measure(self, transformer: torch.nn.Module) -> None:
         """Both steps through a transformer that is quantised, and not compiled yet."""
         for name, (inputs, expected) in self.steps.items():
-            if hasattr(transformer.time_text_embed, "prepare"):  # fused blocks, outside a denoising loop
-                transformer.time_text_embed.prepare(inputs["timestep"], inputs.get("guidance"),
-                                                    inputs["pooled_projections"])
-            self._compare(name, transformer(**inputs)[0], expected)
+            self._compare(name, run_step(transformer, inputs), expected)
 
     @contextmanager
     def measure_next_call(self, transformer: torch.nn.Module):
@@ -107,18 +103,18 @@ class Fp8Check:
         """For the benchmark's JSON."""
         return {"difference": self.difference, "errors": self.errors, "bound": BOUND, "holds": self.holds}
 
-    def report(self, given: list[str], strict: bool) -> None:
+    def report(self, lossy: set[str], strict: bool) -> None:
         """Warns on stderr, whatever --quiet says, if fp8 does not hold.
 
         Args:
-            given: the flags that are given already, and cannot help any more.
+            lossy: which of `CURES` is on, so that only flags that change something are named.
 
         Raises:
             RecipeError: with `strict`, instead of the warning.
         """
         if self.holds:
             return
-        cures = [f"{flags} ({what})" for flags, what in CURES if flags.split()[0] not in given]
+        cures = [flags for name, flags in CURES.items() if name in lossy | {"any"}]
         text = (f"fp8 check: {self.line()}, and {100 * BOUND:.0f} % is the most that fp8 has where it holds. The "
                 f"picture may be wrong. What helps, in this order: {'; '.join(cures)}.")
         if strict:

@@ -1,7 +1,6 @@
 """The recipe: load a FLUX.1 pipeline, then `optimize` it, top to bottom, in the one order in which the steps work."""
 
 import os
-import sys
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -227,7 +226,9 @@ def optimize(pipeline, args, log: StageLog | None = None):
         techniques["fp8 check"] = Decision(True, check.line())
         log.line(f"fp8 check: {check.line()}")
         if parallel.is_first():
-            check.report(sys.argv[1:], args.strict)
+            on = {"fused": fused, "fp8 attention": chosen.attention_backend in ("fa3", "fa3_unscaled"),
+                  "float8": chosen.quant and chosen.quant[0] == "float8"}
+            check.report({name for name, is_on in on.items() if is_on}, args.strict)
     return pipeline
 
 

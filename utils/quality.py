@@ -26,6 +26,14 @@ def capture_step(pipeline, kwargs: dict) -> dict:
 
 
 @torch.no_grad()
+def run_step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
+    """The output (B, S, C) of a captured step, outside a denoising loop. Fused blocks need their modulations first."""
+    if hasattr(transformer.time_text_embed, "prepare"):
+        transformer.time_text_embed.prepare(inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"])
+    return transformer(**inputs)[0]
+
+
+@torch.no_grad()
 def float32_step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
     """The transformer's output (B, S, C) in float32 arithmetic, from the very weights it has.
 
