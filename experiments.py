@@ -29,7 +29,7 @@ import yaml
 
 from report import records
 from utils import step_cache
-from utils.benchmark_utils import SCHEMA_VERSION, write_json
+from utils.benchmark_utils import SCHEMA_VERSION, finite_float, write_json
 from utils.processes import execute, side_by_side
 
 ROOT = Path(__file__).parent
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     runs.add_argument("--resume", action="store_true",
                       help="skip rows that are finished and repeat those that failed; without, a row that is there is "
                       "measured again and appended as ROW.2.json")
-    runs.add_argument("--timeout", type=float, default=1800, metavar="S",
+    runs.add_argument("--timeout", type=finite_float, default=1800, metavar="S",
                       help="seconds a row may take (1800), less those in which --jobs stops it")
     runs.add_argument("--jobs", type=int, default=1, metavar="N",
                       help="let up to N rows load and compile side by side, and time one at a time, all others stopped "

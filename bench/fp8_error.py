@@ -27,6 +27,7 @@ from utils.benchmark_utils import (
     create_parser,
     environment,
     exit_with_reason,
+    finite_float,
     spare_the_garbage_collector,
     write_json,
 )
@@ -136,7 +137,7 @@ def main():
                         help="plain, families or mixtures (plain, each family at three strengths, and the mixtures)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE",
                         help=f"recipes to measure: {', '.join(RECIPES)} (all)")
-    parser.add_argument("--gates", type=float, metavar="FACTOR",
+    parser.add_argument("--gates", type=finite_float, metavar="FACTOR",
                         help=f"factor of all gates: {RANDOM_GATES:g} with --random_weights, else 1")
     parser.add_argument("--pictures", type=int, default=0, metavar="N",
                         help="also the PSNR of N tiny-flux pictures against bf16's (0)")

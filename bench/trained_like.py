@@ -11,6 +11,7 @@ at any size and the trained tiny-flux.
     reference = float32_step(pipeline.transformer, step_inputs(inputs, mixture))
 """
 
+import argparse
 import math
 import zlib
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import T5EncoderModel
 
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import RecipeError, finite_float
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def parse(text: str) -> dict[str, float]:
     for part in text.split(",") if text.strip() not in ("", "plain") else ():
         name, _, strength = (piece.strip() for piece in part.partition("="))
         try:
-            value = float(strength)
-        except ValueError:
-            raise RecipeError(f"'{part}' in the mixture '{text}' has no number: write FAMILY=STRENGTH, separated by "
-                              "commas, such as massive=500,spread=0.5.") from None
+            value = finite_float(strength)
+        except argparse.ArgumentTypeError:
+            raise RecipeError(f"'{part}' in the mixture '{text}' has no finite number: write FAMILY=STRENGTH, "
+                              "separated by commas, such as massive=500,spread=0.5.") from None
         if name in mixture:
             raise RecipeError(f"The mixture '{text}' names {name} twice: give it one strength.")
         mixture[name] = value

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_on
 from torchao.utils import TorchAOBaseTensor
 
 from utils.aoti_compile import no_vector_instructions, write_package
-from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason
+from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason, finite_float
 from utils.package_store import (
     Rejected,
     fetch,
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("action", choices=["list", "verify", "clean", "pack"])
     parser.add_argument("key", nargs="?", help="for pack: which")
     parser.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR)
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="for clean: all of at least this age")
+    parser.add_argument("--older-than", type=finite_float, metavar="DAYS", help="for clean: all of at least this age")
     args = parser.parse_args()
     if args.action == "pack":
         try:

@@ -5,6 +5,7 @@ import argparse
 import atexit
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +27,61 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class RecipeError(Exception):
-    """Something the user can put right. The scripts print its text as one paragraph and exit with code 2."""
+    """Something the user can put right. The scripts print its text as one paragraph and exit with `exit_code`."""
+
+    exit_code = 2
+
+
+class BrokenResult(RecipeError):
+    """The pipeline ran, but its result is not a picture: NaN, or a single colour."""
+
+    exit_code = 3
+
+
+@contextmanager
+def reading(what: str, cure: str):
+    """The one boundary around code that reads somebody's file: whatever a library raises there becomes one paragraph.
+
+    Args:
+        what: the flag and the file, such as "--ckpt me/model: transformer/config.json".
+        cure: a sentence that says what to do about it.
+
+    Raises:
+        RecipeError: in the place of every exception but another RecipeError and a lack of GPU memory.
+    """
+    try:
+        yield
+    except (RecipeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RecipeError(f"{what}: {reason_of(error)}. {cure}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line: its text, or its text behind its class where the text alone says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # torch's and transformers' first line is often a heading, which ends in a colon.
+    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
+    if isinstance(error, (KeyError, IndexError, AttributeError, TypeError, AssertionError)) or " " not in text:
+        text = f"{type(error).__name__} {text}".strip()
+    return text[:300]
+
+
+def finite_float(text: str) -> float:
+    """A number for argparse. Python's own `float` also takes nan and inf.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no number, or not a finite one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return value
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -67,7 +122,9 @@ def create_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="Techniques are on by default where they run. Lossless but for rounding: bf16, fused projections, "
         "channels_last, compile, CUDA graphs, GPU postprocess. Lossy: float8 and int8 quantisation, fp8 attention, "
-        "cache-dit, --text_encoder_quant.",
+        "cache-dit, --text_encoder_quant. Exit codes: 0, the result is there; 2, something to put right, said in one "
+        "paragraph; 3, the result is broken (NaN, one colour) and kept under another name; 130, interrupted; 1, a "
+        "fault of this program.",
     )
 
     model = parser.add_argument_group("model")
@@ -77,8 +134,11 @@ def create_parser() -> argparse.ArgumentParser:
     model.add_argument("--random_weights", nargs="?", const="full", metavar="DOUBLE+SINGLE",
                        help="FLUX.1 of --ckpt's name at full size with random weights, nothing downloaded: real speed "
                        "and memory, meaningless pixels. 2+4 builds only 2 double and 4 single blocks")
-    model.add_argument("--lora", metavar="PATH[:SCALE]",
-                       help="LoRA file, folder or Hub id, fused into the weights before everything else")
+    model.add_argument("--lora", metavar="PATH[:SCALE]", action="append",
+                       help="LoRA file, folder, Hub id or REPO/FILE.safetensors, added to the weights before all "
+                       "else; give the flag once for each LoRA")
+    model.add_argument("--lora_partial", action="store_true",
+                       help="add the part of a LoRA that fits this model; without the flag that is an error")
     model.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                        help="cuda is also AMD's ROCm")
     model.add_argument("--offload", choices=["none", "text", "model", "group"], default="none",
@@ -86,7 +146,7 @@ def create_parser() -> argparse.ArgumentParser:
                        "layer (text: all else stays fast); whole models (model: slow, no CUDA graphs); every layer "
                        "(group: least memory, nothing compiled)")
     model.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory, faint seams possible")
-    model.add_argument("--gpu_memory_limit", type=float, metavar="GIB",
+    model.add_argument("--gpu_memory_limit", type=finite_float, metavar="GIB",
                        help="take at most this much GPU memory: to share a card, or to see whether a smaller one does")
 
     image = parser.add_argument_group("image")
@@ -97,9 +157,9 @@ def create_parser() -> argparse.ArgumentParser:
     image.add_argument("--batch_size", type=int, metavar="B",
                        help="prompts of --prompts-file in one call: 1; more images a minute, more memory")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
-    image.add_argument("--true_cfg_scale", type=float, default=1.0,
+    image.add_argument("--true_cfg_scale", type=finite_float, default=1.0,
                        help="classifier-free guidance with the negative prompt: twice the work a step")
-    image.add_argument("--guidance_scale", type=float,
+    image.add_argument("--guidance_scale", type=finite_float,
                        help="distilled guidance; default by model: 3.5 dev, 2.5 Kontext, unused by schnell")
     image.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
     image.add_argument("--height", type=int, help="pixels, a multiple of 16; default: what the model was trained for")
@@ -194,6 +254,7 @@ def create_parser() -> argparse.ArgumentParser:
     report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
     report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
     report.add_argument("--quiet", action="store_true", help="no progress bar, no stage lines")
+    report.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
     return parser
 
 
@@ -211,29 +272,37 @@ def replacing(path: str | Path):
 
 
 def exit_with_reason(main):
-    """Runs a script's main: what the user can put right becomes one paragraph and exit code 2, no traceback."""
+    """Runs a script's main. Whatever goes wrong becomes one paragraph and an exit code: 2 for what the user can put
+    right, 3 for a broken result, 130 for Ctrl-C, 1 for a fault of this program. Tracebacks are for --debug."""
     code = 2
     try:
         main()
         code = 0
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _explain(error, str(error))
+        code = error.exit_code
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}). What helps, in this order: "
-              "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
-              "--height and --width, --offload text, --offload group.", file=sys.stderr)
+        _explain(error, f"out of GPU memory ({reason_of(error)}). What helps, in this order: "
+                 "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
+                 "--height and --width, --offload text, --offload group.")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except Exception:
-        if not torch.distributed.is_initialized():
-            raise
-        traceback.print_exc()
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        _explain(error, f"{type(error).__name__}: {reason_of(error)} ({Path(frame.filename).name}:{frame.lineno}). "
+                 "This is a fault of the program: --debug prints the traceback, which belongs into a report.")
         code = 1
     if torch.distributed.is_initialized():
         _end_among_others(code)
     if code:
         sys.exit(code)
+
+
+def _explain(error: Exception, text: str) -> None:
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    print(f"error: {text}", file=sys.stderr)
 
 
 def _end_among_others(code: int) -> None:
