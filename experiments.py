@@ -29,7 +29,8 @@ import yaml
 
 from report import records
 from utils import step_cache
-from utils.benchmark_utils import SCHEMA_VERSION, finite_float, write_json
+from utils.benchmark_utils import SCHEMA_VERSION, finite_float
+from utils.outputs import write_json
 from utils.processes import execute, side_by_side
 
 ROOT = Path(__file__).parent

@@ -9,9 +9,12 @@ import sys
 from utils import parallel, step_cache
 from utils.benchmark_utils import RecipeError, StageLog, create_parser, exit_with_reason, spare_the_garbage_collector
 from utils.checks import check_args
-from utils.images import image_parameters, numbered_path, save_image
-from utils.many_prompts import join_processes, make_images, read_prompts
+from utils.images import image_parameters, keep_images
+from utils.many_prompts import image_paths, join_processes, make_images
+from utils.output_checks import check_outputs
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.prompts_file import read_prompts
+from utils.text_encoding import warn_of_cut_prompts
 
 
 def main():
@@ -21,10 +24,12 @@ def main():
                  "force_cache", "stop_before_timing"):
         if getattr(args, flag) is not None and getattr(args, flag) is not False:
             raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
+    prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
+    paths = image_paths(args, prompts)
+    check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])
     if args.context_parallel:
         parallel.join(args)
     processes = join_processes(args)
-    prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
     for complaint in complaints:
         processes.print(complaint, file=sys.stderr)
     log = StageLog(args.quiet)
@@ -37,16 +42,17 @@ def main():
         return make_images(pipeline, args, prompts, processes, log)
 
     kwargs = call_kwargs(pipeline, args)
+    if parallel.is_first():
+        given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
+        warn_of_cut_prompts(pipeline, given, kwargs["max_sequence_length"])
     with log.stage("image"):
         images = pipeline(**kwargs).images
     if not parallel.is_first():
         return
     if pipeline.techniques["step cache"].on:
         log.line(step_cache.last_image(pipeline, kwargs["num_inference_steps"]))
-    for i, image in enumerate(images):
-        path = numbered_path(args.output_file, i, args.seed + i) if len(images) > 1 else args.output_file
-        save_image(image, path, image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed + i))
-        log.line(f"wrote {path}")
+    keep_images(pipeline, images, paths, [image_parameters(args, pipeline, kwargs, args.prompt, args.seed + i)
+                                          for i in range(len(images))], log)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,20 @@
 The last line on stdout is the result as one JSON object.
 """
 
+import gzip
 import hashlib
 import json
+import shutil
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-from utils import ceilings, compare, parallel, step_cache
+from utils import ceilings, compare, flaws, parallel, step_cache
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
     PeakMemory,
@@ -25,20 +29,23 @@ from utils.benchmark_utils import (
     create_parser,
     environment,
     exit_with_reason,
-    replacing,
+    reason_of,
     spare_the_garbage_collector,
     summarize,
-    write_json,
 )
 from utils.checks import check_args
 from utils.cuda_graph import recording_is_an_error
 from utils.gpu_load import watching_load
-from utils.images import image_parameters, save_image
-from utils.pipeline_utils import call_kwargs, kernel_cache, load_pipeline, optimize, show_progress
+from utils.images import image_parameters, keep_image
+from utils.machine import kernel_cache
+from utils.output_checks import check_outputs
+from utils.outputs import as_path, is_record, is_trace, refuse_torn_trace, replacing, write_json, write_or_rescue
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
 from utils.processes import wait_for_turn
 from utils.quality import capture_step, float32_step, relative_error
 from utils.regions import StageTimes, in_regions
 from utils.roofline import step_record, watching_tokens
+from utils.text_encoding import warn_of_cut_prompts
 
 
 def main():
@@ -48,10 +55,12 @@ def main():
     args.warmup = 3 if args.warmup is None else args.warmup
     args.runs = 10 if args.runs is None else args.runs
     check_args(args)
-    if args.ceilings:
-        return write_ceilings(args.ceilings)
     if args.prompts_file:
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
+    path = as_path(args.output_file)
+    check_outputs(args, [] if args.ceilings else [path], [args.prompt])
+    if args.ceilings:
+        return write_ceilings(args.ceilings)
     if args.kernels and args.device != "cuda":
         raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
     caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config or args.step_cache
@@ -78,6 +87,9 @@ def main():
     memory.end_of("optimise")
     show_progress(pipeline, False)
     error = step_error(pipeline, args, step_inputs, reference) if args.step_error else None
+    if parallel.is_first():
+        given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
+        warn_of_cut_prompts(pipeline, given, call_kwargs(pipeline, args)["max_sequence_length"])
 
     # Whatever needs compiling or recording is done by now: from here on it is a fault of the recipe, not a cost.
     with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error(), log.stage("warm-up"):
@@ -93,6 +105,7 @@ def main():
             wait_for_turn()
             pipeline(**call_kwargs(pipeline, args))  # the stop let clocks sink and others fill the caches
         seconds, image = time_images(pipeline, args)
+        is_finite = pipeline.image_processor.finite.tolist()[0]
         memory.end_of("image")
         with watching_tokens(pipeline.transformer) as tokens, watching_load(args.device) as load:
             stages, steps = time_stages(pipeline, args)
@@ -103,8 +116,8 @@ def main():
         return
 
     kwargs = call_kwargs(pipeline, args)
-    parameters = image_parameters(args, kwargs, pipeline.techniques, args.prompt, args.seed)
-    save_image(image, args.output_file, parameters)
+    parameters = image_parameters(args, pipeline, kwargs, args.prompt, args.seed)
+    errors = [keep_image(image, path, parameters, is_finite)]
     timing = summarize(seconds)
     record = {
         "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
@@ -121,15 +134,16 @@ def main():
         "fp8_check": pipeline.fp8_check,
         "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
         "residual_diffs": step_cache.residual_diffs(pipeline) if pipeline.techniques["step cache"].on else None,
-        "image_std": float(np.asarray(image).std()),
+        "broken": flaws.flaw_of(image, is_finite), "image_std": float(np.asarray(image).std()),
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
     }
     if args.output_json:
-        write_json(args.output_json, record)
-    if args.trace_file:
-        write_trace(pipeline, args)
+        errors.append(write_or_rescue(lambda path: write_json(path, record, is_record), args.output_json, "result"))
     report(record)
-    print(json.dumps(record))
+    print(json.dumps(record), flush=True)
+    if args.trace_file:  # last: whatever happens to it, the result is there
+        errors.append(write_trace(pipeline, args))
+    flaws.raise_errors([error for error in errors if error], pipeline)
 
 
 def since_start() -> float:
@@ -203,12 +217,15 @@ def compare_results(paths: list[str]) -> None:
 def write_ceilings(path: str) -> None:
     """Measures this GPU's ceilings; the last line is the record as JSON."""
     record = ceilings.measure()
-    write_json(path, record)
+    error = write_or_rescue(lambda path: write_json(path, record, is_record), path, "record")
     print("\n".join([*ceilings.lines(record), json.dumps(record)]))
+    if error:
+        raise error
 
 
-def write_trace(pipeline, args) -> None:
-    """A profiler trace of one image, the very call that was timed, with its stages as named regions."""
+def write_trace(pipeline, args) -> RecipeError | None:
+    """A profiler trace of one image, the very call that was timed, with its stages as named regions. Returns what
+    `write_or_rescue` does."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if args.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -216,8 +233,22 @@ def write_trace(pipeline, args) -> None:
     with in_regions(pipeline, torch.profiler.record_function), torch.profiler.profile(activities=activities) as trace:
         pipeline(**kwargs)
         synchronize(args.device)
-    with replacing(args.trace_file) as temporary:
-        trace.export_chrome_trace(str(temporary))
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, "trace.json")
+        try:
+            trace.export_chrome_trace(str(whole))  # works once
+            refuse_torn_trace(whole)
+        except Exception as error:
+            return RecipeError(f"--trace-file {args.trace_file}: the trace cannot be written in {folder} "
+                               f"({reason_of(error)})")
+        return write_or_rescue(lambda path: write_compressed(path, whole), args.trace_file, "trace")
+
+
+def write_compressed(path: Path, source: Path) -> None:
+    """Copies a file; for a path that ends in .gz, compressed."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with replacing(path, is_trace) as temporary, open(source, "rb") as read, opened(temporary, "wb") as written:
+        shutil.copyfileobj(read, written)
 
 
 def report(record: dict) -> None:
@@ -239,8 +270,6 @@ def report(record: dict) -> None:
         print(f"  {kernel['ms']:8.3f} ms {kernel['launches']:5d} x {kernel['name'][:100]}")
     if record["step_relative_error"] is not None:
         print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")
-    if record["image_std"] < 1:
-        print("warning: the image is of one colour; NaN in the pipeline turns it black")
     if record["cached_steps"] is not None:
         print(f"cached steps: {record['cached_steps']}")
         print("residual differences: " + (", ".join(f"{step} {value:.3f}" for step, value in

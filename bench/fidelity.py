@@ -34,7 +34,8 @@ from PIL import ImageDraw, ImageFont
 
 from bench.fp8_error import as_fused
 from experiments import CHANNELS, COMPILED, EAGER, FA3, FUSED, OFF, QUANT
-from tiny_flux import judge, pictures
+from tiny_flux import judge, pictures, presets
+from utils import lora_files, weight_files
 from utils.benchmark_utils import (
     DEFAULT_CKPT,
     SCHEMA_VERSION,
@@ -42,15 +43,16 @@ from utils.benchmark_utils import (
     create_parser,
     environment,
     exit_with_reason,
-    replacing,
-    write_json,
 )
 from utils.checkpoint import read_configs
-from utils.checks import check_args, make_writable_parent, manifest_path
-from utils.images import load_reference, numbered_path, read_parameters
-from utils.many_prompts import Prompt, read_prompts
+from utils.checks import check_args
+from utils.images import numbered_path, read_parameters
+from utils.output_checks import check_output
+from utils.outputs import is_record, manifest_path, replacing, write_json
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
+from utils.prompts_file import Prompt, read_prompts
 from utils.quality import capture_step, perceptual, picture_drift
+from utils.reference_image import load_reference
 from utils.techniques import detect, plan
 
 ROOT = Path(__file__).parent.parent
@@ -429,12 +431,27 @@ def shared_flags(args) -> tuple[list[str], argparse.Namespace]:
     return common, recipe
 
 
-def settings_of(args, machine: dict) -> dict:
+def contents_of(recipe: argparse.Namespace) -> dict:
+    """Hashes of the files that --ckpt and --lora name; a checkpoint of the Hub is downloaded for that.
+
+    Raises:
+        RecipeError: they are not there, or not whole.
+    """
+    if recipe.random_weights:
+        return {}
+    folder = presets.CHECKPOINT if recipe.ckpt in presets.NAMES else Path(recipe.ckpt).expanduser()
+    configs = read_configs(str(folder) if folder.is_dir() else recipe.ckpt, recipe.revision, None)
+    weights = weight_files.identity(weight_files.find_checkpoint(recipe.ckpt, folder, recipe.revision, configs).folder)
+    return {"weights": weights, "lora": hashes([lora_files.locate(lora_files.split(lora)[0])
+                                                for lora in recipe.lora or []])}
+
+
+def settings_of(args, recipe: argparse.Namespace, machine: dict) -> dict:
     """The settings that all pictures of a folder must share."""
     image = hashlib.sha256(load_reference(args.image).tobytes()).hexdigest() if args.image else None
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    return {"model": args.ckpt, "flags": " ".join(args.flags), "image_sha256": image, "gpu": machine.get("gpu"),
-            "packages": versions}
+    return {"model": args.ckpt, "flags": " ".join(args.flags), "contents": contents_of(recipe),
+            "image_sha256": image, "gpu": machine.get("gpu"), "packages": versions}
 
 
 def main():
@@ -452,14 +469,14 @@ def main():
         raise RecipeError(f"--block-shares: {args.ckpt} is too large for a CPU. Use a tiny model, such as --ckpt "
                           "tiny-flux-dev, or drop the flag.")
     prompts = choose_prompts(args, recipe.seed)
-    make_writable_parent(path, "--output-dir")
+    check_output(path, "--output-dir", is_record)
     with tempfile.TemporaryDirectory() as scratch:
         prompts_file = Path(scratch, "prompts.jsonl")
         prompts_file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
         recipe.prompts_file, recipe.output_file = str(prompts_file), str(args.output_dir / REFERENCE / "image.png")
         check_args(recipe)
         machine = environment(recipe.device)
-        record = {"schema_version": SCHEMA_VERSION, "settings": settings_of(args, machine), "prompts": prompts,
+        record = {"schema_version": SCHEMA_VERSION, "settings": settings_of(args, recipe, machine), "prompts": prompts,
                   "rows": {}, "skipped": {}, "blocks": {}, "environment": machine}
         previous = read_previous(path, record)
         record["blocks"] = previous.get("blocks", {})

@@ -29,8 +29,9 @@ from utils.benchmark_utils import (
     exit_with_reason,
     finite_float,
     spare_the_garbage_collector,
-    write_json,
 )
+from utils.output_checks import check_output
+from utils.outputs import is_record, write_json
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quality import capture_step, float32_step, picture_drift, relative_error, run_step
 from utils.quantization import quantize_transformer
@@ -144,6 +145,7 @@ def main():
     parser.add_argument("--output-json", required=True, metavar="FILE", help="where to write the record")
     args, rest = parser.parse_known_args()
     recipe = create_parser().parse_args([*rest, "--quiet"])
+    check_output(args.output_json, "--output-json", is_record)
     cases = ([(text, trained_like.parse(text)) for text in args.cases] if args.cases else
              [("plain", {}), *trained_like.cases()])
     device = torch.device(recipe.device)

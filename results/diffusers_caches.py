@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import EAGER, OFF  # noqa: E402
 from tiny_flux import pictures  # noqa: E402
-from utils.benchmark_utils import create_parser, environment, write_json  # noqa: E402
+from utils.benchmark_utils import create_parser, environment  # noqa: E402
 from utils.extrapolation import WARM_UP  # noqa: E402
+from utils.outputs import write_json  # noqa: E402
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize  # noqa: E402
 
 STEPS, COUNT, CALIBRATED_ON = 28, 100, 10

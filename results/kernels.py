@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils import attention, fused_kernels  # noqa: E402
-from utils.benchmark_utils import environment, write_json  # noqa: E402
+from utils.benchmark_utils import environment  # noqa: E402
 from utils.gpu_load import watching_load  # noqa: E402
+from utils.outputs import write_json  # noqa: E402
 from utils.quality import relative_error  # noqa: E402
 
 WIDTH, HEADS, MLP = 3072, 24, 12288

@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 from kernels import TOKENS, folder_of_arguments, under_load  # noqa: E402
 
 from experiments import CKPTS  # noqa: E402
-from utils.benchmark_utils import environment, write_json  # noqa: E402
+from utils.benchmark_utils import environment  # noqa: E402
 from utils.fused_blocks import READ, fuse_blocks, leave_sums  # noqa: E402
+from utils.outputs import write_json  # noqa: E402
 from utils.pipeline_utils import fuse_projections  # noqa: E402
 from utils.quality import relative_error  # noqa: E402
 from utils.random_weights import architecture  # noqa: E402

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchao.quantization.quant_api
 
-from utils import pipeline_utils, random_weights, techniques
+from utils import pipeline_utils, random_weights, start, techniques
 from utils.benchmark_utils import create_parser
 
 # Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
@@ -36,7 +36,9 @@ def _kernels(tmp_path_factory):
 @pytest.fixture
 def compiler(_kernels, monkeypatch):
     """torch.compile with nothing traced yet, and compiled kernels shared by the tests of one run only."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", _kernels)
+    monkeypatch.setitem(start.GIVEN, "TORCHINDUCTOR_CACHE_DIR", _kernels)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, _kernels)
     torch._dynamo.reset()
     with torch._inductor.config.patch({}):
         yield
@@ -70,6 +72,13 @@ def plan_on_hopper(monkeypatch):
         return chosen
 
     return lambda: monkeypatch.setattr(pipeline_utils, "plan", planned)
+
+
+def pretend_launched(monkeypatch, processes: int, rank: int = 0) -> None:
+    """The variables that torchrun and accelerate launch set."""
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
 
 
 def skip_without_float8_products() -> None:

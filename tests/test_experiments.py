@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import pretend_launched
 
 import experiments
 from report import records, tables
@@ -30,7 +31,7 @@ def test_every_row_is_accepted_and_no_two_are_the_same(tmp_path, monkeypatch):
                  line[line.index("run_benchmark.py") + 1:])
         processes = line[line.index("--nproc_per_node") + 1] if "torch.distributed.run" in line else "1"
         assert processes == (row.split("_")[1] if row.startswith("gpus_") else "1")
-        monkeypatch.setenv("WORLD_SIZE", processes)
+        pretend_launched(monkeypatch, processes)
         args = create_parser().parse_args(["--device", "cuda", *flags])
         args.warmup, args.runs = args.warmup or 0, args.runs or 1
         check_args(args)

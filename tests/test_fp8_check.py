@@ -42,7 +42,7 @@ def test_check_on_a_recipe_that_holds_is_a_line(on_hopper, args, capfd, tmp_path
     assert pipeline.fp8_check["difference"] == pytest.approx(sum(errors.values()) / 2)
     assert f"{50 * sum(errors.values()):.1f} %" in pipeline.techniques["fp8 check"].how
     kwargs = call_kwargs(pipeline, args(), num_inference_steps=1)
-    parameters = image_parameters(args(), kwargs, pipeline.techniques, "x", 1)
+    parameters = image_parameters(args(), pipeline, kwargs, "x", 1)
     assert "fp8 check" in parameters["techniques"]
     save_image(pipeline(**kwargs).images[0], tmp_path / "x.png", parameters)
     without = parameters | {"techniques": {name: how for name, how in parameters["techniques"].items()

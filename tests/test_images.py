@@ -4,13 +4,10 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from utils.benchmark_utils import RecipeError
 from utils.images import (
     GPUImageProcessor,
-    load_reference,
     numbered_path,
     read_parameters,
-    reference_size,
     save_image,
 )
 
@@ -59,27 +56,6 @@ def test_a_broken_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_image(PIL.Image.new("RGB", (4, 4)), tmp_path / "x.png", {})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_reference_becomes_rgb_and_is_read_once(tmp_path):
-    path = tmp_path / "a.png"
-    PIL.Image.new("RGBA", (30, 20), (1, 2, 3, 128)).save(path)
-    image = load_reference(str(path))
-    assert image.mode == "RGB" and load_reference(str(path)) is image
-
-
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_text("text")
-    with pytest.raises(RecipeError, match="cannot be read as an image"):
-        load_reference(str(path))
-
-
-@pytest.mark.parametrize("size", [(100, 100), (1000, 250), (33, 900)])
-def test_reference_size_keeps_area_and_aspect(size):
-    width, height = reference_size(PIL.Image.new("RGB", size), 512 * 512)
-    assert width % 16 == height % 16 == 0
-    assert 0.8 < width * height / 512**2 < 1.25 and 0.75 < width / height * size[1] / size[0] < 1.33
 
 
 def test_numbered_names_sort():

@@ -18,7 +18,7 @@ from utils import many_prompts, pipeline_utils
 from utils.benchmark_utils import RecipeError
 from utils.checks import check_args, images_per_call
 from utils.images import read_parameters, save_image
-from utils.many_prompts import is_made, read_prompts
+from utils.many_prompts import is_made
 
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--disable_quant", "--num_inference_steps", "1"]
@@ -202,29 +202,6 @@ def test_bad_lines_are_named_and_the_others_are_made(folder, run, capsys):
         "5 is left out: not UTF-8 text (invalid start byte)"]
     assert [line for line in shown if "longer than" in line] == [
         "1 of 3 prompts longer than the 64 tokens that are read, the first in line 6: the ends have no effect."]
-
-
-@pytest.mark.parametrize("line, why", [
-    ('["a cat"]', "not of the form"), ('{"text": "a cat"}', "not of the form"), ('{"prompt": " "}', "not of the form"),
-    ('{"prompt": "a cat", "seed": -1}', "its seed is -1"), ('{"prompt": "a cat", "seed": true}', "its seed is true"),
-    ('{"prompt": "a cat", "seed": 1e3}', "its seed is 1000.0"), ('{"prompt": "\\ud800"}', "not UTF-8"),
-    ("[" * 100_000, "recursion"), ('{"prompt": "a cat", "tag": "pet"}', None),
-])
-def test_lines_of_json(tmp_path, line, why):
-    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "first"}}\n{line}\n')
-    prompts, complaints = read_prompts(str(tmp_path / "p.jsonl"))
-    assert [prompt.text for prompt in prompts] == (["first"] if why else ["first", "a cat"])
-    assert [why in complaint and "line 2" in complaint for complaint in complaints] == ([True] if why else [])
-
-
-def test_lines_of_text(tmp_path):
-    """Line breaks are \\n alone; a bad line keeps its number, so that mending it renames no other image."""
-    path = tmp_path / "p.txt"
-    path.write_bytes("\ufeffa café\x0bau lait\r\n\u3000\n".encode() + b"caf\xe9\na dog")
-    prompts, complaints = read_prompts(str(path))
-    assert [(prompt.line, prompt.index, prompt.text) for prompt in prompts] == [
-        (1, 0, "a café\x0bau lait"), (4, 2, "a dog")]
-    assert len(complaints) == 1 and "line 3 is left out: not UTF-8" in complaints[0]
 
 
 def test_exported_or_loaded_packages_make_the_same_picture(tmp_path):

@@ -14,16 +14,17 @@ import pytest
 import shared_image
 import torch
 import torch.distributed as dist
-from conftest import relative
+from conftest import pretend_launched, relative
 
 from utils import many_prompts, parallel, pipeline_utils, random_weights
 from utils.benchmark_utils import RecipeError
 from utils.checks import check_args
-from utils.images import read_parameters, reference_tokens
+from utils.images import read_parameters
 from utils.parallel import bytes_sent, expected_step
 from utils.pipeline_utils import call_kwargs, load_pipeline
 from utils.quality import capture_step
 from utils.random_weights import architecture
+from utils.reference_image import reference_tokens
 
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--quiet", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
@@ -234,13 +235,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("argv, processes, text", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_refused_by_the_arguments_alone(make_args, monkeypatch, argv, processes, text):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    pretend_launched(monkeypatch, processes)
     with pytest.raises(RecipeError, match=f"(?s){text}"):
         check_args(make_args("--context_parallel", "auto", *argv))
 
 
 def test_several_processes_need_something_to_share(make_args, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    pretend_launched(monkeypatch, 2)
     with pytest.raises(RecipeError, match=r"2 processes for one prompt.*--prompts-file.*--context_parallel auto"):
         check_args(make_args())
     check_args(make_args("--context_parallel", "auto"))
@@ -260,14 +261,13 @@ def test_several_processes_need_something_to_share(make_args, monkeypatch):
 def test_refused_before_weights_load(make_args, monkeypatch, files, argv, processes, text):
     for module, name in ((random_weights, "build"), (pipeline_utils.DiffusionPipeline, "from_pretrained")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were loaded first"))
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    pretend_launched(monkeypatch, processes)
     with pytest.raises(RecipeError, match=f"(?s){text}"):
         load_pipeline(make_args(*[files.get(a, a) for a in argv]))
 
 
 def test_more_processes_than_gpus(make_args, monkeypatch):
-    for name, value in dict(RANK="2", LOCAL_RANK="2", WORLD_SIZE="4").items():
-        monkeypatch.setenv(name, value)
+    pretend_launched(monkeypatch, 4, rank=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = make_args("--context_parallel", "auto")
     args.device = "cuda"
@@ -330,7 +330,7 @@ class Exchanges:
 @torch.no_grad()
 def test_bytes_sent_are_those_that_a_step_sends(make_args, monkeypatch, kind, gpus, as_on_hopper, sizes):
     monkeypatch.setattr(pipeline_utils, "plan", pipeline_utils.plan)
-    monkeypatch.setenv("WORLD_SIZE", str(gpus))
+    pretend_launched(monkeypatch, gpus)
     seen = Exchanges(gpus, monkeypatch)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)  # a number a head

@@ -1,5 +1,6 @@
 """The step cache's options are checked by us: cache-dit ignores keys it does not know and accepts what cannot work."""
 
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,24 @@ from utils.step_cache import PRESETS, CacheOptions, check, computed_share, force
 ALWAYS = "Fn_compute_blocks: 1\nBn_compute_blocks: 1\nmax_warmup_steps: 2\nresidual_diff_threshold: 100.0\n"
 
 
+# flux-faster's own cache_config.yaml.
+PREDECESSORS = """cache_type: DBCache
+warmup_steps: 0
+max_cached_steps: -1
+Fn_compute_blocks: 1
+Bn_compute_blocks: 0
+residual_diff_threshold: 0.12
+enable_taylorseer: true
+enable_encoder_taylorseer: true
+taylorseer_cache_type: residual
+taylorseer_kwargs:
+  n_derivatives: 2
+"""
+
+
 def write(tmp_path, text):
     path = tmp_path / "cache.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
 
@@ -31,6 +47,16 @@ def test_the_flag_is_the_seeds_setting():
 def test_the_shipped_file_is_what_it_says():
     found = from_yaml(str(Path(__file__).parent.parent / "cache_config.yaml"))
     assert found == CacheOptions(1, 0, 0, 1, -1, -1, 0.12, True, True, 2)
+
+
+def test_the_predecessors_file_is_the_shipped_one(tmp_path):
+    found = from_yaml(write(tmp_path, PREDECESSORS))
+    assert found == from_yaml(str(Path(__file__).parent.parent / "cache_config.yaml"))
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+def test_marks_of_encodings_are_no_keys(tmp_path, codec):
+    assert from_yaml(write(tmp_path, "Fn_compute_blocks: 3\r\n".encode(codec))).Fn_compute_blocks == 3
 
 
 @pytest.mark.parametrize("text", ["warmup_steps: 3\ntaylorseer_kwargs: {n_derivatives: 2}",
@@ -52,17 +78,77 @@ def test_old_names_and_both_layouts_mean_what_they_say(tmp_path, text):
     ("Fn_compute_blocks: many", "not of type int"),
     ("enable_taylorseer: 1", "not of type bool"),
     ("- 1", "expected keys and values"),
-    ("a: [", "is not yaml"),
+    ("a: [", "not yaml"),
     ("cache_type: DBPrune", "must be DBCache"),
     ("cache_config:\n  Fn_compute_blocks: 1\nmax_warmup_steps: 2", "not max_warmup_steps"),
     ("cache_config:", "belong below cache_config"),
     ("taylorseer_kwargs: {order: 3}", "n_derivatives alone"),
     ("taylorseer_kwargs: [1]", "n_derivatives alone"),
-    ("steps_computation_mask: 1100", "reads as a number"),
+    ("steps_computation_mask: 1100", "reads as a number"), ("steps_computation_mask: [1, 2]", "0 or 1 a step"),
+    ("steps_computation_policy: medium", "dynamic or static"),
+    ("residual_diff_threshold: .nan", "nan.*finite"), ("residual_diff_threshold: .inf", "inf.*finite"),
+    ("residual_diff_threshold: -0.5", "0 or more"), ("residual_diff_threshold: '0.1'", "type float"),
+    ("residual_diff_threshold: 8e-2", "type float"), ("residual_diff_threshold: true", "type float"),
+    ("Fn_compute_blocks: true", "type int"), ("Fn_compute_blocks: 0", "1 or more"), ("Fn_compute_blocks:", "type int"),
+    ("Bn_compute_blocks: -1", "0 or more"), ("max_warmup_steps: -1", "0 or more"), ("warmup_interval: 0", "1 or more"),
+    ("max_cached_steps: 0", "-1 for no limit"), ("max_continuous_cached_steps: -2", "-1 for no limit"),
+    ("taylorseer_order: -1", "from 0"), ("taylorseer_order: 1000000000", "to 9"),
+    ("taylorseer_kwargs: {n_derivatives: 1.5}", "type int"), ("taylorseer_cache_type: hidden_states", "residual"),
+    ("Fn_compute_blocks: [1]", "a list"), ("", "keys and values"), ("# only a comment", "keys and values"),
+    ("Fn_compute_blocks 3", "keys and values"), ("\tFn_compute_blocks: 3", "not yaml.*line 1"),
+    ("Fn_compute_blocks: 1\nBn_compute_blocks: 2\nFn_compute_blocks: 3", "twice"),
+    ("cache_config:\n  Fn_compute_blocks: 1\n  Fn_compute_blocks: 1", "twice"),
+    ("warmup_steps: 1\nmax_warmup_steps: 2", "drop one"),
+    ("taylorseer_order: 1\ntaylorseer_kwargs: {n_derivatives: 2}", "drop"),
+    ("a: 1\n---\nb: 2", "not yaml"), ("? [a]\n: 1", "not yaml"), ("a: *b", "not yaml"), ("&a [*a]", "keys and values"),
+    ("x: !!python/name:os.system", "not yaml"), ("a: 2024-99-99", "cache.yaml"), (b"a: \xe9", "cache.yaml"),
+    (b"\0\1\2", "cache.yaml"),
 ])
 def test_files_that_cannot_be_meant(tmp_path, text, said):
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=said) as refused:
         from_yaml(write(tmp_path, text))
+    assert "cache.yaml" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_mutated_files_mean_what_they_say_or_are_refused(tmp_path):
+    """An independent reading: each `key: value` line of the file by itself, behind the names of before 1.0."""
+    rng, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    lines = PREDECESSORS.replace("taylorseer_kwargs:\n  n_derivatives", "taylorseer_order").splitlines()
+    defaults = from_yaml(write(tmp_path, "Fn_compute_blocks: 8"))
+    for _ in range(60):
+        changed, at = list(lines), rng.randrange(len(lines))
+        key, _, value = changed[at].partition(": ")
+        kind = rng.choice(["drop", "double", "retype", "number", "flip", "cut"])
+        if kind == "drop":
+            del changed[at]
+        elif kind == "double":
+            changed.insert(rng.randrange(len(lines)), changed[at])
+        elif kind == "retype":
+            changed[at] = f"{key}: {rng.choice(['.nan', '.inf', 'true', '[1]', '{a: 1}', 'null', 'text', '1.5', ''])}"
+        elif kind == "number":
+            changed[at] = f"{key}: {rng.choice([-2, -1, 0, 1, 3, 10**30])}"
+        text = "\n".join(changed)
+        if kind == "flip":
+            i = rng.randrange(len(text))
+            text = text[:i] + chr(ord(text[i]) ^ 1 << rng.randrange(7)) + text[i + 1:]
+        elif kind == "cut":
+            text = text[:rng.randrange(len(text))]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = from_yaml(write(tmp_path, text))
+        except RecipeError as error:
+            assert "cache.yaml" in str(error) and "\n" not in str(error)
+            outcomes["refused"] += 1
+            continue
+        said = dict(line.split("#")[0].rstrip().split(": ") for line in text.splitlines() if line.split("#")[0].strip())
+        said["max_warmup_steps"] = said.pop("warmup_steps", defaults.max_warmup_steps)
+        for key, value in said.items():
+            if key not in ("cache_type", "taylorseer_cache_type"):
+                assert str(getattr(found, key)).lower() == str(value), text
+        assert {name for name, value in vars(found).items() if value != getattr(defaults, name)} <= set(said), text
+        outcomes["read"] += 1
+    assert min(outcomes.values()) >= 10
 
 
 @pytest.mark.parametrize("steps, blocks, said", [(8, 57, "nothing could be"), (4, 57, "nothing could be"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from utils import attention, random_weights, techniques
+from utils import attention, machine, random_weights, techniques
 from utils.benchmark_utils import RecipeError, create_parser
 from utils.checkpoint import weight_counts
 from utils.techniques import GIB, Hardware, plan, where_to_build
@@ -23,7 +23,7 @@ CPU = Hardware("cpu")
 
 SCHNELL = random_weights.architecture("FLUX.1-schnell")
 DEV = random_weights.architecture("FLUX.1-dev")
-LIBSTDCXX_OBSTACLE = techniques._libstdcxx_obstacle
+LIBSTDCXX_OBSTACLE = machine.libstdcxx_obstacle
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, f"a stand-in for {library}"))
     monkeypatch.setattr(attention, "register_library", lambda *_: None)
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
-    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: None)
+    monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
 
 
 def decide(hardware, *argv, configs=SCHNELL):
@@ -301,7 +301,7 @@ def test_strict_minds_what_the_machine_lacks_not_what_a_flag_takes_away(monkeypa
     for argv in (["--compile_scope", "whole"], ["--vae_tiling"], ["--attention_backend", "_native_cudnn"]):
         assert decide(H100, *argv, "--strict").compile_mode == "compile"
     assert decide(H100, "--strict", *EXPORT).compile_mode == "export_aoti"
-    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: "no libstdc++.so")
+    monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: "no libstdc++.so")
     with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
         decide(H100, "--strict", *EXPORT)
     for argv in (COMPILE, ["--disable_fused_kernels"], ["--text_encoder_quant"]):
@@ -327,7 +327,7 @@ def test_without_a_compiler_nothing_is_made_and_what_is_there_is_loaded(monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
 def test_a_compiler_that_would_link_its_own_libstdcxx_makes_no_packages(tmp_path, monkeypatch):
     """g++ names a library that it finds by its path, and one that it does not find by the name it was given."""
-    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", LIBSTDCXX_OBSTACLE)
+    monkeypatch.setattr(machine, "libstdcxx_obstacle", LIBSTDCXX_OBSTACLE)
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
     compiler.chmod(0o755)

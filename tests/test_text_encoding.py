@@ -5,7 +5,13 @@ import torch
 
 from utils.pipeline_utils import call_kwargs
 from utils.regions import in_regions
-from utils.text_encoding import MAX_EMBEDDINGS, compile_text_encoder, encode_without_waiting, with_embeddings
+from utils.text_encoding import (
+    MAX_EMBEDDINGS,
+    compile_text_encoder,
+    encode_without_waiting,
+    warn_of_cut_prompts,
+    with_embeddings,
+)
 
 
 @pytest.fixture
@@ -27,6 +33,22 @@ def test_cached_embeddings_change_nothing_and_are_made_once(build, few_steps, mo
         found = pipeline(**kwargs, output_type="latent").images
         assert torch.equal(found, expected)
         monkeypatch.setattr(pipeline.text_encoder_2, "forward", lambda *_: pytest.fail("encoded again"))
+
+
+def test_a_prompt_that_is_cut_is_said_with_what_is_not_read(build, few_steps, capsys):
+    pipeline, words = build("tiny-flux"), [f"frog {i}" for i in range(60)]
+    ids = pipeline.tokenizer_2(" ".join(words)).input_ids
+    for limit in (len(ids), len(ids) + 1, 512):
+        warn_of_cut_prompts(pipeline, [("--prompt", " ".join(words)), ("--negative_prompt", None)], limit)
+    assert capsys.readouterr().err == ""
+    for limit in (len(ids) - 1, 64, 20):
+        warn_of_cut_prompts(pipeline, [("--negative_prompt", " ".join(words)), ("--prompt", "a cat")], limit)
+        shown = capsys.readouterr().err
+        read = pipeline.tokenizer_2(" ".join(words), truncation=True, max_length=limit).input_ids[:-1]
+        rest = pipeline.tokenizer_2.decode(ids[len(read):-1]).split()
+        assert shown.count("\n") == 1 and "--negative_prompt" in shown
+        assert f" {len(ids)} " in shown and f" {limit} " in shown
+        assert f'"{" ".join(rest[:8])}"' in shown and rest
 
 
 def test_only_the_last_embeddings_are_kept(build, few_steps):

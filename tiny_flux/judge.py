@@ -20,7 +20,8 @@ from diffusers import DiffusionPipeline
 
 from tiny_flux.data import COLOUR_NAMES, COLOURS, STYLES, caption, held_out, instruction, load_pictures
 from tiny_flux.presets import CHECKPOINT, TRAINED_LENGTH, as_preset
-from utils.benchmark_utils import environment, write_json
+from utils.benchmark_utils import environment
+from utils.outputs import write_json
 
 HERE = Path(__file__).parent
 CAPTIONS, REFERENCES = HERE / "captions.json", HERE / "references.webp"

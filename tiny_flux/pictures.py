@@ -24,19 +24,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiny_flux import judge
+from tiny_flux import judge, presets
 from tiny_flux.data import caption
-from utils import step_cache
+from utils import step_cache, weight_files
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
     RecipeError,
     create_parser,
     environment,
     exit_with_reason,
-    replacing,
-    write_json,
 )
 from utils.checks import check_args
+from utils.outputs import replacing, write_json
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quality import broken_share, latent_drift, latent_recorder, perceptual, picture_drift
 
@@ -104,7 +103,8 @@ def noise(pipeline, kwargs: dict) -> Tensor:
 def origin(argv: list[str], count: int, device: str) -> dict:
     """What pictures must have in common to be compared, and the flags that made them."""
     found = environment(device)
-    return {"argv": argv, "prompts": count, "gpu": found.get("gpu"), "packages": found["packages"]}
+    return {"argv": argv, "prompts": count, "gpu": found.get("gpu"), "packages": found["packages"],
+            "weights": weight_files.identity(presets.CHECKPOINT)}
 
 
 def keep(drawn: Drawn, path: Path) -> None:
@@ -130,7 +130,7 @@ def read(path: Path, like: dict) -> Drawn:
         RecipeError: there are none.
     """
     made = read_origin(path)
-    if made is None or any(made[key] != like[key] for key in ("prompts", "gpu", "packages")):
+    if made is None or any(made.get(key) != like[key] for key in ("prompts", "gpu", "packages", "weights")):
         raise RecipeError(f"{path} holds no pictures of {like['prompts']} prompts by this machine's versions: make it "
                           "with --keep.")
     with safe_open(path, "pt") as file:

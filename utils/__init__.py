@@ -1,8 +1,13 @@
-"""The recipe's parts. Importing any of them first quiets what its libraries print while they load."""
+"""The recipe's parts. Importing any of them first settles what its libraries read from the environment, and quiets what
+they print while they load."""
 
 import logging
 import os
 import warnings
+
+from utils import start
+
+start.settle()
 
 # Optional image processors without torchvision, native extensions for kernels that are not used here: none of it is
 # news to a user of this recipe. Errors still show, and each variable can be set from outside.

@@ -4,7 +4,6 @@ model."""
 import argparse
 import atexit
 import gc
-import json
 import math
 import os
 import platform
@@ -20,8 +19,10 @@ from pathlib import Path
 
 import torch
 
+from utils import start
+
 SCHEMA_VERSION = 1
-DEFAULT_CACHE_DIR = str(Path.home() / ".cache" / "flux-fast")
+DEFAULT_CACHE_DIR = str(start.default_cache_dir())
 DEFAULT_CKPT = "black-forest-labs/FLUX.1-schnell"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -258,25 +259,18 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def replacing(path: str | Path):
-    """Yields a temporary path beside `path` and renames it onto `path` on success: no half-written file stays."""
-    path = Path(path).expanduser()
-    # The suffix stays last: PIL and the profiler choose their format by it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{''.join(path.suffixes)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def exit_with_reason(main):
     """Runs a script's main. Whatever goes wrong becomes one paragraph and an exit code: 2 for what the user can put
     right, 3 for a broken result, 130 for Ctrl-C, 1 for a fault of this program. Tracebacks are for --debug."""
     code = 2
     try:
-        main()
+        start.hand_over()
+        try:
+            main()
+        except SystemExit:  # argparse's, of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, where it may fail
         code = 0
     except RecipeError as error:
         _explain(error, str(error))
@@ -286,9 +280,12 @@ def exit_with_reason(main):
                  "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
                  "--height and --width, --offload text, --offload group.")
     except KeyboardInterrupt:
+        start.take_back()
         print("interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and start.reader_has_gone():
+            os._exit(141)  # of `| head`: as a program that SIGPIPE ends
         frame = traceback.extract_tb(error.__traceback__)[-1]
         _explain(error, f"{type(error).__name__}: {reason_of(error)} ({Path(frame.filename).name}:{frame.lineno}). "
                  "This is a fault of the program: --debug prints the traceback, which belongs into a report.")
@@ -367,10 +364,11 @@ def environment(device: str) -> dict:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
               "commit": os.environ.get("GIT_COMMIT") or _commit(),
-              "processes": int(os.environ.get("WORLD_SIZE", 1)), "argv": list(map(_without_folder, sys.argv[1:])),
+              "processes": processes, "argv": list(map(_without_folder, sys.argv[1:])),
               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -424,8 +422,3 @@ class PeakMemory:
             self.phases[phase] = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
                                   "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
             self._reset()
-
-
-def write_json(path: str, record: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")

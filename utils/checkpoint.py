@@ -1,6 +1,9 @@
 """What a checkpoint is, known from its configs before any weights load: which FLUX.1, how big, can it be had."""
 
+import functools
+import inspect
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +23,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tiny_flux import presets
 from utils import random_weights
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import RecipeError, reading
 
+CLASSES = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+           "text_encoder_2": "T5EncoderModel", "tokenizer": None, "tokenizer_2": None, "scheduler": None}
+# Without these a library takes defaults that are not FLUX.1's, and the shapes of weights do not show it.
+REQUIRED = {"vae": ("scaling_factor", "shift_factor", "norm_num_groups", "sample_size"),
+            "text_encoder": ("num_attention_heads", "hidden_act", "eos_token_id"),
+            "text_encoder_2": ("num_heads", "feed_forward_proj"),
+            "scheduler": ("use_dynamic_shifting", "shift", "base_shift", "max_shift")}
+DIFFUSERS_CLASSES = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 CONFIG_FILES = {
+    "scheduler": "scheduler/scheduler_config.json",
     "transformer": "transformer/config.json",
     "vae": "vae/config.json",
     "text_encoder": "text_encoder/config.json",
@@ -89,14 +101,96 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
         return random_weights.architecture(ckpt, random_layers)
     if ckpt in presets.NAMES:
         return presets.configs_for(ckpt, read_configs(str(presets.CHECKPOINT)))
+    _refuse_what_is_no_folder(ckpt)
     index = _read_json(ckpt, "model_index.json", revision)
-    if index.get("_class_name") not in random_weights.PIPELINES:
+    if str(index.get("_class_name")) not in random_weights.PIPELINES:
         raise RecipeError(f"--ckpt {ckpt} is a {index.get('_class_name')}; this recipe runs FluxPipeline (schnell, dev "
                           "and their fine-tunes) and FluxKontextPipeline.")
+    for name, expected in CLASSES.items():
+        library, found = (index.get(name) if isinstance(index.get(name), list) and len(index[name]) == 2
+                          else (None, None))
+        if not found or (expected and found != expected):
+            raise RecipeError(f"--ckpt {ckpt}: model_index.json names {found or 'nothing'}"
+                              f"{f' of {library}' if library else ''} as {name}; this recipe needs a "
+                              f"{expected or name} in bf16, and quantises by itself.")
     configs = {name: _read_json(ckpt, path, revision) for name, path in CONFIG_FILES.items()}
+    _require(ckpt, configs)
+    for name, config in configs.items():
+        if how := config.get("quantization_config"):
+            method = how.get("quant_method") if isinstance(how, dict) else how
+            raise RecipeError(f"--ckpt {ckpt}: {name} is quantised by {method}. Give the checkpoint in bf16: this "
+                              "recipe quantises by itself.")
+        if name in DIFFUSERS_CLASSES:
+            configs[name] = _with_defaults(f"--ckpt {ckpt}: {CONFIG_FILES[name]}", DIFFUSERS_CLASSES[name], config)
+    _check_configs(ckpt, configs)
     # Tokenizers without a limit of their own are cut at what the model was trained on.
-    configs["tokenizer_2"].setdefault("model_max_length", 512)
+    length = configs["tokenizer_2"].setdefault("model_max_length", 512)
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or length < 2:
+        raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES['tokenizer_2']} has the model_max_length {length!r}: it must "
+                          "be a number of tokens.")
     return configs | {"pipeline_class": index["_class_name"]}
+
+
+def _require(ckpt: str, configs: dict) -> None:
+    for name, keys in REQUIRED.items():
+        if absent := [key for key in keys if key not in configs[name]]:
+            raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES[name]} lacks {', '.join(absent)}. Compare it with the "
+                              "config of the model it was made from.")
+
+
+def _refuse_what_is_no_folder(ckpt: str) -> None:
+    path = Path(ckpt).expanduser()
+    if path.is_file():
+        kind = "a GGUF file, which is quantised" if path.suffix.lower() == ".gguf" else "a single file"
+        raise RecipeError(f"--ckpt {ckpt} is {kind}. Give a diffusers folder, which holds model_index.json. "
+                          "diffusers' from_single_file and save_pretrained make one of a single .safetensors file.")
+    if not path.exists() and (ckpt.startswith((".", "/", "~")) or ckpt.count("/") != 1 or "\\" in ckpt):
+        raise RecipeError(f"--ckpt {ckpt}: there is no such folder, and a checkpoint on the Hub is called OWNER/NAME. "
+                          "Known ones: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: tiny-flux.")
+
+
+def _with_defaults(where: str, model: type, config: dict) -> dict:
+    """The config with the model's defaults where it says nothing, as diffusers reads it. Each value must have the type
+    of its default."""
+    known = {name: one.default for name, one in inspect.signature(model).parameters.items()}
+    for name, default in known.items():
+        value = config.get(name, default)
+        if not _alike(value, default):
+            raise RecipeError(f"{where} has the {name} {value!r}, where a value like {default!r} belongs. Compare the "
+                              "file with the config of the model it was made from.")
+    return {name: config.get(name, default) for name, default in known.items()} | {
+        name: value for name, value in config.items() if name.startswith("_")}
+
+
+def _alike(value, default) -> bool:
+    if default is None or value is None:
+        return default is None
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and bool(value) and all(_alike(one, default[0]) for one in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, (int, float)):
+        return isinstance(value, int if isinstance(default, int) else (int, float)) and value >= 0
+    return isinstance(value, type(default))
+
+
+def _check_configs(ckpt: str, configs: dict) -> None:
+    """Refuses values that no FLUX.1 has and that shapes alone do not show."""
+    transformer, vae = configs["transformer"], configs["vae"]
+    faults = {
+        f"in_channels {transformer['in_channels']} (FLUX.1's 64: Fill, Depth and Canny take more and are not run)":
+            transformer["in_channels"] != 64 or transformer["out_channels"] not in (None, 64),
+        "axes_dims_rope that do not add up to attention_head_dim":
+            sum(transformer["axes_dims_rope"]) != transformer["attention_head_dim"]
+            or any(dim <= 0 or dim % 2 for dim in transformer["axes_dims_rope"]),
+        "no attention heads or no blocks": not all(
+            transformer[name] for name in ("num_attention_heads", "num_layers", "num_single_layers", "patch_size")),
+        f"latent_channels {vae['latent_channels']} (FLUX.1's VAE has 16)": vae["latent_channels"] != 16,
+        "a scaling_factor or sample_size of 0": not (vae["scaling_factor"] and vae["sample_size"]),
+    }
+    if said := [fault for fault, wrong in faults.items() if wrong]:
+        raise RecipeError(f"--ckpt {ckpt} is no FLUX.1 by its configs: {'; '.join(said)}. Compare them with the "
+                          "configs of the model it was made from.")
 
 
 def configs_of(pipeline) -> dict:
@@ -117,14 +211,20 @@ def _read_json(ckpt: str, filename: str, revision: str | None) -> dict:
     else:
         with hub_errors("--ckpt", ckpt, revision):
             path = hf_hub_download(ckpt, filename, revision=revision)
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"--ckpt {ckpt}: {filename} is damaged ({error}). Download it again.") from error
+    def refuse(constant):
+        raise ValueError(f"it holds {constant}, which is no number")
+
+    with reading(f"--ckpt {ckpt}: {filename}", "Download it again."):
+        found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        if any(isinstance(value, float) and not math.isfinite(value) for value in found.values()):
+            raise ValueError("it holds a number beyond all bounds")
+        return found
 
 
 class hub_errors:
-    """Turns what the Hub client raises into a sentence that says what to do."""
+    """Turns what the Hub client raises into a sentence that says what to do, about a checkpoint or (--lora) a LoRA."""
 
     def __init__(self, flag: str, repo: str, revision: str | None = None):
         self.flag, self.repo, self.revision = flag, repo, revision
@@ -136,19 +236,23 @@ class hub_errors:
         if error is None:
             return
         here = f"{self.flag} {self.repo}"
+        is_lora = self.flag == "--lora"
         if isinstance(error, GatedRepoError):
             text = (f"{here} is gated. Accept its licence at https://huggingface.co/{self.repo} while logged in, then "
-                    "run `hf auth login` here (or set HF_TOKEN). --random_weights measures speed without it.")
+                    "run `hf auth login` here (or set HF_TOKEN)."
+                    + ("" if is_lora else " --random_weights measures speed without it."))
         elif isinstance(error, RevisionNotFoundError):
             text = f"{here} has no revision '{self.revision}'. Give a branch, a tag or a full commit hash."
         elif isinstance(error, LocalEntryNotFoundError):
-            text = (f"{here}: the Hub cannot be reached and the checkpoint is not in the local cache. Check the "
-                    "network (or unset HF_HUB_OFFLINE), or give a local folder, --ckpt tiny-flux or --random_weights.")
+            text = (f"{here}: there is no such local folder, the Hub cannot be reached, and the local cache of the Hub "
+                    "lacks it. Check the network (or unset HF_HUB_OFFLINE), or give a local "
+                    + ("file." if is_lora else "folder, --ckpt tiny-flux or --random_weights."))
         elif isinstance(error, EntryNotFoundError):
-            text = f"{here} is not a diffusers checkpoint: {error}"
+            text = f"{here}: {error}" if is_lora else f"{here} is not a diffusers checkpoint: {error}"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            text = (f"{here}: neither a local folder nor a checkpoint on the Hub (private ones need `hf auth login`). "
-                    "Known ones: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: tiny-flux.")
+            text = (f"{here}: neither a local folder nor a {'LoRA' if is_lora else 'checkpoint'} on the Hub (private "
+                    "ones need `hf auth login`)." + ("" if is_lora else " Known ones: black-forest-labs/FLUX.1-schnell"
+                                                     ", -dev, -Kontext-dev; built in: tiny-flux."))
         elif isinstance(error, HfHubHTTPError):
             text = f"{here}: the Hub answered with an error: {str(error).splitlines()[0]}"
         else:
@@ -156,19 +260,36 @@ class hub_errors:
         raise RecipeError(text) from error
 
 
-def weight_counts(configs: dict) -> dict[str, int]:
-    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantises; and
-    of those among them that int8 leaves alone ("modulation").
+def _meta_models(configs: dict) -> dict[str, torch.nn.Module]:
+    """The components with weights, on the meta device: no memory, 0.3 s for 17 B parameters. Do not change them."""
+    return _meta_models_of(json.dumps({name: configs[name] for name in ("transformer", "vae", "text_encoder",
+                                                                        "text_encoder_2")}, sort_keys=True))
 
-    Counted on the meta device, from the configs: no memory, half a second for 17 B parameters.
-    """
-    transformer, vae, clip, t5 = ({k: v for k, v in configs[name].items() if not k.startswith("_") and k != "dtype"}
+
+@functools.lru_cache(maxsize=2)
+def _meta_models_of(text: str) -> dict[str, torch.nn.Module]:
+    configs = json.loads(text)
+    transformer, vae, clip, t5 = ({k: v for k, v in configs[name].items() if not k.startswith("_") and k not in (
+                                   "dtype", "torch_dtype")}
                                   for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
     with torch.device("meta"):
-        modules = {"transformer": FluxTransformer2DModel(**transformer),
-                   "vae": AutoencoderKL(**vae),
-                   "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
-                   "text_encoder_2": T5EncoderModel(T5Config(**t5))}
+        return {"transformer": FluxTransformer2DModel(**transformer),
+                "vae": AutoencoderKL(**vae),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
+                "text_encoder_2": T5EncoderModel(T5Config(**t5))}
+
+
+def model_shapes(configs: dict) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shape of each parameter of each component, by its name."""
+    return {name: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+            for name, module in _meta_models(configs).items()}
+
+
+def weight_counts(configs: dict) -> dict[str, int]:
+    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantises; and
+    of those among them that int8 leaves alone ("modulation"). Counted from the configs.
+    """
+    modules = _meta_models(configs)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     in_blocks = {name: part.weight.numel() for name, part in modules["transformer"].named_modules()
                  if isinstance(part, torch.nn.Linear) and "transformer_blocks." in name}

@@ -4,17 +4,17 @@ What depends on the checkpoint or the hardware is refused by `utils.techniques.p
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from utils.benchmark_utils import IMAGE_SUFFIXES, RecipeError
+from utils.benchmark_utils import RecipeError
+from utils.machine import launched
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses what the arguments alone show to be wrong; makes the output folders.
+    """Refuses what the arguments alone show to be wrong, but for the files that a run writes: see `check_outputs`.
 
     Raises:
         RecipeError: names the value, the choices and the way out.
@@ -98,7 +98,7 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.random_weights and args.lora,
            "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launched()
     refuse(processes > 1 and not (args.prompts_file or args.context_parallel or args.ceilings),
            f"{processes} processes for one prompt: give many with --prompts-file, let them share one image with "
            "--context_parallel auto, or start one process, without accelerate launch and torchrun.")
@@ -119,18 +119,6 @@ def check_args(args: argparse.Namespace) -> None:
         refuse(path and not Path(path).expanduser().is_file(), f"--{name} {path}: there is no such file.")
     is_path = args.image and not args.image.startswith(("http://", "https://"))
     refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
-    output = Path(args.output_file).expanduser()
-    refuse(output.suffix.lower() not in IMAGE_SUFFIXES,
-           f"--output-file {args.output_file}: unknown image type '{output.suffix}'. "
-           f"Choose from {', '.join(IMAGE_SUFFIXES)}.")
-    refuse(is_path and output.resolve() == Path(args.image).expanduser().resolve(),
-           f"--output-file {args.output_file} would overwrite --image: choose another name.")
-    manifest = manifest_path(output)
-    refuse(args.prompts_file and manifest.resolve() == Path(args.prompts_file).expanduser().resolve(),
-           f"--prompts-file {args.prompts_file} is where the list of images made goes: choose another --output-file.")
-    for name in ("output_file", "trace_file", "output_json", "ceilings"):
-        if getattr(args, name):
-            make_writable_parent(getattr(args, name), "--" + name.replace("_", "-"))
 
 
 def moves_transformer(args: argparse.Namespace) -> bool:
@@ -167,20 +155,3 @@ def unpackaged_by_choice(args: argparse.Namespace) -> tuple[str, str] | None:
 def images_per_call(args: argparse.Namespace) -> int:
     """The batch of one pipeline call."""
     return (args.batch_size or 1) * args.num_images_per_prompt
-
-
-def manifest_path(output_file: str | Path) -> Path:
-    """Where the images of --prompts-file are listed, beside them."""
-    return Path(output_file).expanduser().with_suffix(".jsonl")
-
-
-def make_writable_parent(path: str, flag: str) -> None:
-    """Makes the folder of a file to be written; RecipeError if that file could not be written there."""
-    path = Path(path).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{flag} {path}: cannot make its folder ({error.strerror}). Choose another path.") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        why = "it is a folder" if path.is_dir() else f"{path.parent} is not writable"
-        raise RecipeError(f"{flag} {path}: {why}. Choose another path.")

@@ -18,20 +18,16 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from utils.benchmark_utils import RecipeError
-from utils.checks import images_per_call, manifest_path
-from utils.images import image_parameters, numbered_path, read_parameters, save_image
+from tiny_flux import presets
+from utils.benchmark_utils import BrokenResult, RecipeError, reason_of
+from utils.checks import images_per_call
+from utils.flaws import raise_errors
+from utils.images import decode, image_parameters, keep_image, numbered_path, read_parameters
+from utils.machine import forget_launchers, launched, own_gpu
+from utils.outputs import append_line, as_path, manifest_path
 from utils.pipeline_utils import call_kwargs, show_progress
-from utils.text_encoding import with_embeddings
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class Prompt(NamedTuple):
-    line: int  # from 1
-    index: int  # among the lines that are not blank, bad ones included: mending one renumbers no other
-    text: str
-    seed: int | None = None  # of its first image, if the file says so
+from utils.prompts_file import Prompt
+from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 
 
 class Request(NamedTuple):
@@ -47,56 +43,17 @@ def join_processes(args) -> PartialState | None:
     """
     if not args.prompts_file:
         return None
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launched() == 1:
+        forget_launchers()
         # On several RTX 40 cards with an old driver accelerate refuses to start without these, for the sake of NCCL,
         # which a single process does not use. `accelerate launch` sets them itself.
         for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
             os.environ.setdefault(name, "1")
+    elif args.device == "cuda":
+        own_gpu()
     processes = PartialState(cpu=args.device == "cpu")
     args.quiet = args.quiet or not processes.is_main_process
     return processes
-
-
-def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
-    """The prompts of a file, and what is wrong with the lines that were left out.
-
-    A line is a prompt; in a .jsonl file, {"prompt": ..., "seed": ...}, the seed optional. Blank lines are nothing.
-
-    Raises:
-        RecipeError: there is no prompt in it.
-    """
-    file = Path(path).expanduser()
-    parse = _from_json if file.suffix.lower() == ".jsonl" else lambda text: (text, None)
-    prompts, complaints, index = [], [], 0
-    for number, line in enumerate(file.read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n"), 1):
-        try:
-            text = line.decode().strip()
-            if not text:
-                continue
-            prompts.append(Prompt(number, index, *parse(text)))
-        except (ValueError, RecursionError) as error:
-            why = f"not UTF-8 text ({error.reason})" if isinstance(error, UnicodeError) else error
-            complaints.append(f"--prompts-file {path}, line {number} is left out: {why}")
-        index += 1
-    if not prompts:
-        raise RecipeError(f"--prompts-file {path} holds no prompt: write one a line."
-                          + (f" {len(complaints)} lines are unusable; {complaints[0]}." if complaints else ""))
-    return prompts, complaints
-
-
-def _from_json(text: str) -> tuple[str, int | None]:
-    """(prompt, seed) of {"prompt": ..., "seed": ...}; other keys are of no concern. ValueError says what is wrong."""
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
-    prompt, seed = (record.get("prompt"), record.get("seed")) if isinstance(record, dict) else (None, None)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError('not of the form {"prompt": "a cat", "seed": 42}, the seed optional')
-    prompt.encode()  # half a surrogate pair is valid JSON and no text
-    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-        raise ValueError(f"its seed is {json.dumps(seed)}, not a whole number from 0 to 2^63 - 1")
-    return prompt.strip(), seed
 
 
 def requests_of(prompts: list[Prompt], args) -> list[Request]:
@@ -110,19 +67,35 @@ def requests_of(prompts: list[Prompt], args) -> list[Request]:
     return requests
 
 
+def image_paths(args, prompts: list[Prompt] | None) -> list[Path]:
+    """Every file that gen_image.py saves an image to."""
+    if prompts:
+        return [request.path for request in requests_of(prompts, args)]
+    if args.num_images_per_prompt == 1:
+        return [as_path(args.output_file)]
+    return [numbered_path(args.output_file, i, args.seed + i) for i in range(args.num_images_per_prompt)]
+
+
 def is_made(path: Path, parameters: dict) -> bool:
-    """Whether the image is there and says that it was made with these parameters."""
+    """Whether the image is there, whole, and says that it was made with these parameters."""
     try:
-        return _of_the_picture(read_parameters(path)) == _of_the_picture(parameters)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError):  # not there, or not an image of ours
+        if _of_the_picture(read_parameters(path)) != _of_the_picture(parameters):
+            return False
+        decode(path)
+        return True
+    except Exception:  # not there, not an image of ours, or not to its end: PIL raises SyntaxError, too
         return False
 
 
 def _of_the_picture(parameters: dict) -> dict:
-    """Without what is of the run alone: whether packages were exported or loaded."""
+    """Without what is of the run alone: whether packages were exported or loaded, and what files are called."""
     techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()
                   if name != "fp8 check"}
-    return json.loads(json.dumps(parameters | {"techniques": techniques}))
+    names = {"revision", "lora", "image"} if parameters.get("contents") else set()
+    if names and not parameters["random_weights"] and parameters["model"] not in presets.NAMES:
+        names.add("model")  # one checkpoint of several names otherwise
+    return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in names}
+                                 | {"techniques": techniques}))
 
 
 def warn_of_long_prompts(pipeline, prompts: list[Prompt], max_sequence_length: int) -> None:
@@ -144,9 +117,11 @@ class Progress:
 
     def line(self) -> str:
         """Images done, their rate since the start, and what remains at that rate."""
-        with open(self.manifest, "rb") as file:
-            file.seek(self.read)
-            gained = file.read()
+        gained = b""
+        if self.manifest.exists():
+            with open(self.manifest, "rb") as file:
+                file.seek(self.read)
+                gained = file.read()
         self.read += len(gained)
         self.done += gained.count(b"\n")
         rate = self.done / (time.perf_counter() - self.start)
@@ -156,38 +131,46 @@ class Progress:
         return text
 
 
-def write_images(images: list, requests: list[Request], common: dict, seconds: float, manifest: Path) -> None:
-    """Saves images and adds their lines to the manifest.
+def write_images(images: list, are_finite: list[bool], requests: list[Request], common: dict, seconds: float,
+                 manifest: Path) -> list[RecipeError]:
+    """Saves images and adds their lines to the manifest. Broken images and those that had to go elsewhere get none.
 
     Args:
+        are_finite: as `CheckedImageProcessor.finite` has it.
         common: the parameters that all images share.
         seconds: an image's share of its batch's time.
 
-    Raises:
-        RecipeError: the disk is full, say.
+    Returns:
+        What went wrong, not raised: broken images, and what could not be written where it belongs.
     """
-    for image, request in zip(images, requests, strict=True):
+    errors = []
+    for image, is_finite, request in zip(images, are_finite, requests, strict=True):
         parameters = common | {"prompt": request.prompt, "seed": request.seed}
+        if error := keep_image(image, request.path, parameters, is_finite):
+            errors.append(error)
+            continue
         try:
-            save_image(image, request.path, parameters)
-            line = {"file": request.path.name, **parameters, "seconds": round(seconds, 4),
-                    "sha256": hashlib.sha256(request.path.read_bytes()).hexdigest()}
-            # Opened for appending and written at once: lines of several processes do not mix.
-            with open(manifest, "ab", buffering=0) as file:
-                file.write((json.dumps(line) + "\n").encode())
+            append_line(manifest, {"file": request.path.name, **parameters, "seconds": round(seconds, 4),
+                                   "sha256": hashlib.sha256(request.path.read_bytes()).hexdigest()})
         except OSError as error:
-            raise RecipeError(f"--output-file: cannot write {request.path} ({error.strerror or error}).") from error
+            errors.append(RecipeError(f"{manifest}: {request.path.name} is made, and cannot be added to the list "
+                                      f"({reason_of(error)})"))
+    return errors
 
 
 def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, log) -> None:
     """Makes what is missing of the images of `prompts`, this process its share, with an optimised pipeline.
 
     A batch that is not full is filled up with its last prompt and the surplus dropped: compiled code and CUDA graphs
-    see the one shape that `optimize` warmed up. While a batch is computed, a thread writes the one before.
+    see the one shape that `optimize` warmed up. While a batch is computed, a thread writes the one before. Broken
+    images do not stop the others; an image or a line that cannot be written does.
+
+    Raises:
+        RecipeError: as `raise_errors` has it, once all that was computed is kept.
     """
     size, manifest = images_per_call(args), manifest_path(args.output_file)
     kwargs = call_kwargs(pipeline, args)
-    common = image_parameters(args, kwargs, pipeline.techniques, prompt="", seed=0)
+    common = image_parameters(args, pipeline, kwargs, prompt="", seed=0)
     group = None
     if processes.num_processes > 1:
         # Over gloo: waiting for one another takes no GPU memory, and may take as long as it takes.
@@ -195,9 +178,12 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
     missing, progress = None, None
     if processes.is_main_process:  # alone, since the others' new images would change the answer
         warn_of_long_prompts(pipeline, prompts, kwargs["max_sequence_length"])
+        warn_of_cut_prompts(pipeline, [("--negative_prompt", args.negative_prompt)], kwargs["max_sequence_length"])
         requests = requests_of(prompts, args)
-        missing = [request for request in requests
-                   if not is_made(request.path, common | {"prompt": request.prompt, "seed": request.seed})]
+        with ThreadPoolExecutor() as readers:  # a picture takes 20 ms, outside Python's lock
+            made = readers.map(lambda one: is_made(one.path, common | {"prompt": one.prompt, "seed": one.seed}),
+                               requests)
+            missing = [request for request, is_there in zip(requests, made, strict=True) if not is_there]
         if len(missing) < len(requests):
             log.line(f"{len(requests) - len(missing)} of {len(requests)} images are there, made with the same "
                      "parameters: skipped")
@@ -210,7 +196,7 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
 
     show_progress(pipeline, False)
     batches = [missing[i:i + size] for i in range(0, len(missing), size)]
-    embeddings, writing = {}, None
+    embeddings, writing, errors = {}, None, []
     with processes.split_between_processes(batches) as own, ThreadPoolExecutor(1) as writer:
         for batch in own:
             padded = batch + [batch[-1]] * (size - len(batch))
@@ -218,15 +204,26 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
             start = time.perf_counter()
             images = pipeline(**with_embeddings(pipeline, kwargs, embeddings)).images[:len(batch)]
             seconds = (time.perf_counter() - start) / len(batch)
+            are_finite = pipeline.image_processor.finite.tolist()[:len(batch)]
             if writing:
-                writing.result()  # raises what went wrong in the thread
+                errors += writing.result()
                 if progress:
                     log.line(progress.line())
-            writing = writer.submit(write_images, images, batch, common, seconds, manifest)
+            writing = writer.submit(write_images, images, are_finite, batch, common, seconds, manifest)
+            if must_stop(errors):
+                break
         if writing:
-            writing.result()
+            errors += writing.result()
+    if must_stop(errors):
+        raise_errors(errors, pipeline)
     if group:
         torch.distributed.barrier(group)
     if progress:
         log.line(f"done: {progress.line()}, listed in {manifest}")
     processes.destroy_process_group()
+    raise_errors(errors, pipeline)
+
+
+def must_stop(errors: list[RecipeError]) -> bool:
+    """Whether more images would be as much in danger as the last ones: something could not be written."""
+    return any(not isinstance(error, BrokenResult) for error in errors)

@@ -35,14 +35,10 @@ from torch import Tensor
 
 from utils.attention import attention, attention_with_lse, sdpa
 from utils.benchmark_utils import RecipeError, exit_with_reason
+from utils.machine import launched, own_gpu
 
 TIMEOUT = timedelta(minutes=30)  # one process may compile for minutes while another waits for it
 BACKENDS = ("fa3", "fa3_unscaled", "fa3_bf16", "aiter", "native")
-
-
-def launched() -> int:
-    """How many processes torchrun, or accelerate, has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose(wanted: str, config: dict, backend: str) -> str:
@@ -84,14 +80,10 @@ def join(args) -> None:
     Raises:
         RecipeError: there are fewer GPUs than processes.
     """
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    device = None
+    rank, device = int(os.environ["RANK"]), None
     if args.device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise RecipeError(f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', launched())} processes here and "
-                              f"PyTorch sees {torch.cuda.device_count()} GPUs: one process a GPU.")
-        torch.cuda.set_device(local)
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", own_gpu())
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device else "gloo", timeout=TIMEOUT, device_id=device)
     args.quiet = args.quiet or rank > 0
 

@@ -1,9 +1,7 @@
 """The recipe: load a FLUX.1 pipeline, then `optimize` it, top to bottom, in the one order in which the steps work."""
 
-import os
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,19 +9,21 @@ from diffusers import DiffusionPipeline
 from diffusers import attention_backend as diffusers_backend
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import disable_progress_bars
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from tiny_flux import presets
-from utils import aoti, attention, parallel, random_weights, step_cache
-from utils.benchmark_utils import RecipeError, StageLog
-from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
+from utils import aoti, attention, parallel, random_weights, step_cache, weight_files
+from utils.benchmark_utils import RecipeError, StageLog, reading
+from utils.checkpoint import configs_of, identify, image_settings, model_shapes, read_configs
 from utils.checks import images_per_call, moves_transformer, t5_stays
 from utils.cuda_graph import CUDAGraphed
 from utils.extrapolation import Extrapolated
 from utils.fp8_check import Fp8Check
-from utils.images import MEGAPIXEL, GPUImageProcessor, load_reference, reference_size, reference_tokens
+from utils.images import CheckedImageProcessor, GPUImageProcessor
+from utils.lora import merge_loras, read_loras
+from utils.machine import check_cpu_memory, compiling, use_kernel_cache
 from utils.quantization import quantize_text_encoder, quantize_transformer
+from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
 from utils.techniques import GIB, Decision, detect, plan, where_to_build
 from utils.text_encoding import (
     compile_text_encoder,
@@ -59,6 +59,10 @@ def load_pipeline(args):
     hardware = detect(args.device, args.gpu_memory_limit)
     chosen = plan(args, configs, hardware)
     device = where_to_build(args, configs, hardware, chosen)
+    if device == "cpu":
+        check_cpu_memory(configs, chosen.dtype)
+    if chosen.compile_mode != "disabled" or args.device == "cuda":  # Triton's kernels are compiled without it
+        use_kernel_cache(args.cache_dir)
     if args.step_error and device != args.device:
         raise RecipeError("--step_error needs the unquantised model on the GPU, and it does not fit there.")
     reference = load_reference(args.image) if args.image else None
@@ -66,32 +70,46 @@ def load_pipeline(args):
         width, height = chosen.settings.width, chosen.settings.height
         parallel.check_tokens(chosen.settings.max_sequence_length, width * height // 256,
                               reference_tokens(reference, width * height) if reference else 0)
-    if args.lora:
-        check_lora(args.lora)
+    files, contents = None, None
+    if not args.random_weights:
+        preset = args.ckpt in presets.NAMES
+        folder = presets.CHECKPOINT if preset else Path(args.ckpt).expanduser()
+        files = weight_files.find_checkpoint(args.ckpt, folder, args.revision,
+                                             read_configs(str(folder)) if preset else configs)
+        contents = weight_files.identity(files.folder)
+    loras = read_loras(args.lora, model_shapes(configs), args.lora_partial) if args.lora else []
     if args.gpu_memory_limit:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
 
     if args.random_weights:
-        pipeline = random_weights.build(configs, device, chosen.dtype)
+        pipeline, contents = random_weights.build(configs, device, chosen.dtype), f"random {args.random_weights}"
     else:
-        folder = presets.CHECKPOINT if args.ckpt in presets.NAMES else Path(args.ckpt).expanduser()
-        try:
-            with hub_errors("--ckpt", args.ckpt, args.revision):
-                pipeline = DiffusionPipeline.from_pretrained(
-                    str(folder) if folder.is_dir() else args.ckpt, revision=args.revision, dtype=chosen.dtype,
-                    use_safetensors=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RecipeError(f"--ckpt {args.ckpt} is incomplete or damaged: {str(error).splitlines()[0]}") from error
+        pipeline = load_checkpoint(files, chosen.dtype)
         pipeline.to(device)
+        weight_files.refuse_non_finite(args.ckpt, pipeline)
         if args.ckpt in presets.NAMES:
             pipeline = presets.as_preset(pipeline, args.ckpt)
-    if args.lora:
-        fuse_lora(pipeline, args.lora)
+    merge_loras(pipeline, loras, args.quiet)
+    pipeline.contents = {"weights": contents, "lora": [[lora.sha256, lora.scale] for lora in loras]}
     show_progress(pipeline, not args.quiet)
     return pipeline
 
 
+def load_checkpoint(files: weight_files.Checkpoint, dtype: torch.dtype):
+    """The pipeline of a checkpoint on the CPU, its weights compared with the files.
+
+    Raises:
+        RecipeError: a library cannot read a file, or weights did not get in.
+    """
+    with reading(f"--ckpt {files.ckpt}", "Download the checkpoint again, or save it anew with diffusers 0.42."):
+        pipeline = DiffusionPipeline.from_pretrained(str(files.folder), dtype=dtype, use_safetensors=True,
+                                                     variant=files.variant)
+    weight_files.compare_loaded(files, pipeline)
+    return pipeline
+
+
+@compiling()
 def optimize(pipeline, args, log: StageLog | None = None):
     """Applies every technique that is switched on, in order, and warms up with the very shapes of the real call.
 
@@ -201,9 +219,9 @@ def optimize(pipeline, args, log: StageLog | None = None):
         pipeline.transformer = Extrapolated(pipeline.transformer, pipeline.scheduler,
                                             chosen.extrapolation.mask(chosen.settings.num_inference_steps),
                                             chosen.extrapolation.order)
-    if chosen.is_on("GPU postprocess"):
-        pipeline.image_processor = GPUImageProcessor.from_config(pipeline.image_processor.config)
-        pipeline.image_processor.device = device
+    processor = GPUImageProcessor if chosen.is_on("GPU postprocess") else CheckedImageProcessor
+    pipeline.image_processor = processor.from_config(pipeline.image_processor.config)
+    pipeline.image_processor.device = device
 
     width = max(len(name) for name in techniques)
     for name, decision in techniques.items():
@@ -304,43 +322,6 @@ def _reference_kwargs(image, width: int, height: int) -> dict:
     return dict(image=image.resize(reference_size(image, area)), max_area=area, _auto_resize=False)
 
 
-def split_lora(lora: str) -> tuple[str, float]:
-    """PATH[:SCALE] -> (path, scale); the scale is 1 if what follows the last colon is no number."""
-    path, _, scale = lora.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (lora, 1.0)
-    except ValueError:
-        return lora, 1.0
-
-
-def check_lora(lora: str) -> None:
-    """Refuses, before weights load, a LoRA that is neither here nor possibly on the Hub, or that lacks peft."""
-    path, _ = split_lora(lora)
-    if find_spec("peft") is None:
-        raise RecipeError("--lora needs peft: pip install peft==0.21.2")
-    if not Path(path).expanduser().exists() and (path.count("/") != 1 or path.endswith(".safetensors")):
-        raise RecipeError(f"--lora {path}: neither a local file or folder nor a Hub id.")
-
-
-def fuse_lora(pipeline, lora: str) -> None:
-    """Adds a LoRA, PATH[:SCALE], to the weights and drops the adapter: no cost per step, and the only way that
-    survives fused projections and quantisation."""
-    path, scale = split_lora(lora)
-    folder = Path(path).expanduser()
-    try:
-        if folder.is_file():
-            pipeline.load_lora_weights(str(folder.parent), weight_name=folder.name)
-        else:
-            with hub_errors("--lora", path):
-                pipeline.load_lora_weights(str(folder) if folder.is_dir() else path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"--lora {path}: cannot be loaded into this model ({str(error).splitlines()[0]}).") from error
-    if not pipeline.get_active_adapters():
-        raise RecipeError(f"--lora {path}: none of its weights belong to this model.")
-    pipeline.fuse_lora(components=["transformer", "text_encoder"], lora_scale=scale)
-    pipeline.unload_lora_weights()
-
-
 def enable_tiling(vae: torch.nn.Module) -> None:
     """Decodes in tiles of half the VAE's own size. diffusers' default tile is that whole size, which for FLUX means
     that a 1024x1024 image is one tile and nothing is saved."""
@@ -359,14 +340,9 @@ def fuse_projections(model: torch.nn.Module) -> None:
                     delattr(module, name)
 
 
-def kernel_cache(cache_dir: str) -> Path:
-    """Where inductor keeps compiled kernels: a second start finds most of them there. PyTorch's own variable wins."""
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache_dir).expanduser() / "inductor")
-
-
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(args.cache_dir))
+    use_kernel_cache(args.cache_dir)
     with_t5 = args.device == "cuda" and t5_stays(args)
     if with_t5:
         settle_masks(pipeline.text_encoder_2)
@@ -395,7 +371,7 @@ def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict, with_t5:
         flags: of inductor, for the transformer.
         with_t5: False for a T5 whose weights travel.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernel_cache(cache_dir))
+    use_kernel_cache(cache_dir)
     # On ROCm static shapes gave black images in flux-fast's experience; not tried here.
     dynamic = True if torch.version.hip else None
     if scope == "blocks":

@@ -8,6 +8,7 @@ A steps computation mask says which steps may be cached at all: 1 is computed, 0
 or always cached ("static").
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import RecipeError, reading
 from utils.decide_ahead import decide_ahead
 from utils.extrapolation import Extrapolated
 from utils.segments import Segmented
@@ -69,16 +70,28 @@ PRESETS = {
 RENAMED = {"warmup_steps": "max_warmup_steps"}
 
 
+# What each key takes beyond its type: a test and its name. nan and inf are numbers to yaml.
+_COUNT = (lambda value: value >= 0, "0 or more")
+_LIMIT = (lambda value: value == -1 or value >= 1, "1 or more, or -1 for no limit")
+RANGES = {
+    "Fn_compute_blocks": (lambda value: value >= 1, "1 or more"), "Bn_compute_blocks": _COUNT,
+    "max_warmup_steps": _COUNT, "warmup_interval": (lambda value: value >= 1, "1 or more"),
+    "max_cached_steps": _LIMIT, "max_continuous_cached_steps": _LIMIT,
+    "residual_diff_threshold": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
+    "taylorseer_order": (lambda value: 0 <= value <= 9, "from 0 to 9"),
+    "steps_computation_mask": (lambda value: set(value) <= {"0", "1"}, "one 0 or 1 a step"),
+    "steps_computation_policy": (lambda value: value in ("dynamic", "static"), "dynamic or static"),
+}
+
+
 def from_yaml(path: str) -> CacheOptions:
     """Reads a yaml file, flat or below `cache_config:`. Unlike cache-dit's own loader it ignores no key.
 
     Raises:
-        RecipeError: not yaml, an unknown key, or a value of the wrong type.
+        RecipeError: not yaml, an unknown key, a key that is there twice, or a value that the key does not take.
     """
-    try:
-        found = yaml.safe_load(Path(path).expanduser().read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--cache_dit_config {path} is not yaml: {error}") from error
+    with reading(f"--cache_dit_config {path}", "Write one `key: value` a line, such as Fn_compute_blocks: 8."):
+        found = _from_yaml(Path(path).expanduser().read_bytes())
     if not isinstance(found, dict):
         raise RecipeError(f"--cache_dit_config {path}: expected keys and values, such as Fn_compute_blocks: 8.")
     if "cache_config" in found:
@@ -95,14 +108,22 @@ def from_yaml(path: str) -> CacheOptions:
         if not isinstance(taylor, dict) or set(taylor) != {"n_derivatives"}:
             raise RecipeError(f"--cache_dit_config {path}: taylorseer_kwargs knows n_derivatives alone; "
                               "today's name is taylorseer_order.")
+        if "taylorseer_order" in found:
+            raise RecipeError(f"--cache_dit_config {path}: taylorseer_kwargs and taylorseer_order are one option: drop "
+                              "the former.")
         found["taylorseer_order"] = taylor["n_derivatives"]
         _tell_renamed(path, "taylorseer_kwargs: n_derivatives", "taylorseer_order")
+    if found.pop("taylorseer_cache_type", "residual") != "residual":  # of its predecessor's file
+        raise RecipeError(f"--cache_dit_config {path}: taylorseer_cache_type must be residual: hidden states are not "
+                          "predicted.")
     known = {field.name: field.type for field in fields(CacheOptions)}
     options = {}
     for key, value in found.items():
         name = RENAMED.get(key, key)
         if name != key:
             _tell_renamed(path, key, name)
+        if name in options:
+            raise RecipeError(f"--cache_dit_config {path}: {key} and its other name are both there: drop one.")
         if name not in known:
             raise RecipeError(f"--cache_dit_config {path}: unknown key '{key}'. Known keys: {', '.join(known)}.")
         if name == "steps_computation_mask" and isinstance(value, list):  # as cache-dit writes it
@@ -110,11 +131,32 @@ def from_yaml(path: str) -> CacheOptions:
         elif name == "steps_computation_mask" and isinstance(value, int):
             raise RecipeError(f"--cache_dit_config {path}: {key} reads as a number: put it in quotes, or in brackets.")
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
-            raise RecipeError(f"--cache_dit_config {path}: {key}: {value!r} is not of type {known[name].__name__}.")
+            shown = f"a {type(value).__name__}" if isinstance(value, (dict, list)) else f"{value!r}"[:100]
+            raise RecipeError(f"--cache_dit_config {path}: {key}: {shown} is not of type {known[name].__name__}"
+                              f"{': it takes ' + RANGES[name][1] if name in RANGES else ': true or false'}.")
+        if name in RANGES and not RANGES[name][0](value):
+            raise RecipeError(f"--cache_dit_config {path}: {key}: {f'{value}'[:100]} is not {RANGES[name][1]}.")
         options[name] = value
     # cache-dit's own defaults, not those of the flag without a file.
     defaults = dict(Fn_compute_blocks=8, Bn_compute_blocks=0, max_cached_steps=-1, residual_diff_threshold=0.08)
     return CacheOptions(**defaults | options)
+
+
+def _from_yaml(data: bytes):
+    """The values of a yaml file. ValueError: it is not yaml, or holds a key twice, of which yaml takes the last."""
+    try:
+        root = yaml.compose(data, Loader=yaml.SafeLoader)
+        below = [value for _, value in root.value] if isinstance(root, yaml.MappingNode) else []
+        for mapping in (root, *below):
+            entries = mapping.value if isinstance(mapping, yaml.MappingNode) else []
+            keys = [key.value for key, _ in entries if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ValueError(f"the key {key} is there twice")
+        return yaml.safe_load(data)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"not yaml ({error.problem}{line})") from error
 
 
 def _tell_renamed(path: str, old: str, new: str) -> None:

@@ -5,10 +5,6 @@ error with its cure; what is merely on by default is switched off where it canno
 """
 
 import argparse
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -18,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from utils import attention, parallel, step_cache
+from utils import attention, machine, parallel, step_cache
 from utils.benchmark_utils import RecipeError
 from utils.checkpoint import ImageSettings, image_settings, weight_counts
 from utils.checks import images_per_call, moves_transformer, packages_asked_for, t5_stays, unpackaged_by_choice
@@ -173,12 +169,15 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
     error. Returns what this machine lacks for them, if it is that."""
     asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
     from_elsewhere = args.use_cached_model or args.package_from
-    no_compiler = None if from_elsewhere else _compiler_obstacle(hardware)
+    no_compiler = None if from_elsewhere else _compiler_obstacle(hardware) or machine.code_obstacle(args.cache_dir)
     mode, said, lacking = args.compile_export_mode or "export_aoti", "", None
+    if mode == "compile" and no_compiler:
+        raise RecipeError(f"--compile_export_mode compile: {no_compiler}. Without the flag nothing is compiled.")
     if mode == "export_aoti":
         # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
-                      None if from_elsewhere else no_compiler or _libstdcxx_obstacle())
+                      machine.package_obstacle() or
+                      (None if from_elsewhere else no_compiler or machine.libstdcxx_obstacle()))
         unpackaged = " ".join(by_choice) if by_choice else of_machine
         if unpackaged and asked:
             raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
@@ -202,25 +201,8 @@ def _compiler_obstacle(hardware: Hardware) -> str | None:
             import triton  # noqa: F401
         except ImportError:
             return "Triton is not installed"
-    return None if _cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
-
-
-def _cpp_compiler() -> str | None:
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++", "cl"))), None)
-
-
-def _libstdcxx_obstacle() -> str | None:
-    """Without libstdc++.so a compiler links libstdc++.a into each package. Two copies of it in one process have two
-    ideas of a locale, and a package crashes when it is opened, in std::regex. Not so on macOS, whose library is
-    another."""
-    compiler = _cpp_compiler()
-    if compiler is None or sys.platform != "linux":
-        return None
-    found = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
-    if found != "libstdc++.so":
-        return None
-    return (f"{compiler} finds no libstdc++.so, and packages with a libstdc++ of their own crash when they are opened. "
-            "Install it (Debian, Ubuntu: apt install libstdc++-13-dev, or the version of your g++)")
+    no_compiler = None if machine.cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
+    return no_compiler or machine.header_obstacle()
 
 
 def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, configs: dict) -> None:

@@ -1,6 +1,8 @@
 """Prompts to embeddings: T5 and CLIP side by side, without making the CPU wait; embeddings kept; T5 compiled, or
 streamed from CPU memory."""
 
+import sys
+
 import torch
 from diffusers.hooks import apply_group_offloading
 
@@ -37,6 +39,21 @@ def _encode(pipeline, prompt: str, images: int, max_sequence_length: int, cache:
                                                    max_sequence_length=max_sequence_length)
         cache[prompt] = embeds, pooled
     return cache[prompt]
+
+
+def warn_of_cut_prompts(pipeline, prompts: list[tuple[str, str | None]], max_sequence_length: int) -> None:
+    """Says on stderr which prompts T5 does not read to their ends: tokenizers cut in silence.
+
+    Args:
+        prompts: (what it is called, such as "--prompt", its text or None) of each.
+    """
+    for name, text in prompts:
+        ids = pipeline.tokenizer_2(text).input_ids if text else []
+        if len(ids) > max_sequence_length:
+            # The last token that is read is the end's own.
+            cut = pipeline.tokenizer_2.decode(ids[max_sequence_length - 1:], skip_special_tokens=True).split()
+            print(f"{name} has {len(ids)} tokens, and {max_sequence_length} are read: the end has no effect, from "
+                  f"\"{' '.join(cut[:8])[:100]}\" on.", file=sys.stderr)
 
 
 def encode_without_waiting(pipeline) -> None:

@@ -1,0 +1,421 @@
+"""LoRAs in the weights before everything else: the only way that costs nothing a step and survives fusing and float8.
+
+Every tensor of the file is used, or an error counts and names the rest. diffusers' loader drops what it does not know.
+"""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from utils.benchmark_utils import RecipeError, reading
+from utils.lora_files import CONFIG, locate, split
+from utils.lora_names import Rows, find, looks_like, spellings
+from utils.safetensors_header import Tensor, read_header
+
+_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"  # peft's name of the LoRA, "default" or anything
+SUFFIXES = {kind: re.compile(rf"(?P<name>.+?)\.{suffix}") for kind, suffix in {
+    "down": rf"(?:lora_A{_ADAPTER}|lora_down|lora\.down|lora_linear_layer\.down|down)\.weight",
+    "up": rf"(?:lora_B{_ADAPTER}|lora_up|lora\.up|lora_linear_layer\.up|up)\.weight",
+    "up_bias": rf"lora_B{_ADAPTER}\.bias",
+    "alpha": r"alpha",
+    "magnitude": r"(?:dora_scale|lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?)",
+    **{kind: kind for kind in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+                               "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    "diff": r"(?:diff|w_norm)",
+    "diff_b": r"(?:diff_b|b_norm)",
+    "convolution": r"(?:lora_mid\.weight|lokr_t2|hada_t1|hada_t2)",
+    "full": r"(?:weight|scale|bias)",
+}.items()}
+METHODS = {"LoRA": {"down", "up"}, "LoHa": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+           "LoKr": {kind for kind in SUFFIXES if kind.startswith("lokr")}, "difference": {"diff"}, "norm": {"norm"}}
+Q_K_NORMS = re.compile(r".*\.attn\.norm_(added_)?[qk]")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass
+class Change:
+    """What a LoRA does to the weight and the bias of one module, or of several that its trainer stacks."""
+    component: str
+    rows: tuple[Rows, ...]
+    name: str  # the module as the file names it, without the component
+    keys: dict[str, str] = field(default_factory=dict)  # by kind, see SUFFIXES
+    adapters: set[str] = field(default_factory=set)
+    method: str | None = None  # of METHODS
+    rank: int | None = None
+    alpha: float | None = None  # of the file's metadata or of adapter_config.json
+    rank_stabilised: bool = False
+
+
+@dataclass
+class Lora:
+    """A LoRA whose every tensor has its place in the model; see `read_lora`."""
+    name: str  # as given, without the scale
+    scale: float
+    path: Path
+    changes: list[Change]
+    left_out: str  # what --lora_partial leaves out, in words; "" if nothing
+    sha256: str | None = None  # of the file, once it is merged
+
+
+def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], partial: bool) -> list[Lora]:
+    """`read_lora` of each PATH[:SCALE]; says on stderr what --lora_partial leaves out."""
+    loras = [read_lora(spec, shapes, partial) for spec in specs or ()]
+    for lora in loras:
+        if lora.left_out:
+            print(f"--lora {lora.name}: {lora.left_out}", file=sys.stderr, flush=True)
+    return loras
+
+
+def merge_loras(pipeline, loras: list[Lora], quiet: bool) -> None:
+    """`merge_lora` of each, with a line on stderr."""
+    for lora in loras:
+        line = merge_lora(pipeline, lora)
+        if not quiet or "no weight" in line:
+            print(f"--lora {lora.name}: {line}", file=sys.stderr, flush=True)
+
+
+def read_lora(spec: str, shapes: dict[str, dict[str, tuple]], partial: bool = False) -> Lora:
+    """What a LoRA will change, from its header: before any weights load, and without those of the LoRA.
+
+    Args:
+        spec: PATH[:SCALE] of --lora.
+        shapes: of the parameters of "transformer", "text_encoder" and "text_encoder_2", by name.
+        partial: leave out what does not fit, instead of refusing it.
+
+    Raises:
+        RecipeError: not to be had, damaged, ambiguous, of another model, or (unless `partial`) partly so.
+    """
+    given, scale = split(spec)
+    path = locate(given)
+    here = f"--lora {given}"
+    with reading(here, "Download it again, or give another file."):
+        header, metadata = read_header(path)
+        changes, unused = _sort(here, header, shapes)
+        configs = _configs(path, metadata)
+        for change in changes:
+            unused |= _check(change, header, shapes[change.component], configs.get(change.component, {}))
+    if not header:
+        raise RecipeError(f"{here} holds no tensors.")
+    _refuse_control(here, changes, header, shapes)
+    changes = [change for change in changes if not unused.keys() & set(change.keys.values())]
+    _refuse_overlap(here, changes)
+    names = list(unused)
+    listed = ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+    reason = next((f" ({why})" for why in unused.values() if why), "")
+    if not changes:
+        raise RecipeError(f"{here}: none of its {len(header)} tensors belongs to this model"
+                          f"{looks_like(names, metadata)}; not used: {listed}{reason}. Give a LoRA of FLUX.1.")
+    left_out = f"{len(header) - len(names)} of {len(header)} tensors fit; not used: {listed}{reason}." if names else ""
+    if left_out and not partial:
+        raise RecipeError(f"{here}: {left_out} Add --lora_partial to merge the part that fits.")
+    return Lora(given, scale, path, changes, left_out)
+
+
+def merge_lora(pipeline, lora: Lora) -> str:
+    """Adds a LoRA to the weights, in float32 on their device, rounded once. Sets `lora.sha256`.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        RecipeError: a tensor, or a weight with the LoRA in it, is not finite. Nothing has been changed then.
+    """
+    here, strengths, changed, count = f"--lora {lora.name}", set(), False, 0
+    with reading(here, "Download it again, or give another file."), torch.no_grad(), \
+            open(lora.path, "rb") as content, safe_open(lora.path, framework="pt") as file:
+        lora.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        for write in (False, True):  # twice, since the weights of a full model do not fit twice
+            for change in lora.changes:
+                module = getattr(pipeline, change.component)
+                device = module.get_parameter(f"{change.rows[0].module}.weight").device
+                factors = {kind: file.get_tensor(key) for kind, key in change.keys.items()}
+                for kind, tensor in factors.items():
+                    factors[kind] = _squeezed(tensor.to(device).float())
+                    if not factors[kind].isfinite().all():
+                        raise RecipeError(f"{here}: {change.keys[kind]} is not finite (NaN or infinite): the training "
+                                          "of this LoRA failed, or the file is damaged. Give another file.")
+                strength = _strength(change, factors)
+                for kind in ("weight", "bias"):
+                    if not _changes(change, kind):
+                        continue
+                    parts = [module.get_parameter(f"{rows.module}.{kind}").data[rows.start:rows.stop]
+                             for rows in change.rows]
+                    old = torch.cat(parts).float()
+                    new = (_weight if kind == "weight" else _bias)(old, change, factors, strength, lora.scale)
+                    new = new.to(parts[0].dtype)
+                    if not write and not new.isfinite().all():
+                        raise RecipeError(f"{here}: {change.name} with it is not finite in {new.dtype}. Give a "
+                                          "smaller :SCALE, or another file.")
+                    if write:
+                        changed = changed or not torch.equal(new, torch.cat(parts))
+                        for part, rows in zip(parts, new.split([len(part) for part in parts]), strict=True):
+                            part.copy_(rows)
+                if not write:
+                    count += len({rows.module for rows in change.rows})
+                    strengths |= {strength} if change.rank else set()
+    text = f"{count} module{'s' * (count != 1)} at scale {lora.scale:g}"
+    if strengths:
+        low, high = min(strengths), max(strengths)
+        text += f", alpha / rank {low:g}" + (f" to {high:g}" if high > low else "")
+    return text if changed else f"{text}; no weight has changed: every difference is zero or rounds to it"
+
+
+# --- what the keys say ---
+
+def _sort(here: str, header: dict[str, Tensor], shapes: dict) -> tuple[list[Change], dict[str, str]]:
+    """The changes of a file, by module, and the keys that mean nothing here, with the reason if there is one."""
+    known = {component: spellings(component, of) for component, of in shapes.items()}
+    changes, unused = {}, {}
+    for key in header:
+        kind, match, found = next(
+            ((kind, match, found) for kind, pattern in SUFFIXES.items() if (match := pattern.fullmatch(key))
+             and (found := find(match["name"], known))), (None, None, None))
+        if not found:
+            unused[key] = ""
+            continue
+        component, name, rows = found
+        if kind == "full" and Q_K_NORMS.fullmatch(rows[0].module) and not key.endswith(".bias"):
+            kind = "norm"
+        change = changes.setdefault((component, rows), Change(component, rows, name))
+        if kind in change.keys:
+            raise RecipeError(f"{here}: {change.keys[kind]} and {key} are for the same weight. Keep one of the two in "
+                              "the file.")
+        change.keys[kind] = key
+        if kind in ("down", "up", "up_bias") or match.groupdict().get("adapter"):
+            change.adapters.add(match.groupdict().get("adapter") or "")
+    return list(changes.values()), unused
+
+
+def _check(change: Change, header: dict[str, Tensor], shapes: dict[str, tuple], config: dict) -> dict[str, str]:
+    """Completes a change by its method, rank and alpha. Returns its keys and the reason if it does not fit."""
+    keys, has = change.keys, set(change.keys)
+    shape = {kind: _squeezed_shape(header[key].shape) for kind, key in keys.items()}
+    weight = [shapes[f"{rows.module}.weight"] for rows in change.rows]
+    height = sum(rows.stop - rows.start for rows in change.rows)
+
+    def refused(why: str, but: set = frozenset()) -> dict[str, str]:
+        return dict.fromkeys([key for kind, key in keys.items() if kind not in but], why)
+
+    if "convolution" in has:
+        return refused(f"{keys['convolution']} is of a convolution, which FLUX.1's transformer and encoders lack")
+    if "full" in has:
+        return refused(f"{keys['full']} is a full weight, as in a fine-tuned checkpoint (--ckpt), and not a change")
+    if len(change.adapters) > 1:
+        return refused(f"{change.name} has tensors of several LoRAs, named {sorted(change.adapters)}")
+    if any(header[key].dtype not in FLOATS and kind != "alpha" for kind, key in keys.items()):
+        key = next(key for kind, key in keys.items() if header[key].dtype not in FLOATS and kind != "alpha")
+        return refused(f"{key} holds {header[key].dtype} and not floating-point numbers")
+    methods = [method for method, kinds in METHODS.items() if has & kinds]
+    if len(methods) > 1:
+        return refused(f"{change.name} mixes {' and '.join(methods)}")
+    change.method = methods[0] if methods else None
+    missing = _missing(change.method, keys)
+    if missing:
+        return refused(f"{change.name} lacks {missing}")
+    # An alpha or a magnitude is of a product.
+    factored = change.method in ("LoRA", "LoHa", "LoKr")
+    alone = {"alpha", "magnitude"} if not factored else set()
+    alone |= {"up_bias"} if change.method != "LoRA" else set()
+    if has & alone:
+        return refused(f"{keys[min(has & alone)]} has no product of matrices beside it")
+
+    if change.method:
+        try:
+            change.rank, found = _product(change.method, shape)
+        except ValueError as error:
+            return refused(f"{change.name}: {error}")
+        expected = (height, *weight[0][1:])
+        if found != expected or any(one[1:] != weight[0][1:] for one in weight):
+            return refused(f"{change.name} is {list(expected)} here, and {list(found)} in the file")
+    if "magnitude" in has and shape["magnitude"] not in ((height,), (height, 1), (1, weight[0][-1])):
+        return refused(f"{keys['magnitude']} is {list(shape['magnitude'])}, for a weight of {list(expected)}")
+    if math.prod(shape.get("alpha", ())) != 1:
+        return refused(f"{keys['alpha']} is {list(shape['alpha'])} and not one number")
+    for kind in {"up_bias", "diff_b"} & has:
+        if any(f"{rows.module}.bias" not in shapes for rows in change.rows) or shape[kind] != (height,):
+            return refused(f"{keys[kind]} is no bias of {change.name}")
+    if {"up_bias", "diff_b"} <= has:
+        return refused(f"{change.name} has two changes of its bias")
+    if config and change.method == "LoRA":
+        if config.get("use_dora") and "magnitude" not in has:
+            return refused(f"{change.name} lacks the magnitudes of a DoRA")
+        if "alpha" not in has:
+            change.alpha, rank = _of_module(config, "lora_alpha", change.name), _of_module(config, "r", change.name)
+            change.rank_stabilised = bool(config.get("use_rslora"))
+            if rank != change.rank:
+                return refused(f"{change.name} is of rank {change.rank}, and of rank {rank} in the adapter config")
+    return {}
+
+
+def _missing(method: str | None, keys: dict[str, str]) -> str:
+    """What a method lacks, in words."""
+    if method == "LoRA" and not METHODS[method] <= keys.keys():
+        other = {"lora_A": "lora_B", "lora_B": "lora_A", "down": "up", "up": "down"}
+        return re.sub(r"(?<=[._])(lora_[AB]|down|up)(?=(\.[^.]+)?\.weight$)", lambda half: other[half[0]],
+                      keys["down" if "down" in keys else "up"])
+    if method == "LoHa":
+        return ", ".join(sorted(METHODS[method] - keys.keys()))
+    if method == "LoKr":
+        for factor in ("lokr_w1", "lokr_w2"):
+            halves = {f"{factor}_a", f"{factor}_b"} & keys.keys()
+            if len(halves) + 2 * (factor in keys) != 2:
+                return f"{factor}, whole or as a product of two"
+    return ""
+
+
+def _product(method: str, shape: dict[str, tuple]) -> tuple[int | None, tuple]:
+    """The rank and the shape of the change that factors of these shapes make; ValueError if they do not multiply."""
+    def times(a: str, b: str) -> tuple[int, tuple]:
+        if len(shape[a]) != 2 or len(shape[b]) != 2 or shape[a][1] != shape[b][0] or not shape[b][0]:
+            raise ValueError(f"{list(shape[a])} times {list(shape[b])} is no product")
+        return shape[b][0], (shape[a][0], shape[b][1])
+
+    if method == "LoRA":
+        return times("up", "down")
+    if method == "LoHa":
+        one, other = times("hada_w1_a", "hada_w1_b"), times("hada_w2_a", "hada_w2_b")
+        if one != other:
+            raise ValueError(f"its factors make {list(one[1])} of rank {one[0]} and {list(other[1])} of {other[0]}")
+        return one
+    if method == "LoKr":
+        one, other = ((None, shape[w]) if w in shape else times(f"{w}_a", f"{w}_b") for w in ("lokr_w1", "lokr_w2"))
+        if len(one[1]) != 2 or len(other[1]) != 2 or (one[0] and other[0] and one[0] != other[0]):
+            raise ValueError(f"its factors are {list(one[1])} of rank {one[0]} and {list(other[1])} of {other[0]}")
+        return one[0] or other[0], (one[1][0] * other[1][0], one[1][1] * other[1][1])
+    return None, shape["diff" if method == "difference" else "norm"]
+
+
+def _configs(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    """peft's config for each component: from the file's metadata, as diffusers saves it, or from the file beside it.
+
+    Raises:
+        ValueError: it is damaged, or of a kind of adapter that is none of a LoRA's.
+    """
+    components = ("transformer", "text_encoder", "text_encoder_2")
+    if "lora_adapter_metadata" in metadata:
+        config = _object("its metadata", metadata["lora_adapter_metadata"])
+        configs = {component: {name.removeprefix(f"{component}."): value for name, value in config.items()
+                               if name.startswith(f"{component}.")} for component in components}
+    elif (path.parent / CONFIG).is_file():
+        configs = dict.fromkeys(components, _object(CONFIG, (path.parent / CONFIG).read_text(encoding="utf-8")))
+    else:
+        return {}
+    for config in configs.values():
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"its adapter config says {config['peft_type']}, which is not read")
+        if config.get("fan_in_fan_out"):
+            raise ValueError("its adapter config says fan_in_fan_out, which no layer of FLUX.1 is")
+        if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+            raise ValueError(f"it was trained on weights that {config['init_lora_weights']} had changed: convert it "
+                             "to a plain LoRA with peft first")
+    return configs
+
+
+def _object(where: str, text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    return found
+
+
+def _of_module(config: dict, name: str, module: str) -> float:
+    """lora_alpha or r, as peft resolves them: by the first pattern that matches the end of the module's name, if any.
+
+    Raises:
+        ValueError: it is not there, or not a finite number.
+    """
+    patterns = config.get({"lora_alpha": "alpha_pattern", "r": "rank_pattern"}[name]) or {}
+    value = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),
+                 config.get(name))
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"its adapter config has {name} {value!r} for {module}")
+    return value
+
+
+def _refuse_control(here: str, changes: list[Change], header: dict[str, Tensor], shapes: dict) -> None:
+    for change in changes:
+        if change.component == "transformer" and change.rows[0].module == "x_embedder" and "down" in change.keys:
+            width = header[change.keys["down"]].shape[1:2]
+            if width != shapes["transformer"]["x_embedder.weight"][1:]:
+                raise RecipeError(f"{here} takes a control image: its {change.name} reads {width and width[0]} "
+                                  "channels. Such LoRAs are of FluxControlPipeline, which this recipe does not run.")
+
+
+def _refuse_overlap(here: str, changes: list[Change]) -> None:
+    taken = {}
+    for change in changes:
+        for rows in change.rows:
+            for other, start, stop in taken.setdefault((change.component, rows.module), []):
+                if rows.start < stop and start < rows.stop:
+                    raise RecipeError(f"{here}: {other} and {change.name} are the same weight in two spellings. Keep "
+                                      "one of the two in the file.")
+            taken[change.component, rows.module].append((change.name, rows.start, rows.stop))
+
+
+# --- what they do ---
+
+def _changes(change: Change, kind: str) -> bool:
+    return bool(change.method) if kind == "weight" else bool({"up_bias", "diff_b"} & change.keys.keys())
+
+
+def _squeezed_shape(shape: tuple) -> tuple:
+    """Linears that were trained as convolutions of one pixel have two more dimensions."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _squeezed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(_squeezed_shape(tuple(tensor.shape)))
+
+
+def _strength(change: Change, factors: dict[str, torch.Tensor]) -> float:
+    """alpha / rank. Where nothing says an alpha it is the rank, and LyCORIS has none for a LoKr in two full factors."""
+    if change.rank is None:
+        return 1.0
+    alpha = factors["alpha"].item() if "alpha" in factors else change.alpha
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(change.rank) if change.rank_stabilised else change.rank)
+
+
+def _weight(old: torch.Tensor, change: Change, factors: dict, strength: float, scale: float) -> torch.Tensor:
+    """The weight with the LoRA in it, float32.
+
+    LoRA: W + s B A (arXiv 2106.09685). LoHa: W + s (A1 B1) * (A2 B2) (2108.06098). LoKr: W + s W1 (x) W2 (2309.14859).
+    With magnitudes m, a DoRA: m V / ||V|| with V = W + s B A (2402.09353), normed over the inputs for m of one column,
+    over the outputs for m of one row. A norm beside a LoRA takes the place of the model's.
+    """
+    if change.method == "norm":
+        return torch.lerp(old, factors["norm"], scale)
+    if change.method == "difference":
+        delta = factors["diff"]
+    elif change.method == "LoRA":
+        delta = strength * (factors["up"] @ factors["down"])
+    elif change.method == "LoHa":
+        delta = strength * (factors["hada_w1_a"] @ factors["hada_w1_b"]) * (factors["hada_w2_a"] @ factors["hada_w2_b"])
+    else:
+        one, other = (factors[w] if w in factors else factors[f"{w}_a"] @ factors[f"{w}_b"]
+                      for w in ("lokr_w1", "lokr_w2"))
+        delta = strength * torch.kron(one, other)
+    if "magnitude" in factors:
+        magnitude = factors["magnitude"]
+        magnitude = magnitude[:, None] if magnitude.dim() == 1 else magnitude
+        whole = old + delta
+        axis = 1 if magnitude.shape[0] == len(whole) else 0
+        norm = torch.linalg.vector_norm(whole, dim=axis, keepdim=True, dtype=torch.float64).float()  # squares overflow
+        delta = magnitude * (whole / norm.clamp_min(torch.finfo(norm.dtype).tiny)) - old
+    return old + scale * delta
+
+
+def _bias(old: torch.Tensor, change: Change, factors: dict, strength: float, scale: float) -> torch.Tensor:
+    delta = strength * factors["up_bias"] if "up_bias" in factors else factors["diff_b"]
+    return old + scale * delta

@@ -1,0 +1,205 @@
+"""What the last write needs is tried before anything loads: that it harms no file of the user's, and that it works."""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import PIL.Image
+
+from utils.benchmark_utils import IMAGE_SUFFIXES, RecipeError, reason_of
+from utils.checks import images_per_call
+from utils.images import is_our_image, read_parameters, write_picture
+from utils.outputs import as_path, is_manifest, is_record, is_trace, manifest_path, refuse_foreign, temporary_beside
+
+LONGEST_SIDE = {".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # pixels that the formats can count
+RECORD_BYTES = 4 * 2**20
+PIXEL_BYTES = 4  # of a compressed image at most
+METADATA_CHARACTERS = 4096  # of an image, beside its prompt and names
+
+
+def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[str]) -> None:
+    """Refuses a run whose files could not be written, or would take the place of what is the user's. Of the folders
+    that it makes to try, those of a refused run go again.
+
+    Args:
+        images: every file that an image is saved to.
+        prompts: every prompt that is written beside an image.
+
+    Raises:
+        RecipeError: names the file, the reason and the way out.
+    """
+    outputs = [("--output-file", path, is_our_image) for path in images]
+    if images:
+        check_image_name(args)
+    if args.prompts_file:
+        outputs.append(("--output-file", manifest_path(args.output_file), is_manifest))
+    outputs += [(flag, as_path(path), is_ours) for flag, path, is_ours in (
+        ("--trace-file", args.trace_file, is_trace), ("--output-json", args.output_json, is_record),
+        ("--ceilings", args.ceilings, is_record)) if path is not None]
+    outputs = [(flag, Path(os.path.realpath(path)), is_ours) for flag, path, is_ours in outputs]
+    refuse_same_files(outputs, inputs_of(args))
+    with without_new_folders(path for _, path, _ in outputs):
+        for flag, path, is_ours in outputs:
+            try_place(path, flag, is_ours)
+        for folder, flag in {path.parent: flag for flag, path, _ in outputs}.items():
+            try_folder(folder, flag)
+        for flag, path, _ in outputs:
+            try_length(path, flag)
+        if images:
+            try_picture(outputs[0][1], args, prompts)
+
+
+def check_output(path: str | Path, flag: str, is_ours: Callable[[Path], bool]) -> None:
+    """`check_outputs` for one file of another program than gen_image.py and run_benchmark.py.
+
+    Raises:
+        RecipeError: names the file, the reason and the way out.
+    """
+    path = Path(os.path.realpath(as_path(path)))
+    with without_new_folders([path]):
+        try_place(path, flag, is_ours)
+        try_folder(path.parent, flag)
+        try_length(path, flag)
+
+
+def check_image_name(args: argparse.Namespace) -> None:
+    """Refuses an --output-file that is no file's name, of no known format, or of one too small for the image."""
+    name, suffix = args.output_file, as_path(args.output_file).suffix
+    if name.endswith(("/", os.sep)):
+        raise RecipeError(f"--output-file {name}: it is a folder. Add a name, such as {name}output.png.")
+    if suffix.lower() not in IMAGE_SUFFIXES:
+        raise RecipeError(f"--output-file {name}: unknown image type '{suffix}'. Give a name that ends in one of "
+                          f"{', '.join(IMAGE_SUFFIXES)}, such as output.png.")
+    longest = LONGEST_SIDE.get(suffix.lower(), 2**31 - 1)
+    for side in ("height", "width"):
+        if (getattr(args, side) or 0) > longest:
+            raise RecipeError(f"--output-file {name}: {suffix} holds at most {longest:,} pixels a side, and --{side} "
+                              f"is {getattr(args, side)}. Choose a .png.")
+
+
+def inputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The files that a run reads, with their flags; not a --ckpt's, which are foreign to every kind of output."""
+    found = [("--image", args.image), ("--prompts-file", args.prompts_file),
+             ("--cache_dit_config", args.cache_dit_config)]
+    for lora in args.lora or []:
+        found += [("--lora", lora), ("--lora", lora.rpartition(":")[0])]
+    return [(flag, as_path(path)) for flag, path in found if path and "://" not in path]
+
+
+def refuse_same_files(outputs: list[tuple], inputs: list[tuple[str, Path]]) -> None:
+    """Refuses an output that is an input or another output, whatever the two are called.
+
+    Raises:
+        RecipeError: names both flags.
+    """
+    read, written = {}, {}
+    for flag, path in inputs:
+        with suppress(OSError, ValueError):  # nothing there, such as a repository on the Hub
+            read[_identity(path)] = flag
+    for flag, path, _ in outputs:
+        with suppress(OSError):
+            if other := read.get(_identity(path)):
+                raise RecipeError(f"{flag} would overwrite {path}, the file of {other}: choose another {flag}.")
+        # Some file systems take names that differ in case for the same.
+        other = written.setdefault(str(path).casefold(), flag)
+        if other != flag:
+            raise RecipeError(f"{flag} {path} is also the file of {other}: choose another name for one of the two.")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def without_new_folders(paths: Iterable[Path]):
+    """After an error, those folders of `paths` go that were not there before and are empty."""
+    missing = {folder for parent in {path.parent for path in paths} for folder in (parent, *parent.parents)
+               if not os.path.exists(folder)}
+    try:
+        yield
+    except RecipeError:
+        for folder in sorted(missing, reverse=True):  # the inner ones first
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def try_folder(folder: Path, flag: str, size: int = RECORD_BYTES) -> None:
+    """Makes a folder, and a file in it that goes again.
+
+    Raises:
+        RecipeError: names the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(folder / "x")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())  # some file systems find out that they are full only now
+        finally:
+            temporary.unlink()
+    except OSError as error:
+        raise RecipeError(f"{flag}: nothing can be written in {folder} ({reason_of(error)}). Choose another folder, or "
+                          "make room.") from error
+
+
+def try_place(path: Path, flag: str, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses a file in whose place something else is.
+
+    Raises:
+        RecipeError: names the flag, the file and the reason.
+    """
+    try:
+        refuse_foreign(path, is_ours)
+    except OSError as error:
+        raise RecipeError(f"{flag} {path}: {reason_of(error)}. Choose another name"
+                          + (", or remove it." if isinstance(error, FileExistsError) else ".")) from error
+
+
+def try_length(path: Path, flag: str) -> None:
+    """Refuses a name that the file system of its folder, which is there, does not take.
+
+    Raises:
+        RecipeError: names the flag, the file and the reason.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+    except OSError as error:
+        raise RecipeError(f"{flag} {path}: {reason_of(error)}. Choose a shorter name.") from error
+
+
+def try_picture(path: Path, args: argparse.Namespace, prompts: list[str]) -> None:
+    """Saves a small picture in `path`'s format and folder, with the longest of `prompts`, and looks for room for those
+    of one call.
+
+    Raises:
+        RecipeError: names the reason.
+    """
+    parameters = {name: getattr(args, name) for name in ("negative_prompt", "ckpt", "lora", "image")}
+    parameters |= {"prompt": max(prompts, key=lambda text: len(json.dumps(text))), "more": "x" * METADATA_CHARACTERS}
+    needed = images_per_call(args) * (args.height or 1024) * (args.width or 1024) * PIXEL_BYTES
+    temporary = temporary_beside(path)
+    try:
+        usage = shutil.disk_usage(path.parent)
+        if usage.total and usage.free < needed:
+            raise OSError(errno.ENOSPC, f"{path.parent} has {usage.free / 2**20:.0f} MiB left, and the images may take "
+                                        f"{needed / 2**20:.0f}")
+        write_picture(PIL.Image.new("RGB", (16, 16)), temporary, parameters)
+        if read_parameters(temporary) != parameters:
+            raise ValueError("its metadata would not be read back")
+    except OSError as error:
+        raise RecipeError(f"--output-file {path}: {reason_of(error)}. Choose another folder, or make room.") from error
+    except Exception as error:
+        raise RecipeError(f"--output-file {path}: {path.suffix} cannot hold the image with its prompt "
+                          f"({reason_of(error)}). Choose a .png, or a shorter prompt.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,222 @@
+"""The weights of a checkpoint: names and shapes in its files are compared with its models before anything loads, values
+afterwards. diffusers and transformers say by a warning at most that weights are absent, and so random."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from utils.benchmark_utils import RecipeError, reading
+from utils.checkpoint import hub_errors, model_shapes
+from utils.safetensors_header import Tensor, read_header
+
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+         "text_encoder_2": "model"}
+TOKENIZER_FILES = {"tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+                   "tokenizer_2": (("tokenizer.json",), ("spiece.model",))}
+# Weights that published files hold and FLUX.1 has no use for: CLIP's projection and image half, T5's decoder.
+UNUSED = {"text_encoder": r"text_projection\.|visual_projection\.|vision_model\.|logit_scale|embeddings\.position_ids",
+          "text_encoder_2": r"decoder\.|lm_head\."}
+QUANTISED = {"scaled fp8 (its scales would be lost)": r"scale_weight|weight_scale|input_scale|scaled_fp8|scale_input",
+             "bitsandbytes": r"\.absmax|\.quant_map|quant_state", "nunchaku": r"\.qweight|\.wscales|\.smooth_factor"}
+HASHED_BYTES = 64 * 2**20
+CHECKED_ON_CPU = 10**9  # parameters; on a GPU the look at all of them takes milliseconds
+DAMAGED = "Download the file again."
+
+
+class Checkpoint(NamedTuple):
+    """A local checkpoint whose files hold all that its models need."""
+    ckpt: str
+    folder: Path
+    variant: str | None  # as in model.fp16.safetensors
+    tensors: dict[str, dict[str, tuple[Path, str]]]  # by component and name in the model: the file, the name there
+
+
+def find_checkpoint(ckpt: str, folder: Path, revision: str | None, configs: dict) -> Checkpoint:
+    """Compares the headers of a checkpoint's files with its models. Downloads a checkpoint of the Hub before that.
+
+    Args:
+        folder: the local one, if it is one.
+        configs: from `utils.checkpoint.read_configs`.
+
+    Raises:
+        RecipeError: a file is absent, damaged or quantised; a tensor is missing, unknown or of another shape.
+    """
+    here = f"--ckpt {ckpt}"
+    if not folder.is_dir():
+        with reading(here, "Check the network and the space on the disk, then start again: what is there is kept."), \
+                hub_errors("--ckpt", ckpt, revision):
+            folder = Path(DiffusionPipeline.download(ckpt, revision=revision, use_safetensors=True))
+    _check_tokenizers(here, folder)
+    with reading(f"{here}: its configs", "Compare them with those of the model it was made from."):
+        shapes = model_shapes(configs)
+    variants = {name: _variant(here, folder / name, stem) for name, stem in STEMS.items()}
+    if len(set(variants.values())) > 1:
+        raise RecipeError(f"{here}: the files of {', '.join(name for name, one in variants.items() if one)} carry a "
+                          f"variant in their names, the others do not. Take .{next(filter(None, variants.values()))} "
+                          "out of the names.")
+    tensors = {name: _compare(f"{here}: {name}", name, _headers(here, folder / name, stem, variants[name]),
+                              shapes[name]) for name, stem in STEMS.items()}
+    return Checkpoint(ckpt, folder, variants["transformer"], tensors)
+
+
+def _check_tokenizers(here: str, folder: Path) -> None:
+    for name, choices in TOKENIZER_FILES.items():
+        if not any(all((folder / name / file).is_file() and (folder / name / file).stat().st_size for file in files)
+                   for files in choices):
+            raise RecipeError(f"{here}: {name} has no vocabulary: it needs {' or '.join(map(' and '.join, choices))}. "
+                              "Without one the picture would ignore the prompt. Download the folder again.")
+
+
+def _variant(here: str, folder: Path, stem: str) -> str | None:
+    """What stands between the stem and the suffix of a component's files: None, or "fp16" and the like."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if any(name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json") for name in names):
+        return None
+    found = {match[1] for name in names if (match := re.fullmatch(
+        rf"{stem}\.(\w+)\.safetensors|{stem}\.safetensors\.index\.(\w+)\.json", name)) and match[1]}
+    if len(found) == 1:
+        return found.pop()
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".ckpt"))]
+    why = (f"holds {pickled[0]}, a pickled file. Only safetensors are read: save the model with "
+           "save_pretrained(safe_serialization=True)" if pickled else
+           f"has no {stem}.safetensors" + (f", but the variants {', '.join(sorted(found))}: keep one" if found else
+                                           ". Download the folder again"))
+    raise RecipeError(f"{here}: {folder.name} {why}.")
+
+
+def _headers(here: str, folder: Path, stem: str, variant: str | None) -> dict[str, tuple[Path, Tensor]]:
+    """Of every tensor in a component's files: the file, and what its header says."""
+    mark = f".{variant}" if variant else ""
+    single, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
+    # diffusers prefers the index, transformers the single file: two sets of weights in one folder are an error.
+    if single.exists() and index.exists():
+        raise RecipeError(f"{here}: {folder.name} holds both {single.name} and {index.name}. Remove the stale one.")
+    if single.exists():
+        files, mapped = [single], None
+    else:
+        with reading(f"{here}: {folder.name}/{index.name}", DAMAGED):
+            mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(mapped.values()))]
+            if not files or any(path.parent != folder for path in files):
+                raise ValueError("it names no files of its folder")
+    found = {}
+    for path in files:
+        with reading(f"{here}: {folder.name}/{path.name}", DAMAGED):
+            for name, tensor in read_header(path)[0].items():
+                if name in found or (mapped is not None and mapped.get(name) != path.name):
+                    raise ValueError(f"it holds {name}, which is another file's by {index.name}")
+                found[name] = path, tensor
+    if mapped is not None and (absent := sorted(mapped.keys() - found.keys())):
+        raise RecipeError(f"{here}: {folder.name}/{index.name} names {len(absent)} tensors that no file holds, such as "
+                          f"{absent[0]}. {DAMAGED}")
+    return found
+
+
+def _in_model(component: str, name: str) -> str:
+    """One name for what files of several ages and versions of transformers spell differently."""
+    if component == "text_encoder":
+        return name.removeprefix("text_model.")
+    return "shared.weight" if component == "text_encoder_2" and name == "encoder.embed_tokens.weight" else name
+
+
+def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
+             shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
+    """Where each of the model's tensors lies; refuses a file with fewer, more or others."""
+    for kind, pattern in QUANTISED.items():
+        if named := [name for name in found if re.search(pattern, name)]:
+            raise RecipeError(f"{here} is quantised by {kind}: {len(named)} tensors such as {named[0]}. Give the "
+                              "checkpoint in bf16: this recipe quantises by itself.")
+    wanted = {_in_model(component, name): shape for name, shape in shapes.items()}
+    unused = re.compile(UNUSED.get(component, r"(?!)"))
+    held = {_in_model(component, name): (path, name, tensor) for name, (path, tensor) in found.items()
+            if not unused.match(_in_model(component, name))}
+    faults = {"missing": [name for name in wanted if name not in held],
+              "unknown to the model": [held[name][1] for name in held if name not in wanted],
+              "of another shape than the config's": [name for name in wanted if name in held
+                                                     and held[name][2].shape != wanted[name]],
+              "whole numbers, so quantised": [name for name in wanted if name in held
+                                              and held[name][2].dtype.startswith(("I", "U", "BOOL", "F4", "F6"))]}
+    said = [f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for fault, names in faults.items() if names]
+    if said:
+        is_foreign = any(re.match(r"(model\.diffusion_model\.|double_blocks\.)", name) for name in found)
+        raise RecipeError(f"{here} does not hold the weights of its config: of {len(wanted)} tensors "
+                          f"{'; '.join(said)}. "
+                          + ("The names are not diffusers': convert the file first." if is_foreign else
+                             "Download this component again, or give it the config that it was saved with."))
+    return {name: held[name][:2] for name in wanted}
+
+
+@torch.no_grad()
+def compare_loaded(checkpoint: Checkpoint, pipeline) -> None:
+    """Compares the last row of every loaded tensor with the file, bit by bit in the model's dtype, and asks both
+    tokenizers for tokens. Reads a few kB a tensor.
+
+    Raises:
+        RecipeError: a tensor did not get in, or a tokenizer makes no tokens of a text.
+    """
+    here = f"--ckpt {checkpoint.ckpt}"
+    for component, tensors in checkpoint.tensors.items():
+        loaded = {_in_model(component, name): parameter
+                  for name, parameter in getattr(pipeline, component).named_parameters(remove_duplicate=False)}
+        files = {}
+        for name, (path, stored) in tensors.items():
+            if path not in files:
+                files[path] = safe_open(path, "pt")
+            part = files[path].get_slice(stored)
+            sample = part[-1:] if part.get_shape() else files[path].get_tensor(stored)
+            parameter = loaded[name]
+            values = parameter if parameter.is_meta or not parameter.dim() else parameter[-1:]
+            if parameter.is_meta or not torch.equal(values.cpu().nan_to_num(), sample.to(values.dtype).nan_to_num()):
+                raise RecipeError(f"{here}: {component}: {name} was not loaded from {path.name}: this version of "
+                                  "diffusers or transformers does not know its name. Save the model anew with it.")
+    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizer = getattr(pipeline, name)
+        ids = tokenizer("a photo of a cat", add_special_tokens=False).input_ids
+        vocabulary = getattr(pipeline, encoder).config.vocab_size
+        if not set(ids) - {tokenizer.unk_token_id} or max(ids) >= vocabulary:
+            raise RecipeError(f"{here}: {name} does not belong to {encoder}: it makes {len(ids)} tokens of a text, the "
+                              f"largest {max(ids, default=0)}, and the encoder knows {vocabulary}. Download it again.")
+
+
+@torch.no_grad()
+def refuse_non_finite(ckpt: str, pipeline) -> None:
+    """Looks at every weight on a GPU, and on a CPU at those of a small model. One wait for all.
+
+    Raises:
+        RecipeError: names weights that hold NaN or infinity.
+    """
+    named = {f"{component}.{name}": parameter for component in STEMS
+             for name, parameter in getattr(pipeline, component).named_parameters()}
+    if not any(one.is_cuda for one in named.values()) and sum(map(torch.Tensor.numel, named.values())) > CHECKED_ON_CPU:
+        return
+    flags = [parameter.isfinite().all() for parameter in named.values()]
+    bad = [name for name, flag in zip(named, torch.stack([flag.cpu() for flag in flags] if not flags[0].is_cuda else
+                                                         flags).tolist(), strict=True) if not flag]
+    if bad:
+        raise RecipeError(f"--ckpt {ckpt}: {len(bad)} weights hold NaN or infinity, such as {bad[0]}. Download the "
+                          "checkpoint again, or ask who made it.")
+
+
+def identity(folder: Path) -> str:
+    """A hash of what decides a checkpoint's pictures. Small files count by their contents, files of the Hub by the
+    SHA-256 that names them in the cache, large local files by header, size and time of change: 34 GB take a minute."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix not in (".safetensors", ".json", ".txt", ".model") or not path.is_file():
+            continue
+        size, blob = path.stat().st_size, path.resolve().name
+        total.update(f"{path.parent.name}/{path.name} ".encode())
+        if re.fullmatch("[0-9a-f]{64}", blob):
+            total.update(blob.encode())
+        elif size <= HASHED_BYTES:
+            total.update(path.read_bytes())
+        else:
+            total.update(f"{size} {path.stat().st_mtime_ns} {sorted(read_header(path)[0].items())}".encode())
+    return total.hexdigest()
