@@ -470,6 +470,10 @@ def main():
                           "tiny-flux-dev, or drop the flag.")
     prompts = choose_prompts(args, recipe.seed)
     check_output(path, "--output-dir", is_record)
+    for other in ("fidelity.md", "sheet.png"):
+        if not path.exists() and (args.output_dir / other).exists():
+            raise RecipeError(f"--output-dir {args.output_dir} holds a {other} that this program did not make: choose "
+                              "another folder, or remove the file.")
     with tempfile.TemporaryDirectory() as scratch:
         prompts_file = Path(scratch, "prompts.jsonl")
         prompts_file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))

@@ -128,7 +128,7 @@ REFUSED_BY_THE_MODEL = [
     (["--ckpt", "tiny-flux", "--attention_backend", "_native_cudnn"], "needs a GPU. On a CPU: native"),
     (["--ckpt", "tiny-flux", "--guidance_scale", "3"], "no guidance embedding"),
     (["--ckpt", "tiny-flux", "--quant_granularity", "tensor"], "int8, which goes per row"),
-    (["--ckpt", "tiny-kontext", "--image", "IMAGE"], "cannot be read as an image"),
+    (["--ckpt", "tiny-kontext", "--image", "IMAGE"], "empty file"),
     (["--ckpt", "tiny-flux", "--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors: there is no such file"),
     (["--ckpt", "tiny-flux", "--quant_dtype", "float8"], "8.9"),
     (["--ckpt", "tiny-flux", "--quant_dtype", "int8", "--compile_export_mode", "disabled"], "only when compiled"),

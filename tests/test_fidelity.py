@@ -31,7 +31,7 @@ def decide(monkeypatch):
     monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, "a stand-in"))
     monkeypatch.setattr(attention, "register_library", lambda *_: None)
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
-    monkeypatch.setattr(techniques, "_libstdcxx_obstacle", lambda: None)
+    monkeypatch.setattr(techniques.machine, "libstdcxx_obstacle", lambda: None)
     monkeypatch.setattr(techniques, "find_spec", lambda name: True)
 
     def call(row, hardware, model="FLUX.1-dev"):
@@ -214,6 +214,21 @@ def test_folder_of_other_settings_is_refused_before_drawing(run, tmp_path, argv,
     with pytest.raises(RecipeError, match=named):
         run(*(str(one).format(tmp_path) for one in argv), brightness={"reference": "drawn in vain"})
     assert (tmp_path / "out" / "fidelity.json").read_bytes() == before
+
+
+def test_other_weights_of_the_same_name_are_another_model(run, monkeypatch):
+    run(*ROWS)
+    monkeypatch.setattr(fidelity.weight_files, "identity", lambda folder: "other")
+    with pytest.raises(RecipeError, match="other contents"):
+        run(*ROWS)
+
+
+def test_a_foreign_sheet_stays(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sheet.png").write_text("mine")
+    with pytest.raises(RecipeError, match=r"sheet\.png"):
+        run(*ROWS)
+    assert (tmp_path / "out/sheet.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"settings": {}}'])

@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -6,6 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from utils.images import (
     GPUImageProcessor,
+    image_parameters,
     numbered_path,
     read_parameters,
     save_image,
@@ -56,6 +59,16 @@ def test_a_broken_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_image(PIL.Image.new("RGB", (4, 4)), tmp_path / "x.png", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reference_of_the_same_bytes_and_another_shape_is_another(make_args):
+    def sha256(size):
+        image = PIL.Image.new("RGB", size, "red")
+        pipeline = types.SimpleNamespace(techniques={}, contents={})
+        kwargs = dict(height=16, width=16, num_inference_steps=1, guidance_scale=1.0, image=image)
+        return image_parameters(make_args("--image", "x.png"), pipeline, kwargs, "a cat", 0)["image_sha256"]
+
+    assert sha256((32, 16)) == sha256((32, 16)) != sha256((16, 32))
 
 
 def test_numbered_names_sort():

@@ -6,17 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import gen_image
-from utils import many_prompts, pipeline_utils
+from tiny_flux import presets
+from utils import images, many_prompts, pipeline_utils
 from utils.benchmark_utils import RecipeError
-from utils.checks import check_args, images_per_call
+from utils.checks import images_per_call
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made
 
@@ -125,11 +129,18 @@ def test_what_is_done_is_skipped_and_what_is_asked_otherwise_is_made_again(folde
     assert all(pixels(name).shape == (128, 128, 3) for name in after)
 
     (folder / "prompts.txt").write_text("\n".join(["something else", *(TEXTS * 8)[1:]]))
-    (folder / "x_001_43.png").write_bytes(b"no image")
-    PIL.Image.new("RGB", (8, 8)).save("x_002_44.png")
-    assert len(run("--output-file", "x.png")) == 3
+    (folder / "x_001_43.png").write_bytes((folder / "x_001_43.png").read_bytes()[:-100])
+    (folder / "x_002_44.png").write_bytes(b"")
+    PIL.Image.new("RGB", (8, 8)).save("x_003_45.png")
+    foreign = (folder / "x_003_45.png").read_bytes()
+    with pytest.raises(RecipeError, match=r"x_003_45\.png.*not make"):
+        run("--output-file", "x.png")
+    assert (folder / "x_003_45.png").read_bytes() == foreign and read_parameters("x_000_42.png")["prompt"] == FROG
+    (folder / "x_003_45.png").unlink()
+    assert len(run("--output-file", "x.png")) == 4
     assert read_parameters("x_000_42.png")["prompt"] == "something else"
-    assert [line["file"] for line in lines_of("x.jsonl")[-3:]] == ["x_000_42.png", "x_001_43.png", "x_002_44.png"]
+    assert [line["file"] for line in lines_of("x.jsonl")[-4:]] == [
+        "x_000_42.png", "x_001_43.png", "x_002_44.png", "x_003_45.png"]
     assert run("--output-file", "x.png", "--batch_size", "3") == [], "the batch is no parameter of a picture"
 
 
@@ -147,9 +158,9 @@ def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import gen_image; from utils import many_prompts\n"
         "write = many_prompts.write_images\n"
-        "def noted(images, requests, *rest):\n"
+        "def noted(images, *rest):\n"
         "    open(f'by_{os.environ[\"RANK\"]}', 'a').write(f'{len(images)} ')\n"
-        "    write(images, requests, *rest)\n"
+        "    return write(images, *rest)\n"
         "many_prompts.write_images = noted\n"
         "gen_image.exit_with_reason(gen_image.main)\n")
     (folder / "two").mkdir()
@@ -178,16 +189,35 @@ def test_processes_of_other_images_do_not_decide_together(folder, run):
         assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
 
 
-def test_a_failed_write_surfaces_and_what_was_written_stays(folder, run, monkeypatch):
+def test_a_failed_write_surfaces_and_nothing_that_was_computed_is_lost(folder, run, monkeypatch, tmp_path_factory):
+    """The disk is full for good from the second picture on. The third is computed by then; no others are."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(elsewhere))
+
     def full_disk(image, path, parameters):
-        if path.name == "x_001_43.png":
+        if path.parent != elsewhere and path.name != "x_000_42.png":
             raise OSError(28, "No space left on device")
         save_image(image, path, parameters)
 
-    monkeypatch.setattr(many_prompts, "save_image", full_disk)
-    with pytest.raises(RecipeError, match=r"cannot write x_001_43.png \(No space left on device\)"):
-        run("--output-file", "x.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "save_image", full_disk)
+        with pytest.raises(RecipeError, match=r"x_001_43\.png: No space left on device.*kept") as found:
+            run("--output-file", "x.png")
     assert [line["file"] for line in lines_of("x.jsonl")] == ["x_000_42.png"]
+    kept = sorted(elsewhere.iterdir())
+    assert [path.name for path in kept] == ["x_001_43.kept.png", "x_002_44.kept.png"]
+    assert all(str(path) in str(found.value) for path in kept)
+    assert len(run("--output-file", "x.png")) == 4
+    for path in kept:
+        assert np.abs(pixels(path) - pixels(path.name.replace(".kept", ""))).mean() == 0
+
+
+def test_a_manifest_that_cannot_be_written_stops_the_run_and_costs_no_picture(folder, run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(many_prompts, "append_line", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(RecipeError, match=r"x\.jsonl: x_000_42\.png is made.*No space left"):
+            run("--output-file", "x.png")
+    assert len(list(folder.glob("x_*.png"))) == 2 and len(run("--output-file", "x.png")) == 3
 
 
 def test_bad_lines_are_named_and_the_others_are_made(folder, run, capsys):
@@ -213,10 +243,60 @@ def test_exported_or_loaded_packages_make_the_same_picture(tmp_path):
     assert not is_made(tmp_path / "x.jpg", {"techniques": {"bf16": "weights"}, "guidance_scale": 1.0})
 
 
-def test_the_manifest_never_goes_into_the_prompts(make_args, folder):
-    (folder / "pictures.jsonl").write_text('{"prompt": "a cat"}')
-    with pytest.raises(RecipeError, match="choose another --output-file"):
-        check_args(make_args("--prompts-file", "pictures.jsonl", "--output-file", "./pictures.png"))
+def parameters(weights="w", lora=(), **names):
+    return {"techniques": {}, "contents": {"weights": weights, "lora": list(lora)}, "random_weights": False,
+            "model": "a/b", "revision": None, "lora": None, "image": None, "image_sha256": "i"} | names
+
+
+def test_contents_decide_and_names_do_not(tmp_path):
+    path = tmp_path / "x.png"
+    save_image(PIL.Image.new("RGB", (8, 8)), path, parameters(lora=[["l", 1.0]], image="a.png"))
+    same = dict(lora=[["l", 1.0]])
+    assert is_made(path, parameters(**same) | {"model": "b/c", "revision": "main", "lora": ["y"], "image": "b.png"})
+    assert not is_made(path, parameters(lora=[["l", 0.5]])) and not is_made(path, parameters(lora=[["other", 1.0]]))
+    assert not is_made(path, parameters()) and not is_made(path, parameters("other", **same))
+    assert not is_made(path, parameters(**same) | {"image_sha256": "j"})
+    # Of one set of weights, or of none, the name is what tells models apart.
+    for one in ({"model": "tiny-flux"}, {"random_weights": True, "model": "FLUX.1-dev"}):
+        save_image(PIL.Image.new("RGB", (8, 8)), path, parameters() | one)
+        assert is_made(path, parameters() | one) and not is_made(path, parameters() | one | {"model": "tiny-flux-dev"})
+    # As before contents were written.
+    old = {name: value for name, value in parameters().items() if name != "contents"}
+    save_image(PIL.Image.new("RGB", (8, 8)), path, old)
+    assert not is_made(path, parameters())
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_picture_that_is_not_whole_is_not_made(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    save_image(PIL.Image.effect_noise((64, 64), 50).convert("RGB"), path, parameters())
+    assert is_made(path, parameters())
+    data = path.read_bytes()
+    for cut in (5, 30, 300, len(data) // 2, len(data) - 4):
+        path.write_bytes(data[:-cut])
+        assert not is_made(path, parameters())
+
+
+def test_another_lora_of_the_same_name_makes_other_pictures(folder, run):
+    (folder / "prompts.txt").write_text("\n".join(TEXTS[:2]))
+    config = json.loads((presets.CHECKPOINT / "transformer/config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    a, b = torch.randn(4, width), torch.randn(width, 4)
+
+    def style(name, scale):
+        save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": a,
+                   "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": b * scale}, name)
+
+    style("style.safetensors", 0.1)
+    argv = ["--output-file", "x.png", "--lora"]
+    assert len(run(*argv, "style.safetensors")) == 2 and run(*argv, "style.safetensors") == []
+    os.rename("style.safetensors", "renamed.safetensors")
+    assert run(*argv, "renamed.safetensors") == []
+    before = pixels("x_000_42.png")
+    style("style.safetensors", 0.5)
+    assert len(run(*argv, "style.safetensors")) == 2
+    assert np.abs(pixels("x_000_42.png") - before).mean() > 0.1
+    assert len(run(*argv, "style.safetensors:0.5")) == 2
 
 
 def test_the_warm_up_is_of_the_batch(build, make_args, folder, monkeypatch):

@@ -33,6 +33,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(attention, "register_library", lambda *_: None)
     monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
     monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
+    monkeypatch.setattr(machine, "header_obstacle", lambda: None)
 
 
 def decide(hardware, *argv, configs=SCHNELL):

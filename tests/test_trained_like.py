@@ -94,9 +94,9 @@ def test_parse_reads_mixtures():
 
 @pytest.mark.parametrize(("text", "words"), [
     ("masive=5", ("masive", "massive_by_weights")),
-    ("massive", ("no number", "massive=500")),
-    ("massive=", ("no number",)),
-    ("spread=0.5,,gates=2", ("no number",)),
+    ("massive", ("no finite number", "massive=500")),
+    ("massive=", ("no finite number",)),
+    ("spread=0.5,,gates=2", ("no finite number",)),
     ("gates=2,gates=4", ("twice",)),
     ("gates=-2", ("gates=-2", "above 0", "2, 4, 8")),
     ("gates=nan", ("gates=nan",)),

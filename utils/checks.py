@@ -11,6 +11,7 @@ import torch
 
 from utils.benchmark_utils import RecipeError
 from utils.machine import launched
+from utils.reference_image import scheme_of
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -117,7 +118,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("prompts_file", "cache_dit_config"):
         path = getattr(args, name)
         refuse(path and not Path(path).expanduser().is_file(), f"--{name} {path}: there is no such file.")
-    is_path = args.image and not args.image.startswith(("http://", "https://"))
+    is_path = args.image and not scheme_of(args.image)
     refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
 
 

@@ -148,9 +148,9 @@ def cpp_compiler() -> str | None:
 
 
 def header_obstacle() -> str | None:
-    """torch.compile's code, and Triton's, includes Python.h."""
-    if Path(sysconfig.get_path("include"), "Python.h").exists():
-        return None
+    """torch.compile's code includes Python.h; that of packages does not, on a CPU."""
+    if sys.platform == "darwin" or Path(sysconfig.get_path("include"), "Python.h").exists():
+        return None  # a framework of macOS has it elsewhere, where torch looks
     return "no Python.h (Debian, Ubuntu: apt install python3-dev)"
 
 
@@ -181,8 +181,8 @@ def compiling():
         if isinstance(error, (RecipeError, torch.OutOfMemoryError)) or not _is_of_a_compiler(error):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
-        first = next((line for line in lines if re.search(r"\berror:|Error:", line)), reason_of(error))
-        raise RecipeError(f"compilation failed ({os.environ.get('CXX', 'g++')}): {first[:300]} . Mend the compiler, or "
+        first = next((line for line in lines if re.search(r"\berror:", line)), reason_of(error)).rstrip(".")
+        raise RecipeError(f"compilation failed ({os.environ.get('CXX', 'g++')}): {first[:300]}. Mend the compiler, or "
                           "use --compile_export_mode disabled, which needs none on a CPU.") from error
 
 

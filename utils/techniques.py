@@ -171,8 +171,6 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
     from_elsewhere = args.use_cached_model or args.package_from
     no_compiler = None if from_elsewhere else _compiler_obstacle(hardware) or machine.code_obstacle(args.cache_dir)
     mode, said, lacking = args.compile_export_mode or "export_aoti", "", None
-    if mode == "compile" and no_compiler:
-        raise RecipeError(f"--compile_export_mode compile: {no_compiler}. Without the flag nothing is compiled.")
     if mode == "export_aoti":
         # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
@@ -187,6 +185,10 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
         unpackaged = unpackaged or ("--vae_tiling" if args.vae_tiling and not asked else None)
         if unpackaged:
             mode, said = "compile", f"; torch.compile, not packages: {unpackaged}"
+    if mode == "compile":
+        no_compiler = no_compiler or machine.header_obstacle()
+        if args.compile_export_mode and no_compiler:
+            raise RecipeError(f"--compile_export_mode compile: {no_compiler}. Without the flag nothing is compiled.")
     if default_on("compile", mode == "disabled", "--compile_export_mode disabled",
                   "--offload group hooks into every layer" if args.offload == "group" else no_compiler,
                   f"{args.compile_scope}, VAE"
@@ -201,8 +203,9 @@ def _compiler_obstacle(hardware: Hardware) -> str | None:
             import triton  # noqa: F401
         except ImportError:
             return "Triton is not installed"
-    no_compiler = None if machine.cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
-    return no_compiler or machine.header_obstacle()
+        if obstacle := machine.header_obstacle():  # Triton's launchers include it, packaged or not
+            return obstacle
+    return None if machine.cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
 
 
 def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, configs: dict) -> None:
