@@ -68,7 +68,7 @@ def test_several_images_of_one_prompt_are_numbered(run, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("x*")) == ["x_000_42.jpg", "x_001_43.jpg"]
 
 
-@pytest.mark.parametrize("text, said", [("\n  \n", "holds no prompt"), (b"\xff\xfe\xff", "not UTF-8")])
+@pytest.mark.parametrize("text, said", [("\n  \n", "holds no prompt"), (b"\xff\xfe\xff", "utf-16")])
 def test_a_useless_prompts_file_is_named(run, tmp_path, text, said):
     (tmp_path / "p.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=said):

@@ -53,8 +53,9 @@ def how_to_mend(pipeline) -> str:
     flags = [flag for name, flag in (("quantisation", "--disable_quant"), ("attention", "--disable_fa3"),
                                      ("step cache", "no step cache"), ("bf16", "--disable_bf16"))
              if name in pipeline.techniques and pipeline.techniques[name].on]
-    return ("All weights are finite. " + (f"Try {', '.join(flags)}, one after the other." if flags else
-                                          "Try other weights, or another --guidance_scale."))
+    if getattr(pipeline, "contents", {}).get("lora"):
+        flags.insert(0, "--lora with a smaller scale")
+    return f"All weights are finite. Try {', or '.join(flags or ['other weights'])}."
 
 
 def raise_errors(errors: list[RecipeError], pipeline) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import RecipeError, reason_of
 from utils.checkpoint import hub_errors
 
 FORMAT = 1
@@ -49,11 +49,12 @@ def open_store(cache_dir: str | Path) -> Path:
     Raises:
         RecipeError: it cannot be made or written into, or others could have written into it.
     """
-    root = Path(cache_dir).expanduser() / "packages"
     try:
+        root = Path(cache_dir).expanduser() / "packages"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"--cache-dir {cache_dir}: cannot make {root} ({error.strerror}). Choose another.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        raise RecipeError(f"--cache-dir {cache_dir}: its folder packages cannot be made ({reason_of(error)}). Choose "
+                          "another.") from error
     if not os.access(root, os.W_OK | os.X_OK):
         raise RecipeError(f"--cache-dir {cache_dir}: {root} is not writable. Choose another.")
     if reason := _distrust(root):
