@@ -222,7 +222,9 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--disable_cudagraphs", action="store_true", help="launch kernels one by one")
     recipe.add_argument("--disable_gpu_postprocess", action="store_true",
                         help="convert pixels to 8 bits on the CPU, as diffusers does")
-    recipe.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR, help="compiled kernels and exported packages")
+    recipe.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR,
+                        help="exported packages; compiled kernels, unless TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR "
+                        "says where")
     recipe.add_argument("--use-cached-model", action="store_true",
                         help="load exported packages, never make them: what is missing is an error")
     recipe.add_argument("--re-export", action="store_true", help="make the packages anew, whatever is there")
