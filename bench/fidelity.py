@@ -442,8 +442,8 @@ def contents_of(recipe: argparse.Namespace) -> dict:
     folder = presets.CHECKPOINT if recipe.ckpt in presets.NAMES else Path(recipe.ckpt).expanduser()
     configs = read_configs(str(folder) if folder.is_dir() else recipe.ckpt, recipe.revision, None)
     weights = weight_files.identity(weight_files.find_checkpoint(recipe.ckpt, folder, recipe.revision, configs).folder)
-    return {"weights": weights, "lora": hashes([lora_files.locate(lora_files.split(lora)[0])
-                                                for lora in recipe.lora or []])}
+    files = [lora_files.locate(lora_files.split(lora)[0]) for lora in recipe.lora or []]
+    return {"weights": weights, "lora": list(map(lora_files.contents, files))}
 
 
 def settings_of(args, recipe: argparse.Namespace, machine: dict) -> dict:

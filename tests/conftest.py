@@ -8,7 +8,7 @@ import torch
 import torchao.quantization.quant_api
 
 from utils import pipeline_utils, random_weights, start, techniques
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import create_parser, exit_with_reason
 
 # Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
 torch.set_num_threads(1)
@@ -72,6 +72,16 @@ def plan_on_hopper(monkeypatch):
         return chosen
 
     return lambda: monkeypatch.setattr(pipeline_utils, "plan", planned)
+
+
+def exit_code_of(monkeypatch, script, *argv: str) -> int:
+    """The exit code of gen_image or run_benchmark with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *argv])
+    try:
+        exit_with_reason(script.main)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def pretend_launched(monkeypatch, processes: int, rank: int = 0) -> None:

@@ -1,18 +1,18 @@
 """No result is called a picture without having been looked at."""
 
 import json
-import sys
 import warnings
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import exit_code_of
 from diffusers.image_processor import VaeImageProcessor
 
 import gen_image
 import run_benchmark
-from utils.benchmark_utils import BrokenResult, RecipeError, exit_with_reason
+from utils.benchmark_utils import BrokenResult, RecipeError
 from utils.flaws import flaw_of, how_to_mend, non_finite_weights, raise_errors
 from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.techniques import Decision
@@ -36,12 +36,7 @@ def run(monkeypatch, tmp_path):
             warnings.filterwarnings("error", "invalid value")
             patch.chdir(tmp_path)
             patch.setattr(script, "optimize", damaged)
-            patch.setattr(sys, "argv", [script.__name__, *EAGER, *argv])
-            try:
-                exit_with_reason(script.main)
-            except SystemExit as end:
-                return end.code
-            return 0
+            return exit_code_of(patch, script, *EAGER, *argv)
     return call
 
 

@@ -1,6 +1,10 @@
 """What only a GPU can show: FlashAttention's fp8 numbers, CUDA graphs, the whole recipe. `pytest -m gpu -n 0`."""
 
 import gc
+import json
+import shutil
+import struct
+import time
 
 import PIL.Image
 import pytest
@@ -8,16 +12,52 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
-from utils import attention, step_cache
+from tiny_flux import presets
+from utils import attention, random_weights, step_cache, weight_files
 from utils.attention import measured_scale, quantize_per_head
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import RecipeError, create_parser
+from utils.checkpoint import read_configs
 from utils.cuda_graph import CUDAGraphed, recording_is_an_error
 from utils.images import GPUImageProcessor
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.pipeline_utils import call_kwargs, load_checkpoint, load_pipeline, optimize
 from utils.quality import capture_step, float32_step, relative_error
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")]
+
+
+def test_a_saved_full_size_model_is_the_same_and_refused_with_one_tensor_less(tmp_path):
+    """34 GB of dev's shapes. The files' names and shapes are compared before anything loads."""
+    if shutil.disk_usage(tmp_path).free < 45e9:
+        pytest.skip("needs 45 GB of disk")
+    saved = random_weights.build(random_weights.architecture("FLUX.1-dev"), "cuda", torch.bfloat16)
+    saved.save_pretrained(tmp_path)
+
+    def found():
+        return weight_files.find_checkpoint(str(tmp_path), tmp_path, None, read_configs(str(tmp_path)))
+
+    pipeline = load_checkpoint(found(), torch.bfloat16)
+    for name in weight_files.STEMS:
+        loaded = dict(getattr(pipeline, name).named_parameters())
+        assert all(torch.equal(loaded.pop(key).cuda(), value) for key, value in getattr(saved, name).named_parameters())
+        assert not loaded
+    del pipeline, saved
+    for name in weight_files.STEMS:
+        path = sorted((tmp_path / name).glob("*.safetensors"))[-1]
+        with open(path, "r+b") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            entries = json.loads(file.read(length))
+            last = max(entries.keys() - {"__metadata__"}, key=lambda key: entries[key]["data_offsets"][1])
+            end = entries.pop(last)["data_offsets"][0]
+            file.seek(8)
+            file.write(json.dumps(entries, separators=(",", ":")).encode().ljust(length))
+            file.truncate(8 + length + end)
+        start = time.perf_counter()
+        with pytest.raises(RecipeError, match=name):
+            found()
+        print(f"{name} without {last}: refused in {time.perf_counter() - start:.3f} s")
+        shutil.rmtree(tmp_path / name)
+        shutil.copytree(presets.CHECKPOINT / name, tmp_path / name)  # whole, so that the next component is looked at
 
 
 @pytest.fixture

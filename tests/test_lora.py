@@ -527,6 +527,8 @@ def test_only_the_header_is_read_before_the_merge(models, tmp_path, monkeypatch)
     assert (lora.name, lora.scale, lora.sha256) == (str(path), 0.5, None)
     merge_lora(models, lora)
     assert lora.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / lora_files.CONFIG).write_text('{"r": 2, "lora_alpha": 1}')  # alpha changes the picture as well
+    assert lora_files.contents(path) != lora.sha256
 
 
 @pytest.mark.parametrize("spec, expected", [

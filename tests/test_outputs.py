@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import shutil
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import exit_code_of
 
 import gen_image
 import run_benchmark
 from utils import outputs
-from utils.benchmark_utils import RecipeError, exit_with_reason
+from utils.benchmark_utils import RecipeError
 from utils.images import read_parameters, save_image
 from utils.many_prompts import image_paths
 from utils.output_checks import check_output, check_outputs
@@ -50,12 +50,7 @@ def check(make_args):
 def run(monkeypatch, folder):
     """A script from its arguments to its exit code."""
     def call(script, *argv):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *EAGER, *argv])
-        try:
-            exit_with_reason(script.main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return exit_code_of(monkeypatch, script, *EAGER, *argv)
     return call
 
 

@@ -124,8 +124,8 @@ def create_parser() -> argparse.ArgumentParser:
         epilog="Techniques are on by default where they run. Lossless but for rounding: bf16, fused projections, "
         "channels_last, compile, CUDA graphs, GPU postprocess. Lossy: float8 and int8 quantisation, fp8 attention, "
         "cache-dit, --text_encoder_quant. Exit codes: 0, the result is there; 2, something to put right, said in one "
-        "paragraph; 3, the result is broken (NaN, one colour) and kept under another name; 130, interrupted; 1, a "
-        "fault of this program.",
+        "paragraph; 3, the result is broken (NaN, one colour) and kept under another name; 130, interrupted; 141, "
+        "nobody reads the output any more; 1, a fault of this program.",
     )
 
     model = parser.add_argument_group("model")

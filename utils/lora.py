@@ -3,7 +3,6 @@
 Every tensor of the file is used, or an error counts and names the rest. diffusers' loader drops what it does not know.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from utils.benchmark_utils import RecipeError, reading
-from utils.lora_files import CONFIG, locate, split
+from utils.lora_files import CONFIG, contents, locate, split
 from utils.lora_names import Rows, find, looks_like, spellings
 from utils.safetensors_header import Tensor, read_header
 
@@ -61,7 +60,7 @@ class Lora:
     path: Path
     changes: list[Change]
     left_out: str  # what --lora_partial leaves out, in words; "" if nothing
-    sha256: str | None = None  # of the file, once it is merged
+    sha256: str | None = None  # of its contents (`utils.lora_files.contents`), once it is merged
 
 
 def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], partial: bool) -> list[Lora]:
@@ -129,8 +128,8 @@ def merge_lora(pipeline, lora: Lora) -> str:
     """
     here, strengths, changed, count = f"--lora {lora.name}", set(), False, 0
     with reading(here, "Download it again, or give another file."), torch.no_grad(), \
-            open(lora.path, "rb") as content, safe_open(lora.path, framework="pt") as file:
-        lora.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+            safe_open(lora.path, framework="pt") as file:
+        lora.sha256 = contents(lora.path)
         for write in (False, True):  # twice, since the weights of a full model do not fit twice
             for change in lora.changes:
                 module = getattr(pipeline, change.component)

@@ -1,5 +1,6 @@
 """Where a LoRA lies: PATH[:SCALE] of --lora as a file on this machine."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def locate(path: str) -> Path:
                               "OWNER/REPO/FILE.safetensors.")
         with hub_errors("--lora", repo):
             return _download(path, repo, name)
+
+
+def contents(file: Path) -> str:
+    """The SHA-256 of what decides a LoRA's effect: the file, and peft's config beside it if there is one, which holds
+    alpha."""
+    found, beside = hashlib.sha256(), file.parent / CONFIG
+    for path in (file, beside) if beside.is_file() else (file,):
+        with open(path, "rb") as content:
+            while part := content.read(2**24):
+                found.update(part)
+    return found.hexdigest()
 
 
 def _download(path: str, repo: str, name: str) -> Path:

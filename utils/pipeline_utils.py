@@ -83,7 +83,8 @@ def load_pipeline(args):
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
 
     if args.random_weights:
-        pipeline, contents = random_weights.build(configs, device, chosen.dtype), f"random {args.random_weights}"
+        pipeline = random_weights.build(configs, device, chosen.dtype)
+        contents = f"random {args.ckpt} {args.random_weights}"
     else:
         pipeline = load_checkpoint(files, chosen.dtype)
         pipeline.to(device)

@@ -200,7 +200,8 @@ def refuse_non_finite(ckpt: str, pipeline) -> None:
     bad = [name for name, flag in zip(named, torch.stack([flag.cpu() for flag in flags] if not flags[0].is_cuda else
                                                          flags).tolist(), strict=True) if not flag]
     if bad:
-        raise RecipeError(f"--ckpt {ckpt}: {len(bad)} weights hold NaN or infinity, such as {bad[0]}. Download the "
+        raise RecipeError(f"--ckpt {ckpt}: {bad[0]} holds NaN or infinity"
+                          f"{f', and so do {len(bad) - 1} more weights' * (len(bad) > 1)}. Download the "
                           "checkpoint again, or ask who made it.")
 
 
@@ -208,11 +209,11 @@ def identity(folder: Path) -> str:
     """A hash of what decides a checkpoint's pictures. Small files count by their contents, files of the Hub by the
     SHA-256 that names them in the cache, large local files by header, size and time of change: 34 GB take a minute."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*/*")):
+    for path in [folder / "model_index.json", *sorted(folder.glob("*/*"))]:
         if path.suffix not in (".safetensors", ".json", ".txt", ".model") or not path.is_file():
             continue
         size, blob = path.stat().st_size, path.resolve().name
-        total.update(f"{path.parent.name}/{path.name} ".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} ".encode())
         if re.fullmatch("[0-9a-f]{64}", blob):
             total.update(blob.encode())
         elif size <= HASHED_BYTES:
