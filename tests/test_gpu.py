@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import relative
 
 from tiny_flux import presets
-from utils import attention, random_weights, step_cache, weight_files
+from utils import attention, machine, random_weights, step_cache, weight_files
 from utils.attention import measured_scale, quantize_per_head
 from utils.benchmark_utils import RecipeError, create_parser
 from utils.checkpoint import read_configs
@@ -58,6 +58,13 @@ def test_a_saved_full_size_model_is_the_same_and_refused_with_one_tensor_less(tm
         print(f"{name} without {last}: refused in {time.perf_counter() - start:.3f} s")
         shutil.rmtree(tmp_path / name)
         shutil.copytree(presets.CHECKPOINT / name, tmp_path / name)  # whole, so that the next component is looked at
+
+
+def skip_without_a_linker_for(argv):
+    """Exported packages need a C++ compiler that finds a shared libstdc++."""
+    obstacle = machine.libstdcxx_obstacle() if "export_aoti" in argv else None
+    if obstacle:
+        pytest.skip(obstacle)
 
 
 @pytest.fixture
@@ -270,6 +277,7 @@ def test_offloaded_weights_draw_the_same_picture(offload, argv, tmp_path):
     but where a T5 that stays is compiled: then within the bound of one GPU against eager bf16."""
     argv = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
             "--num_inference_steps", "2", "--compile_export_mode", "disabled", "--cache-dir", str(tmp_path), *argv]
+    skip_without_a_linker_for(argv)
     found, held = [], []
     for more in ([], ["--offload", offload]):
         args = create_parser().parse_args(argv + more)
@@ -308,6 +316,7 @@ def test_packages_in_a_cuda_graph_are_close_to_eager(argv, tmp_path):
     argv = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",
             "--disable_inductor_tuning_flags", "--compile_export_mode", "export_aoti", "--cache-dir", str(tmp_path),
             *argv]
+    skip_without_a_linker_for(argv)
     args, found = create_parser().parse_args(argv), []
     for use_cached in (False, True):
         args.use_cached_model = use_cached

@@ -11,7 +11,7 @@ import torch
 from utils import attention, machine, random_weights, techniques
 from utils.benchmark_utils import RecipeError, create_parser
 from utils.checkpoint import weight_counts
-from utils.techniques import GIB, Hardware, plan, where_to_build
+from utils.techniques import GIB, Hardware, bf16_modulations_fit, plan, where_to_build
 
 H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
 L20 = Hardware("cuda", (8, 9), False, "NVIDIA L20", 44 * GIB)
@@ -221,6 +221,25 @@ def test_memory_decides_where_weights_are_built():
         build_on(card, "--offload", "text")
     with pytest.raises(RecipeError, match="--offload text, --offload group"):
         build_on(card, "--text_encoder_quant", "--vae_tiling")
+
+
+@pytest.mark.parametrize("argv", [["--text_encoder_quant"], ["--offload", "text"], ["--offload", "model"]])
+def test_fused_modulations_are_in_bf16_where_3_gib_more_fit(argv):
+    """Wherever the weights are built: offloading builds on the CPU beside a GPU that has room."""
+    args = create_parser().parse_args(["--device", "cuda", *argv])
+    chosen = plan(args, SCHNELL, H100)
+    assert bf16_modulations_fit(args, SCHNELL, H100, chosen)
+    in_float8 = next(gib for gib in range(80) if _fits(args, chosen, gib))
+    more = next(gib for gib in range(80) if bf16_modulations_fit(args, SCHNELL, replace(H100, free_bytes=gib * GIB),
+                                                                 chosen)) - in_float8
+    assert more == 3
+
+
+def _fits(args, chosen, gib):
+    try:
+        return where_to_build(args, SCHNELL, replace(H100, free_bytes=gib * GIB), chosen) == "cpu"
+    except RecipeError:
+        return False
 
 
 def test_int8_keeps_the_modulation_in_bf16():

@@ -24,7 +24,7 @@ from utils.lora import merge_loras, read_loras
 from utils.machine import check_cpu_memory, compiling, use_kernel_cache
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
-from utils.techniques import GIB, Decision, detect, plan, where_to_build
+from utils.techniques import GIB, Decision, bf16_modulations_fit, detect, plan, where_to_build
 from utils.text_encoding import (
     compile_text_encoder,
     encode_without_waiting,
@@ -152,8 +152,9 @@ def optimize(pipeline, args, log: StageLog | None = None):
     with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
         cpu = torch.device("cpu")
         if fused:
-            # Weights wait on the CPU where the GPU is too small for all of them unquantised. That is where 3 GiB count.
-            capped = transformer.device.type != device.type
+            # Weights that are on the GPU already leave room for 3 GiB more than float8 takes.
+            capped = transformer.device.type != device.type and not bf16_modulations_fit(
+                args, configs_of(pipeline), detect(args.device, args.gpu_memory_limit), chosen)
             count = fuse_blocks(transformer, device, float8_modulations=capped)
             techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears; "
                                                         f"modulations in {'float8' if capped else 'bf16'}")

@@ -335,17 +335,19 @@ def _choose_cache(args, configs: dict, chosen: Plan) -> None:
         " (F{}B{} in proportion to {} blocks)".format(*counts, blocks) if small else ""))
 
 
-def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
-    """The device to put unquantised weights on: the CPU if they fit on the GPU only once they are quantised.
+def bf16_modulations_fit(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> bool:
+    """Whether the GPU has room for the blocks' modulations in bf16, 3 GiB more than in float8."""
+    _, resident, working = _memory_needed(args, configs, chosen)
+    more = weight_counts(configs)["modulation"] * (chosen.dtype.itemsize - 1)
+    return resident + working + more <= hardware.free_bytes
+
+
+def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tuple[dict[str, float], float, float]:
+    """Bytes of the finished recipe: of each part's weights, of the weights on the GPU at once, and beyond them.
 
     The working set is what an H100 reserved beyond the weights for a 1024x1024 image, CUDA graphs on: 26.6 - 20.4 GiB
     (results/h100/schnell/6_float8.json). Its largest part is the VAE decoder's activations; with tiling it is a guess.
-
-    Raises:
-        RecipeError: even the finished recipe does not fit into the GPU's free memory; says by how much and what helps.
     """
-    if hardware.device == "cpu":
-        return "cpu"
     count = weight_counts(configs)
     plain = chosen.dtype.itemsize
     in_t5 = 1 if args.text_encoder_quant else plain
@@ -359,15 +361,27 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
     }
     megapixels = chosen.settings.height * chosen.settings.width / 2**20 * images_per_call(args)
     working = (1.5 if args.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
+    # Of T5 two layers at a time are on the GPU; the largest is its embedding, of 0.25 GiB.
+    in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
+    resident = {"none": sum(needs.values()), "text": in_turn, "model": max(needs.values()), "group": 0}[args.offload]
+    return needs, resident, working
+
+
+def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
+    """The device to put unquantised weights on: the CPU if they fit on the GPU only once they are quantised.
+
+    Raises:
+        RecipeError: even the finished recipe does not fit into the GPU's free memory; says by how much and what helps.
+    """
+    if hardware.device == "cpu":
+        return "cpu"
+    needs, resident, working = _memory_needed(args, configs, chosen)
     if args.offload != "none":
         build_on = "cpu"
-        # Of T5 two layers at a time are on the GPU; the largest is its embedding, of 0.25 GiB.
-        in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
-        resident = {"text": in_turn, "model": max(needs.values()), "group": 0}[args.offload]
     else:
-        resident = sum(needs.values())
-        unquantised = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae")) * plain
-        build_on = "cpu" if unquantised + working > hardware.free_bytes else "cuda"
+        count = weight_counts(configs)
+        unquantised = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae"))
+        build_on = "cpu" if unquantised * chosen.dtype.itemsize + working > hardware.free_bytes else "cuda"
     if resident + working > hardware.free_bytes:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),
