@@ -29,7 +29,7 @@ import yaml
 
 from report import records
 from utils import step_cache
-from utils.benchmark_utils import SCHEMA_VERSION, finite_float
+from utils.benchmark_utils import SCHEMA_VERSION, current_commit, finite_float
 from utils.outputs import write_json
 from utils.processes import execute, side_by_side
 
@@ -274,12 +274,13 @@ def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
 
 
 def where(folder: Path, row: str, resume: bool) -> Path | None:
-    """Where the row's result goes; None if it is there and stays. Only a failure is ever overwritten, and only to
+    """Where the row's result goes; None if one of this commit is there. Only a failure is ever overwritten, and only to
     resume."""
-    if resume and records.newest(folder, row):
+    finished, before = records.newest(folder, row), records.attempts(folder, row)
+    if resume and finished and finished[1].get("environment", {}).get("commit") == current_commit():
         return None
-    before = records.attempts(folder, row)
-    return before[-1] if resume and before else records.next_path(folder, row)
+    failed = before and "error" in json.loads(before[-1].read_text())
+    return before[-1] if resume and failed else records.next_path(folder, row)
 
 
 Measured = tuple[Job, dict, Path]  # with the scratch folder, which is there until the next one is asked for
@@ -422,8 +423,8 @@ def main(argv: list[str] | None = None) -> int:
     runs.add_argument("--rows", nargs="+", metavar="ROW", help="some of their rows, by name or pattern ('without_*')")
     runs.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     runs.add_argument("--resume", action="store_true",
-                      help="skip rows that are finished and repeat those that failed; without, a row that is there is "
-                      "measured again and appended as ROW.2.json")
+                      help="skip rows that this commit has finished, and repeat those that failed; without, a row that "
+                      "is there is measured again and appended as ROW.2.json")
     runs.add_argument("--timeout", type=finite_float, default=1800, metavar="S",
                       help="seconds a row may take (1800), less those in which --jobs stops it")
     runs.add_argument("--jobs", type=int, default=1, metavar="N",

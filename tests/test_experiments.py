@@ -97,7 +97,8 @@ def test_rows_are_picked_by_pattern():
         ("dev", "cache_taylorseer_4")]
 
 
-FINE = "import json, sys; json.dump({'seconds': {'median': 0.5}}, open(sys.argv[1], 'w'))"
+FINE = ("import json, os, sys; json.dump({'seconds': {'median': 0.5}, "
+        "'environment': {'commit': os.environ['GIT_COMMIT']}}, open(sys.argv[1], 'w'))")
 PROGRAMS = {
     "fine": FINE,
     "crash": "raise ZeroDivisionError('of the row')",
@@ -114,6 +115,7 @@ PROGRAMS = {
 def stand_ins(tmp_path, monkeypatch):
     """A suite of small programs in place of the benchmark; results go to a folder of the test's."""
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("GIT_COMMIT", "abc")
     monkeypatch.setattr(experiments, "ROWS", {"fake": {row: [] for row in PROGRAMS}})
     monkeypatch.setattr(experiments, "commands", lambda gpu, suite, row, scratch, metrics=False: [
         [sys.executable, "-S", "-c", PROGRAMS[row], str(scratch / "result.json")]])
@@ -152,6 +154,15 @@ def test_resuming_skips_what_is_finished_and_repeats_what_failed(stand_ins, monk
     code, after = stand_ins("--rows", "fine", "crash", "--resume")
     assert code == 0 and "1 of 2 rows to measure" in capsys.readouterr().out
     assert after["fine.json"] == before["fine.json"] and "error" not in after["crash.json"] and len(after) == 2
+
+
+def test_resuming_measures_again_what_another_commit_finished(stand_ins, monkeypatch):
+    _, before = stand_ins("--rows", "fine")
+    monkeypatch.setenv("GIT_COMMIT", "def")
+    _, after = stand_ins("--rows", "fine", "--resume")
+    assert after["fine.json"] == before["fine.json"] and after["fine.2.json"]["environment"]["commit"] == "def"
+    _, again = stand_ins("--rows", "fine", "--resume")
+    assert list(again) == list(after)
 
 
 def test_a_failed_repetition_does_not_hide_a_finished_result(stand_ins, monkeypatch):

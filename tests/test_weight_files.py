@@ -309,6 +309,16 @@ def test_identity_follows_contents(copy):
     assert weight_files.identity(copy) != before
 
 
+def test_identity_of_a_large_file_is_of_samples(copy, monkeypatch):
+    """Other weights in files of the same size and the same time of change."""
+    monkeypatch.setattr(weight_files, "HASHED_BYTES", 2**10)
+    path = copy / FILES["transformer"]
+    before, times = weight_files.identity(copy), path.stat()
+    change_weights(path, lambda held: {name: value * 0.9 for name, value in held.items()})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size and weight_files.identity(copy) != before
+
+
 @pytest.mark.parametrize("ckpt", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "nothing.safetensors"])
 def test_a_path_that_is_not_there_is_no_hub_id(ckpt):
     with pytest.raises(RecipeError, match="no such folder"):

@@ -153,8 +153,8 @@ def create_parser() -> argparse.ArgumentParser:
     image = parser.add_argument_group("image")
     image.add_argument("--prompt", help="text prompt; without, one that the model can draw")
     image.add_argument("--prompts-file", metavar="FILE",
-                       help="one prompt a line, or JSON with prompt and seed (.jsonl); images are named by index and "
-                       "seed, and those that are there already are not made again")
+                       help="one prompt a line, JSON (lines or a list) or a table (.csv, .tsv), the last two with a "
+                       "seed each if wanted; images are named by index and seed; those there are not made again")
     image.add_argument("--batch_size", type=int, metavar="B",
                        help="prompts of --prompts-file in one call: 1; more images a minute, more memory")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
@@ -369,7 +369,7 @@ def environment(device: str) -> dict:
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
-              "commit": os.environ.get("GIT_COMMIT") or _commit(),
+              "commit": current_commit(),
               "processes": processes, "argv": list(map(_without_folder, sys.argv[1:])),
               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
@@ -390,8 +390,11 @@ def _without_folder(arg: str) -> str:
     return re.sub(r"^([^/]*=)?/.*/", r"\1", arg)
 
 
-def _commit() -> str | None:
-    """With "-dirty" where files differ from it, but for what measurements and reports write below results/."""
+def current_commit() -> str | None:
+    """$GIT_COMMIT, or git's, with "-dirty" where files differ from it, but for what measurements and reports write
+    below results/."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
     git, written = ("git", "-C", str(Path(__file__).parent.parent)), (":!results/*/*",)
     commit = _output_of(*git, "describe", "--always")
     changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
