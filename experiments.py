@@ -2,47 +2,50 @@
 
     python experiments.py run h100                     # results/h100/<suite>/<row>.json
     python experiments.py run h100 --suite schnell --rows '1_eager' 'without_*' --dry-run
-    python experiments.py run h100 --suite schnell --jobs 2    # two load and compile at a time, one is timed
-    python experiments.py report                       # README tables, results/<gpu>/report.html
+    python experiments.py report                       # the tables in the pages, the pictures in docs/images
 
-A row that fails becomes a result too: why, its exit code and the end of its output. The others go on.
+A result names its commit, so `run` refuses a tree that differs from it. A row that fails becomes a result too: the
+reason, the exit code and the end of its output. The other rows go on.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-import yaml
 
 from report import records
-from utils import step_cache
 from utils.benchmark_utils import SCHEMA_VERSION, current_commit, finite_float
 from utils.outputs import write_json
-from utils.processes import execute, side_by_side
 
 ROOT = Path(__file__).parent
 
-FUSED, CHANNELS, FA3, QUANT = OFF = [
-    "--disable_fused_projections", "--disable_channels_last", "--disable_fa3", "--disable_quant"]
+# Each of these flags turns one technique off.
+FUSED = "--disable_fused_projections"
+CHANNELS = "--disable_channels_last"
+FA3 = "--disable_fa3"
+QUANT = "--disable_quant"
 VAE = "--disable_fused_vae"
-EAGER = ["--compile_export_mode", "disabled", "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
-# Named, since packages are the default: rows are compiled by torch.compile, but for those that say otherwise.
+OFF = [FUSED, CHANNELS, FA3, QUANT]
+UNFUSED = ["--disable_fused_kernels", VAE]
+
+NOT_COMPILED = ["--compile_export_mode", "disabled"]
+EAGER = [*NOT_COMPILED, "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
+# Packages are the default of the scripts. Rows use torch.compile instead, unless they name packages.
 COMPILE = ["--compile_export_mode", "compile"]
 QUICK = ["--disable_inductor_tuning_flags", *COMPILE]
-UNFUSED = ["--disable_fused_kernels", VAE]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
 
 CKPTS = {name: f"black-forest-labs/FLUX.1-{full}" for name, full in
@@ -51,13 +54,13 @@ RUNS = {"schnell": "10", "dev": "5", "kontext": "5"}
 
 # From the plain pipeline upwards, each row with one technique more.
 LADDER = {
-    "1_eager": EAGER + OFF,
-    "2_compile": QUICK + OFF,
-    "3_projections": QUICK + OFF[1:],
-    "4_channels_last": [*QUICK, *OFF[2:], VAE],
-    "5_fa3": [*QUICK, *OFF[3:], VAE],
-    "6_float8": QUICK + UNFUSED,
-    "7_flags": COMPILE + UNFUSED,
+    "1_eager": [*EAGER, *OFF],
+    "2_compile": [*QUICK, *OFF],
+    "3_projections": [*QUICK, CHANNELS, FA3, QUANT],
+    "4_channels_last": [*QUICK, FA3, QUANT, VAE],
+    "5_fa3": [*QUICK, QUANT, VAE],
+    "6_float8": [*QUICK, *UNFUSED],
+    "7_flags": [*COMPILE, *UNFUSED],
     # Everything that is on by default: the tuning flags are for blocks that are compiled.
     "8_fused": QUICK,
 }
@@ -65,7 +68,7 @@ ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
 
 # 8_fused less one technique, and less what needs it.
 WITHOUT = {
-    "without_compile": [*QUICK, "--compile_export_mode", "disabled"],
+    "without_compile": [*QUICK, *NOT_COMPILED],
     "without_cudagraphs": [*QUICK, "--disable_cudagraphs"],
     "without_gpu_postprocess": [*QUICK, "--disable_gpu_postprocess"],
     "without_channels_last": [*QUICK, CHANNELS],
@@ -76,12 +79,9 @@ WITHOUT = {
     "without_fa3": [*QUICK, FA3],
 }
 PRESETS = ("safe", "balanced", "fast", "extreme")
-# With random weights a residual says nothing: timed is the cost of all steps cached that may be.
-CACHES = {"cache_default": [*QUICK, "--force_cache", "--enable_cache_dit"]} | {
-    f"cache_{name}": [*QUICK, "--force_cache", "--cache_preset", name] for name in PRESETS} | {
-    # cache_balanced's steps again, each decided by its residual, all of which pass: what deciding costs.
-    "cache_deciding": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml"],
-    "cache_deciding_ahead": [*QUICK, "--cache_dit_config", "{scratch}/balanced.yaml", "--cache_decide_ahead"],
+# Residuals of random weights mean nothing, so these rows cache every step that the mask allows.
+CACHES = {"cache_default": [*QUICK, "--force_cache", "--step_cache", "f12b12"]} | {
+    f"cache_{name}": [*QUICK, "--force_cache", "--step_cache", name] for name in PRESETS} | {
     "cache_taylorseer": [*QUICK, "--step_cache", "taylorseer"]} | {
     f"cache_taylorseer_{interval}": [*QUICK, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
     for interval in "24"}
@@ -106,8 +106,8 @@ MEMORY = {
                     "--runs", "3"],
     "memory_4gib": [*QUICK, "--text_encoder_quant", "--offload", "group", "--vae_tiling", "--gpu_memory_limit", "4",
                     "--runs", "3"],
-    "memory_24gib_unfused": CAP_24 + NO_HOPPER,
-    "memory_16gib_unfused": CAP_16 + NO_HOPPER,
+    "memory_24gib_unfused": [*CAP_24, *NO_HOPPER],
+    "memory_16gib_unfused": [*CAP_16, *NO_HOPPER],
 }
 
 # From the start of a process to its first image, with a cache folder of the row's own. (What Triton keeps of the fused
@@ -126,21 +126,21 @@ AFTER = {"start_compile_again": "start_compile", "start_packages": "start_export
 GPUS = {f"gpus_{kind}": [*QUICK, "--context_parallel", kind.partition("_")[2]]
         for kind in ("2_ulysses", "2_ring", "4_ulysses")}
 CACHED_GPUS = {f"gpus_{count}_{name}": [*QUICK, "--context_parallel", "auto", *flags] for name, flags in (
-    ("balanced", ["--force_cache", "--cache_preset", "balanced"]), ("taylorseer", ["--step_cache", "taylorseer"]))
+    ("balanced", ["--force_cache", "--step_cache", "balanced"]), ("taylorseer", ["--step_cache", "taylorseer"]))
     for count in (2, 4)}
 
 # tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
 # that matters, and what all else is worth nothing beyond.
 COMPILED = [*QUICK, FUSED, CHANNELS]
 TINY = {
-    "eager": EAGER + OFF,
+    "eager": [*EAGER, *OFF],
     "float32": [*EAGER, *OFF, "--disable_bf16"],
     "compile": [*COMPILED, FA3, QUANT],
     "export": [*COMPILED, FA3, QUANT, "--compile_export_mode", "export_aoti"],
     "projections": [*EAGER, CHANNELS, FA3, QUANT],
     "channels_last": [*EAGER, FUSED, FA3, QUANT],
-    "fused_vae": [*EAGER[:-1], FUSED, FA3, QUANT],
-    "cudagraphs": [*EAGER[:2], *OFF],
+    "fused_vae": [*NOT_COMPILED, "--disable_cudagraphs", "--disable_gpu_postprocess", FUSED, FA3, QUANT],
+    "cudagraphs": [*NOT_COMPILED, *OFF],
     "int8": [*COMPILED, FA3, "--quant_dtype", "int8"],
     "float8_row": [*COMPILED, FA3, "--quant_dtype", "float8", "--quant_granularity", "row"],
     "float8_tensor": [*COMPILED, FA3, "--quant_dtype", "float8", "--quant_granularity", "tensor"],
@@ -150,16 +150,15 @@ TINY = {
     "unfused": [*EAGER, CHANNELS, "--disable_fused_kernels", "--quant_dtype", "float8"],
     "fused": [*EAGER, CHANNELS, "--quant_dtype", "float8"],
     "text_encoder_quant": [*EAGER, *OFF, "--text_encoder_quant"],
-    "cache": [*EAGER, *OFF, "--enable_cache_dit"],
-    "cache_yaml": [*EAGER, *OFF, "--cache_dit_config", "cache_config.yaml"],
-} | {f"cache_{name}": [*EAGER, *OFF, "--cache_preset", name] for name in PRESETS} | {
-    f"ahead_{name}": [*EAGER, *OFF, "--cache_preset", name, "--cache_decide_ahead"] for name in PRESETS} | {
+    "cache": [*EAGER, *OFF, "--step_cache", "f12b12"],
+    "cache_yaml": [*EAGER, *OFF, "--step_cache", "cache_config.yaml"],
+} | {f"cache_{name}": [*EAGER, *OFF, "--step_cache", name] for name in PRESETS} | {
     f"taylorseer_{interval}": [*EAGER, *OFF, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
     for interval in "234"} | {
     # 24, 20, 16 and 13 steps compute about the blocks that the presets compute of this model.
     f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {
     "all_defaults": QUICK,
-    "cache_defaults": [*QUICK, "--enable_cache_dit"],
+    "cache_defaults": [*QUICK, "--step_cache", "f12b12"],
     "other_seed": [*EAGER, *OFF, "--seed", "1000"],
 }
 # The same recipe without its cache, where that is not the reference already.
@@ -181,15 +180,11 @@ ROWS = {
 # a start.
 WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
 
-# Nothing is prepared beside these: a whole process is what is timed, other GPUs are in use, or inductor chooses kernels
-# by timing them.
-ALONE = ("start_", "gpus_", "7_flags")
 
-
-def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = False) -> list[list[str]]:
-    """The command lines of one row, in order, from the repository's root: the last one measures and results record
-    it, those before make what it compares with, unless that is there, or what it starts from. Later flags win over
-    earlier ones."""
+def commands(gpu: str, suite: str, row: str, scratch: Path) -> list[list[str]]:
+    """The command lines of one row, in order, from the repository's root. The last one measures, and the result records
+    it. Those before make the pictures that it compares with, unless they exist, or the cache that it starts from. Later
+    flags win over earlier ones."""
     output = scratch / "result.json"
     if suite == "tiny":
         def pictures(*flags: str, row: str) -> list[str]:
@@ -200,7 +195,6 @@ def commands(gpu: str, suite: str, row: str, scratch: Path, metrics: bool = Fals
         flags = ["--reference", kept["eager"], "--output-json", str(output), "--sheet", str(scratch / "sheet.webp")]
         if row in TWINS:
             flags += ["--twin", kept[TWINS[row]]]
-        flags += ["--download-metrics"] if metrics else []
         return [*(pictures("--keep", path, row=name) for name, path in kept.items()), pictures(*flags, row=row)]
     flags = ["--ckpt", CKPTS[suite], "--random_weights", "--warmup", "1", "--runs", RUNS[suite],
              "--output-json", str(output), "--output-file", str(scratch / "image.png")]
@@ -236,8 +230,30 @@ class Job(NamedTuple):
     row: str
     path: Path
 
-    def is_alone(self) -> bool:
-        return self.suite == "tiny" or self.row.startswith(ALONE)
+
+GRACE_S = 40.0  # torchrun waits 30 s for its workers
+
+
+def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
+    """Runs a command from the repository's root; its exit code, None if it ran past `timeout` seconds, and its output.
+    A command that is cut off, also by Ctrl-C, takes its children with it."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers, which SIGKILL would leave behind
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
 
 
 def reason(code: int | None, output: str) -> str:
@@ -267,6 +283,7 @@ def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
     """The result of one row, whose commands run one after the other until one fails."""
     start = time.monotonic()
     for line in lines:
+        (scratch / "result.json").unlink(missing_ok=True)  # only the last command's counts
         code, output = execute(line, max(1.0, timeout - (time.monotonic() - start)))
         if code != 0:
             break
@@ -283,62 +300,17 @@ def where(folder: Path, row: str, resume: bool) -> Path | None:
     return before[-1] if resume and failed else records.next_path(folder, row)
 
 
-Measured = tuple[Job, dict, Path]  # with the scratch folder, which is there until the next one is asked for
-
-
-def one_by_one(jobs: list[Job], args) -> Iterator[Measured]:
-    """Measures rows in their order. One that starts from what the row just before it has left (AFTER) finds that there.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = left_by = None
-        for place, job in enumerate(jobs):
-            goes_on = left_by == (job.suite, AFTER.get(job.row))
-            if goes_on:
-                (scratch / "result.json").unlink()
-            else:
-                scratch = Path(folder, str(place))
-            lines = lines_of(job, scratch, args)
-            record = measure(lines[-1:] if goes_on else lines, scratch, args.timeout)
-            yield job, record, scratch
-            left_by = None if "error" in record else (job.suite, job.row)
-
-
-def beside_others(jobs: list[Job], args) -> Iterator[Measured]:
-    """Measures rows in the order in which they end. How long they took to start says nothing then."""
-    with tempfile.TemporaryDirectory() as folder:
-        scratches = [Path(folder, str(place)) for place in range(len(jobs))]
-        lines = [lines_of(job, scratch, args)[-1] for job, scratch in zip(jobs, scratches, strict=True)]
-        with closing(side_by_side(lines, args.jobs, args.timeout)) as ended:
-            for place, code, output, seconds in ended:
-                record = outcome(lines[place], code, output, scratches[place], args.timeout, seconds)
-                nothing = {"cold_start_s": None} if "cold_start_s" in record else {}
-                yield jobs[place], record | {"jobs": args.jobs} | nothing, scratches[place]
-
-
-def lines_of(job: Job, scratch: Path, args) -> list[list[str]]:
-    """The commands of a row, and in its scratch folder what they read."""
+def lines_of(job: Job, gpu: str, scratch: Path) -> list[list[str]]:
+    """The commands of a row; their inputs are written into the scratch folder."""
     scratch.mkdir(exist_ok=True)
     if job.suite == "kontext":
         noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
         PIL.Image.fromarray(noise).save(scratch / "reference.png")
-    if job.row.startswith("cache_deciding"):
-        # Of 1 and more cache-dit compares nothing; what is predicted of random weights may be more.
-        threshold = 10.0 if job.row == "cache_deciding_ahead" else 0.999
-        options = replace(step_cache.PRESETS["balanced"], residual_diff_threshold=threshold)
-        (scratch / "balanced.yaml").write_text(yaml.safe_dump(asdict(options)))
-    lines = commands(args.gpu, job.suite, job.row, scratch, args.download_metrics)
-    return [[*line, "--stop_before_timing"] for line in lines] if args.jobs > 1 and not job.is_alone() else lines
-
-
-def measured(jobs: list[Job], args) -> Iterator[Measured]:
-    """Measures rows, those first that may be prepared beside others."""
-    beside = [job for job in jobs if args.jobs > 1 and not job.is_alone()]
-    yield from beside_others(beside, args)
-    yield from one_by_one([job for job in jobs if job not in beside], args)
+    return commands(gpu, job.suite, job.row, scratch)
 
 
 def run(args) -> int:
-    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which end the rows' processes."""
+    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which end the row's processes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     todo = [(suite, row, path) for suite, row in args.chosen
             if (path := where(records.RESULTS / args.gpu / suite, row, args.resume))]
@@ -346,16 +318,22 @@ def run(args) -> int:
             for number, (suite, row, path) in enumerate(todo, 1)]
     print(f"{len(jobs)} of {len(args.chosen)} rows to measure", flush=True)
     if args.dry_run:
-        return show(jobs, args)
+        return show(jobs, args.gpu)
     failed, done, start = [], 0, time.monotonic()
     try:
-        with closing(measured(jobs, args)) as results:
-            for job, record, scratch in results:
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = left_by = None
+            for done, job in enumerate(jobs):
+                # A row of AFTER starts from the cache that the row before it has just left, if it has.
+                goes_on = left_by == (job.suite, AFTER.get(job.row))
+                scratch = scratch if goes_on else Path(folder, str(done))
+                lines = lines_of(job, args.gpu, scratch)
+                record = measure(lines[-1:] if goes_on else lines, scratch, args.timeout)
                 save(job, record, scratch)
-                done += 1
-                left = len(jobs) - done
+                left_by = None if "error" in record else (job.suite, job.row)
+                left = len(jobs) - done - 1
                 print(f"{job.name}: {summary(record)}, {record['wall_s']:.0f} s; {left} left, about "
-                      f"{left * (time.monotonic() - start) / done / 60:.0f} min", flush=True)
+                      f"{left * (time.monotonic() - start) / (done + 1) / 60:.0f} min", flush=True)
                 if "error" in record:
                     failed.append(f"{job.suite}/{job.row}")
                     print("\n".join(f"    {line}" for line in record["output_end"]), file=sys.stderr)
@@ -367,11 +345,11 @@ def run(args) -> int:
     return 1 if failed else 0
 
 
-def show(jobs: list[Job], args) -> int:
+def show(jobs: list[Job], gpu: str) -> int:
     """Prints the command that measures each row."""
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:
-            line = lines_of(job, Path(folder), args)[-1]
+            line = lines_of(job, gpu, Path(folder))[-1]
             print(f"{job.name} -> {job.path.relative_to(records.RESULTS.parent)}: {shlex.join(line[1:])}")
     return 0
 
@@ -394,23 +372,30 @@ def summary(record: dict) -> str:
 
 
 def report(args) -> int:
-    """Writes the pages' tables and each GPU's report; the exit code: 1 if --check finds a table out of date."""
-    from report import tables
+    """Writes the pages' tables and pictures; the exit code: 1 if --check finds one of them out of date."""
+    from report import charts, tables
+    stale = tables.stale() | charts.stale()
     if args.check:
-        return tables.check()
-    tables.write()
-    try:
-        from report import page
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"error: {error.name} is missing. {INSTALL}") from error
-    gpus = args.gpus or sorted(path.name for path in records.RESULTS.iterdir() if path.is_dir())
-    for gpu in gpus:
-        for path in page.write(gpu):
-            print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 1000:.0f} kB")
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what results/ says: run python experiments.py report",
+                  file=sys.stderr)
+        return 1 if stale else 0
+    for path, content in (stale | charts.contact_sheets()).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        print(f"wrote {path.relative_to(ROOT)}, {len(content) / 1000:.0f} kB")
     return 0
 
 
-INSTALL = "pip install jinja2==3.1.6 matplotlib==3.11.2, or pip install -r requirements-dev.txt"
+def refuse_unknown_code(parser: argparse.ArgumentParser) -> None:
+    """Ends with an error unless a commit holds the code that would be measured."""
+    commit = current_commit()
+    if commit is None:
+        parser.error("no commit is known here, and results have to name theirs: run this in a git clone, or set "
+                     "GIT_COMMIT. --dry-run shows the commands.")
+    if commit.endswith("-dirty"):
+        parser.error(f"files differ from the commit ({commit}), and no commit would hold the measured code: commit "
+                     "first. --dry-run shows the commands.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -426,33 +411,21 @@ def main(argv: list[str] | None = None) -> int:
                       help="skip rows that this commit has finished, and repeat those that failed; without, a row that "
                       "is there is measured again and appended as ROW.2.json")
     runs.add_argument("--timeout", type=finite_float, default=1800, metavar="S",
-                      help="seconds a row may take (1800), less those in which --jobs stops it")
-    runs.add_argument("--jobs", type=int, default=1, metavar="N",
-                      help="let up to N rows load and compile side by side, and time one at a time, all others stopped "
-                      "(1; Linux). For rows that fit: the models of N of them share the GPU's memory. What failed for "
-                      "want of it is measured by itself with --resume and without --jobs. Rows that time a start, "
-                      "tune kernels, make pictures or use two GPUs run alone, after the others")
-    runs.add_argument("--download-metrics", action="store_true",
-                      help="download the weights of LPIPS and CLIP score (suite tiny) if they are not here")
+                      help="seconds a row may take (1800)")
     runs.set_defaults(action=run)
 
-    reports = actions.add_parser("report", help="write the README's tables, charts and a page of each GPU",
-                                 description=f"Tables need nothing; charts and page need: {INSTALL}")
-    reports.add_argument("gpus", nargs="*", metavar="GPU", help="folders below results/; all without")
-    reports.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
+    reports = actions.add_parser("report", help="write the tables and pictures of the pages from results/")
+    reports.add_argument("--check", action="store_true", help="write nothing; exit code 1 if one is out of date")
     reports.set_defaults(action=report)
 
     args = parser.parse_args(argv)
     if args.action is run:
-        if args.jobs < 1:
-            runs.error(f"--jobs {args.jobs}: it must be at least 1")
         try:
             args.chosen = choose(args.suite, args.rows)
         except ValueError as error:
             runs.error(str(error))
-    elif missing := [gpu for gpu in args.gpus if not (records.RESULTS / gpu).is_dir()]:
-        there = sorted(path.name for path in records.RESULTS.iterdir() if path.is_dir())
-        reports.error(f"no results of {', '.join(missing)}: choose from {', '.join(there)}")
+        if not args.dry_run:
+            refuse_unknown_code(runs)
     return args.action(args)
 
 

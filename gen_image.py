@@ -7,7 +7,7 @@
 import sys
 
 from utils import parallel, step_cache
-from utils.benchmark_utils import RecipeError, StageLog, create_parser, exit_with_reason, spare_the_garbage_collector
+from utils.benchmark_utils import StageLog, create_parser, exit_with_reason, spare_the_garbage_collector
 from utils.checks import check_args
 from utils.images import image_parameters, keep_images
 from utils.many_prompts import image_paths, join_processes, make_images
@@ -20,10 +20,6 @@ from utils.text_encoding import warn_of_cut_prompts
 def main():
     args = create_parser().parse_args()
     check_args(args)
-    for flag in ("trace_file", "output_json", "step_error", "kernels", "warmup", "runs", "compare", "ceilings",
-                 "force_cache", "stop_before_timing"):
-        if getattr(args, flag) is not None and getattr(args, flag) is not False:
-            raise RecipeError(f"--{flag} is for run_benchmark.py: gen_image.py only makes images.")
     prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
     paths = image_paths(args, prompts)
     check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])

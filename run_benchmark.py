@@ -2,7 +2,6 @@
 
     python run_benchmark.py --random_weights --output-json result.json
     torchrun --nproc_per_node=2 run_benchmark.py --random_weights --context_parallel auto
-    python run_benchmark.py --compare before.json after.json
 
 The last line on stdout is the result as one JSON object.
 """
@@ -20,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 
-from utils import ceilings, compare, flaws, parallel, step_cache
+from utils import flaws, parallel, step_cache
 from utils.benchmark_utils import (
     SCHEMA_VERSION,
     PeakMemory,
@@ -41,7 +40,6 @@ from utils.machine import kernel_cache
 from utils.output_checks import check_outputs
 from utils.outputs import as_path, is_record, is_trace, refuse_torn_trace, replacing, write_json, write_or_rescue
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
-from utils.processes import wait_for_turn
 from utils.quality import capture_step, float32_step, relative_error
 from utils.regions import StageTimes, in_regions
 from utils.roofline import step_record, watching_tokens
@@ -49,22 +47,18 @@ from utils.text_encoding import warn_of_cut_prompts
 
 
 def main():
-    args = create_parser().parse_args()
-    if args.compare:
-        return compare_results(args.compare)
-    args.warmup = 3 if args.warmup is None else args.warmup
-    args.runs = 10 if args.runs is None else args.runs
+    args = create_parser(measure=True).parse_args()
     check_args(args)
+    for name, least in (("runs", 1), ("warmup", 0)):
+        if getattr(args, name) < least:
+            raise RecipeError(f"--{name} {getattr(args, name)}: it must be at least {least}.")
     if args.prompts_file:
         raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
     path = as_path(args.output_file)
-    check_outputs(args, [] if args.ceilings else [path], [args.prompt])
-    if args.ceilings:
-        return write_ceilings(args.ceilings)
+    check_outputs(args, [path], [args.prompt])
     if args.kernels and args.device != "cuda":
         raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
-    caches = args.enable_cache_dit or args.cache_preset or args.cache_dit_config or args.step_cache
-    if args.step_error and (caches or args.offload != "none"):
+    if args.step_error and (args.step_cache or args.offload != "none"):
         raise RecipeError("--step_error calls the transformer by itself and needs it unquantised on the GPU: it does "
                           "not go with step caches and --offload.")
     if args.context_parallel:
@@ -100,10 +94,6 @@ def main():
                 synchronize(args.device)
                 log.seconds["process start to first image"] = since_start()
     with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error():
-        if args.stop_before_timing:
-            synchronize(args.device)
-            wait_for_turn()
-            pipeline(**call_kwargs(pipeline, args))  # the stop let clocks sink and others fill the caches
         seconds, image = time_images(pipeline, args)
         is_finite = pipeline.image_processor.finite.tolist()[0]
         memory.end_of("image")
@@ -205,22 +195,6 @@ def step_kernels(pipeline, args) -> list[dict]:
     found = [{"name": event.key[:160], "launches": event.count, "ms": event.self_device_time_total / 1e3}
              for event in profile.key_averages() if event.self_device_time_total]
     return sorted(found, key=lambda kernel: -kernel["ms"])
-
-
-def compare_results(paths: list[str]) -> None:
-    """Prints two results side by side; the last line is the comparison as JSON."""
-    a, b = map(compare.read, paths)
-    found = compare.compare(a, b)
-    print("\n".join([*compare.lines(paths, a, b, found), json.dumps(found)]))
-
-
-def write_ceilings(path: str) -> None:
-    """Measures this GPU's ceilings; the last line is the record as JSON."""
-    record = ceilings.measure()
-    error = write_or_rescue(lambda path: write_json(path, record, is_record), path, "record")
-    print("\n".join([*ceilings.lines(record), json.dumps(record)]))
-    if error:
-        raise error
 
 
 def write_trace(pipeline, args) -> RecipeError | None:

@@ -57,9 +57,3 @@ def beside(folder: Path, row: str, others: list[dict]) -> tuple[Path, dict] | No
                 abs(datetime.fromisoformat(here["date"]) - datetime.fromisoformat(middle["date"])))
 
     return min(reversed(found), key=distance)
-
-
-def failures(folder: Path) -> dict[str, dict]:
-    """The records of rows whose newest attempt failed and that no attempt finished, by row."""
-    rows = sorted({path.name.split(".")[0] for path in folder.glob("*.json")})
-    return {row: json.loads(attempts(folder, row)[-1].read_text()) for row in rows if newest(folder, row) is None}

@@ -1,16 +1,16 @@
-"""The tables of README.md, KERNELS.md and tiny_flux/README.md, from the JSON files in results/: no figure in them is
-typed by hand. `python experiments.py report` rewrites what stands between the markers.
+"""The tables of the repository's pages, from the JSON files in results/: no figure in them is typed by hand.
+
+`python experiments.py report` rewrites everything between a marker, such as `<!-- results:h100/dev -->`, and the next
+`<!-- end -->`, in README.md, KERNELS.md, tiny_flux/README.md and docs/*.md.
 """
 
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 
 from report.records import RESULTS, ROOT, attempts, beside, newest
 
-PAGES = (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md")
 MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
@@ -50,8 +50,6 @@ GROUPS = {
         "without_fused_kernels": "without fused kernels",
     },
     "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
-        "cache_deciding": "step cache, balanced, each step decided by its residual",
-        "cache_deciding_ahead": "step cache, balanced, each step decided a step ahead",
         "cache_taylorseer_2": TAYLORSEER[2], "cache_taylorseer": TAYLORSEER[3], "cache_taylorseer_4": TAYLORSEER[4],
         "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs",
         "gpus_2_taylorseer": "TaylorSeer, two GPUs", "gpus_4_taylorseer": "TaylorSeer, four GPUs"},
@@ -220,17 +218,13 @@ QUALITY = {
     "cache_defaults": "all defaults and the step cache",
     "cache_yaml": "step cache of cache_config.yaml",
     "cache_safe": CACHES["cache_safe"],
-    "ahead_safe": CACHES["cache_safe"] + ", decided a step ahead",
     "steps_24": "24 steps",
     "cache_balanced": CACHES["cache_balanced"],
-    "ahead_balanced": CACHES["cache_balanced"] + ", decided a step ahead",
     "steps_20": "20 steps",
     "cache_fast": CACHES["cache_fast"],
-    "ahead_fast": CACHES["cache_fast"] + ", decided a step ahead",
     "steps_16": "16 steps",
     "steps_14": "14 steps",
     "cache_extreme": CACHES["cache_extreme"],
-    "ahead_extreme": CACHES["cache_extreme"] + ", decided a step ahead",
     "steps_13": "13 steps",
     "taylorseer_2": TAYLORSEER[2],
     "taylorseer_3": TAYLORSEER[3],
@@ -456,24 +450,26 @@ def tried_table(gpu: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_tables(text: str) -> str:
-    """`text` with every marked part written anew."""
-    makers = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
-              "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
-              "load": load_table, "last_block": last_block_table, "expected": expected_table, "tried": tried_table,
-              "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
-    return MARKERS.sub(lambda part: part[1] + makers[part[2]](part[3]) + part[4], text)
+MAKERS = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
+          "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
+          "load": load_table, "last_block": last_block_table, "expected": expected_table, "tried": tried_table,
+          "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
 
 
-def write() -> None:
-    """Brings the pages up to date."""
-    for page in PAGES:
-        page.write_text(with_tables(page.read_text()))
+def pages() -> list[Path]:
+    """The pages whose tables are made here."""
+    return [path for path in (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md",
+                              *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 
 
-def check() -> int:
-    """The exit code: 1 if `write` would change a page."""
-    stale = [page for page in PAGES if with_tables(page.read_text()) != page.read_text()]
-    for page in stale:
-        print(f"{page} is not what results/ says: run python experiments.py report", file=sys.stderr)
-    return 1 if stale else 0
+def with_tables(page: Path, text: str | None = None) -> str:
+    """The page's text, or the `text` given for it, with every marked part made anew. Its links start at the page."""
+    to_root = "../" * len(page.relative_to(ROOT).parts[:-1])
+    text = page.read_text() if text is None else text
+    return MARKERS.sub(lambda part: part[1] + MAKERS[part[2]](part[3]).replace("](results/", f"]({to_root}results/")
+                       + part[4], text)
+
+
+def stale() -> dict[Path, bytes]:
+    """The pages that are not what results/ says, with the content that they should have."""
+    return {page: text.encode() for page in pages() if (text := with_tables(page)) != page.read_text()}

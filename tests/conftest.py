@@ -1,7 +1,5 @@
-import os
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ def _seed():
 def make_args():
     """Arguments as the command line gives them: make_args("--ckpt", "tiny-flux", ...)."""
     def make(*argv):
-        return create_parser().parse_args(["--device", "cpu", "--quiet", *argv])
+        return create_parser(measure=True).parse_args(["--device", "cpu", "--quiet", *argv])
     return make
 
 
@@ -61,17 +59,22 @@ def float8_on_cpu(monkeypatch):
     monkeypatch.setattr(techniques.Hardware, "has_float8", True)
 
 
-@pytest.fixture
-def plan_on_hopper(monkeypatch):
-    """Called, it has `optimize` decide as on a Hopper GPU from then on."""
+def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantisation", "fused kernels")):
+    """From now on `optimize` has these techniques on, as on a Hopper GPU; the kernels' references stand in for them."""
     def planned(*given):
         chosen = techniques.plan(*given)
-        chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
-        for name in ("attention", "quantisation", "fused kernels"):
+        for name in names:
             chosen.decisions[name] = techniques.Decision(True, "")
+        if "attention" in names:
+            chosen.attention_backend = "fa3"
+        if "quantisation" in names:
+            chosen.quant = ("float8", "row")
         return chosen
 
-    return lambda: monkeypatch.setattr(pipeline_utils, "plan", planned)
+    patch.setattr(pipeline_utils, "plan", planned)
+    if "CUDA graphs" in names:
+        patch.setattr(pipeline_utils, "CUDAGraphed", lambda module, pool=None: module)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 def exit_code_of(monkeypatch, script, *argv: str) -> int:
@@ -95,15 +98,6 @@ def skip_without_float8_products() -> None:
     """torch 2.11 multiplies float8 on a CPU with one scale a tensor only, and compiles no such product."""
     if torch.__version__ < "2.12":
         pytest.skip("torch 2.11 lacks float8 products on a CPU")
-
-
-def run_in_the_interpreter(file: str) -> None:
-    """Runs the tests of `file` whose names hold "interpreter" with Triton's kernels interpreted: a process of its own,
-    since Triton decides when it is imported."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-k", "interpreter", file],
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def relative(found, reference):

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint before its weights load, and the sentences for everything that the Hub can answer."""
+"""What is known of a checkpoint before its weights load, and the errors for all that the Hub can answer."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from utils.pipeline_utils import load_pipeline
 
 @pytest.mark.parametrize("name, expected", [("tiny-flux", "schnell"), ("tiny-flux-dev", "dev"),
                                             ("tiny-kontext", "kontext")])
-def test_a_local_folder_is_known_by_what_it_is(build, tmp_path, make_args, name, expected):
+def test_identify_a_local_folder_by_its_configs(build, tmp_path, make_args, name, expected):
     """flux-fast knew a model by its name in four different ways; a folder or fine-tune fell through all of them."""
     folder = tmp_path / "my-fine-tune"
     pipeline = build(name)
@@ -30,7 +30,7 @@ def test_a_local_folder_is_known_by_what_it_is(build, tmp_path, make_args, name,
     assert settings.num_inference_steps == (4 if expected == "schnell" else 28)
 
 
-def test_a_local_folder_loads_with_the_same_weights(build, tmp_path, make_args):
+def test_load_pipeline_of_a_local_folder_has_its_weights(build, tmp_path, make_args):
     pipeline = build("tiny-flux-dev", torch.bfloat16)
     pipeline.save_pretrained(tmp_path)
     loaded = load_pipeline(make_args("--ckpt", str(tmp_path)))
@@ -40,15 +40,15 @@ def test_a_local_folder_loads_with_the_same_weights(build, tmp_path, make_args):
         assert torch.equal(a, b), name
 
 
-def test_flags_win_over_the_models_defaults(make_args):
+def test_image_settings_flags_win_over_the_models_defaults(make_args):
     args = make_args("--height", "64", "--num_inference_steps", "7", "--guidance_scale", "0")
     settings = image_settings(args, random_weights.architecture("FLUX.1-dev"))
     assert (settings.height, settings.width, settings.num_inference_steps, settings.guidance_scale) == (64, 1024, 7, 0)
 
 
-def test_another_pipeline_is_refused(tmp_path):
+def test_read_configs_of_another_pipeline_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(RecipeError, match="is a StableDiffusionPipeline; this recipe runs FluxPipeline"):
+    with pytest.raises(RecipeError, match=r"StableDiffusionPipeline.*FluxPipeline"):
         read_configs(str(tmp_path))
 
 
@@ -62,31 +62,31 @@ def break_file(path, content):
     ("transformer/diffusion_pytorch_model.safetensors", b"junk", "transformer"),
     ("text_encoder_2/model.safetensors", None, "text_encoder_2"),
 ])
-def test_a_damaged_checkpoint_is_named(build, tmp_path, make_args, file, content, text):
+def test_load_pipeline_of_a_damaged_checkpoint_names_the_part(build, tmp_path, make_args, file, content, text):
     build("tiny-flux").save_pretrained(tmp_path)
     break_file(tmp_path / file, content)
     with pytest.raises(RecipeError, match=f"--ckpt.*{text}"):
         load_pipeline(make_args("--ckpt", str(tmp_path)))
 
 
-def test_a_home_relative_folder_loads(build, tmp_path, make_args, monkeypatch):
+def test_load_pipeline_expands_the_home_folder(build, tmp_path, make_args, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     build("tiny-flux").save_pretrained(tmp_path / "model")
     assert load_pipeline(make_args("--ckpt", "~/model")).transformer.config.num_layers == 2
 
 
-def test_a_tokenizer_without_a_limit_gets_the_models(build, tmp_path, make_args):
+def test_image_settings_of_a_tokenizer_without_a_limit_are_the_models(build, tmp_path, make_args):
     build("tiny-flux").save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_2" / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
     assert image_settings(make_args(), read_configs(str(tmp_path))).max_sequence_length == 256
 
 
-def test_a_folder_without_a_model_index_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"no model_index\.json"):
+def test_read_configs_without_a_config_names_the_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"model_index\.json"):
         read_configs(str(tmp_path))
     shutil.copy(presets.CHECKPOINT / "model_index.json", tmp_path)
-    with pytest.raises(RecipeError, match=r"no \w+/\w+\.json"):
+    with pytest.raises(RecipeError, match=r"\w+/\w+\.json"):
         read_configs(str(tmp_path))
 
 
@@ -97,14 +97,14 @@ def _answer(kind):
 
 
 @pytest.mark.parametrize("kind, text", [
-    (errors.GatedRepoError, "gated.*Accept its licence.*hf auth login"),
-    (errors.RepositoryNotFoundError, "neither a local folder nor a checkpoint"),
-    (errors.HFValidationError, "neither a local folder nor a checkpoint"),
-    (errors.RevisionNotFoundError, "no revision 'v9'"),
-    (errors.LocalEntryNotFoundError, "cannot be reached.*--random_weights"),
-    (errors.HfHubHTTPError, "answered with an error: the Hub's own words"),
+    (errors.GatedRepoError, "hf auth login"),
+    (errors.RepositoryNotFoundError, "folder"),
+    (errors.HFValidationError, "folder"),
+    (errors.RevisionNotFoundError, "v9"),
+    (errors.LocalEntryNotFoundError, "--random_weights"),
+    (errors.HfHubHTTPError, "the Hub's own words"),
 ])
-def test_what_the_hub_answers_becomes_what_to_do(monkeypatch, kind, text):
+def test_read_configs_hub_error_names_the_cure(monkeypatch, kind, text):
     def download(*args, **kwargs):
         raise _answer(kind)
     monkeypatch.setattr(checkpoint, "hf_hub_download", download)
@@ -112,14 +112,14 @@ def test_what_the_hub_answers_becomes_what_to_do(monkeypatch, kind, text):
         read_configs("black-forest-labs/FLUX.1-dev", revision="v9")
 
 
-def test_no_network_is_said(monkeypatch):
+def test_read_configs_offline_names_the_flag_that_needs_no_network(monkeypatch):
     """With the real client, offline: nothing is in the cache, nothing can be fetched."""
     import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RecipeError, match="cannot be reached"):
+    with pytest.raises(RecipeError, match="--random_weights"):
         read_configs("nobody/nothing-of-this-name")
 
 
-def test_other_errors_pass_unchanged():
+def test_hub_errors_passes_other_errors_on():
     with pytest.raises(ZeroDivisionError), hub_errors("--ckpt", "a"):
         _ = 1 / 0

@@ -1,4 +1,4 @@
-"""When two calls may share a CUDA graph; on a GPU, that replays equal the module."""
+"""When two calls may share a CUDA graph. That replays equal the module, tests/test_gpu.py shows."""
 
 import pytest
 import torch
@@ -21,26 +21,26 @@ X = torch.randn(2, 3)
     ((X,), {"a": X}),                                        # missing
     ((X, X), {"a": X, "flag": None}),                        # one more
 ])
-def test_signatures_differ(other):
+def test_signature_other_inputs_differs(other):
     assert signature((X,), {"a": X, "flag": None}) != signature(*other)
 
 
-def test_zero_is_not_false():
+def test_signature_zero_and_false_differ():
     assert signature((0,), {}) != signature((False,), {})
 
 
-def test_signatures_agree_on_values_and_strides():
+def test_signature_other_values_and_strides_is_the_same():
     same = torch.zeros(3, 2).t()
     assert signature((X,), {"a": X, "k": {"b": 1}}) == signature((same,), {"a": same, "k": {"b": 1}})
     assert hash(signature((X,), {})) == hash(signature((same,), {}))
 
 
-def test_an_argument_that_cannot_be_compared_is_refused():
+def test_signature_unhashable_argument_is_refused():
     with pytest.raises(TypeError):
         signature((bytearray(b"x"),), {})
 
 
-def test_attributes_are_the_modules_own():
+def test_cuda_graphed_attributes_are_the_modules():
     module = torch.nn.Linear(4, 3)
     module.config = {"a": 1}
     wrapped = CUDAGraphed(module)
@@ -51,12 +51,12 @@ def test_attributes_are_the_modules_own():
         wrapped.nothing_of_this_name  # noqa: B018
 
 
-def test_a_module_of_buffers_alone():
+def test_cuda_graphed_module_of_buffers_alone_has_their_dtype():
     assert CUDAGraphed(torch.nn.BatchNorm1d(3, affine=False)).dtype == torch.float32
 
 
-def test_recording_can_be_an_error():
+def test_recording_is_an_error_unknown_input_names_the_module():
     wrapped = CUDAGraphed(torch.nn.Linear(4, 3))
-    with recording_is_an_error(), pytest.raises(RuntimeError, match="CUDA graph of Linear would be recorded"):
+    with recording_is_an_error(), pytest.raises(RuntimeError, match="Linear"):
         wrapped(torch.zeros(2, 4))
     assert CUDAGraphed.may_record

@@ -68,9 +68,10 @@ def test_equalize_values_keeps_the_function_and_levels_heads(build, make_args, f
     assert rows.max() / rows.min() < 4
 
 
-@pytest.mark.parametrize("mixture", ["head=300", "head_inverse=300", "neuron=300,head=3000"])
+@pytest.mark.parametrize("mixture", [
+    *(pytest.param(text, marks=pytest.mark.slow) for text in ("head=300", "head_inverse=300")), "neuron=300,head=3000"])
 @torch.no_grad()
-def test_int8_holds_with_strong_heads(build, make_args, mixture):
+def test_quantize_transformer_int8_with_strong_heads_holds(build, make_args, mixture):
     """Before equalization an H200 showed 27 to 43 % with one strong head, and 1.5 % without."""
     pipeline = build("tiny-flux-dev", torch.bfloat16)
     inputs = capture_step(pipeline, call_kwargs(pipeline, make_args("--ckpt", "tiny-flux-dev")))
@@ -87,10 +88,11 @@ def test_int8_holds_with_strong_heads(build, make_args, mixture):
 
 
 @pytest.mark.parametrize("mixture, times", [
-    ("neuron=3000", 1.3), ("head=3000", 1.3), ("head_inverse=3000", 1.3), ("massive_by_weights=2000", 1.3),
+    *(pytest.param(text, 1.3, marks=pytest.mark.slow)
+      for text in ("neuron=3000", "head=3000", "head_inverse=3000", "massive_by_weights=2000")),
     ("neuron=300,head=300,massive_by_weights=500", 1.3), ("heavy_rows=0.4", 6)])  # the last changes the function
 @torch.no_grad()
-def test_t5_in_int8_holds_on_reshaped_weights(build, mixture, times):
+def test_quantize_text_encoder_of_reshaped_weights_holds(build, mixture, times):
     """About as near to float32 as on plain weights."""
     ids = torch.randint(256, (2, 40))
 

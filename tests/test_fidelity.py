@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def run(monkeypatch, tmp_path, capsys):
 ROWS = ["--rows", "int8", "default", "--", "--device", "cpu"]
 
 
-def test_report_holds_metrics_of_each_picture_and_over_all(run, tmp_path):
+def test_report_has_metrics_of_each_picture_and_over_all(run, tmp_path):
     record, drawn = run(*ROWS, brightness={"int8": 110, "default": "no such GPU"})
     assert drawn == ["reference", "int8", "default"]
     assert record["schema_version"] == 1 and record["settings"]["model"] == "tiny-flux"
@@ -164,13 +165,12 @@ def test_report_holds_metrics_of_each_picture_and_over_all(run, tmp_path):
 
     lines = (tmp_path / "out" / "fidelity.md").read_text().splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("|")}
-    assert set(cells) == {"row", "---|---:|---:|---:|---:|---:|---:|---", "reference", "int8"}
-    assert cells["int8"][1:3] == ["28.1", "28.1"] and cells["int8"][4:7] == ["–", "–", "–"]
+    assert cells["int8"][1:3] == ["28.1", "28.1"] and "reference" in cells
     assert any("no such GPU" in line for line in lines)
     assert PIL.Image.open(tmp_path / "out" / "sheet.png").format == "PNG"
 
 
-def test_second_run_draws_only_rows_with_missing_pictures(run, tmp_path):
+def test_report_second_run_draws_only_rows_with_missing_pictures(run, tmp_path):
     first, _ = run(*ROWS)
     second, drawn = run(*ROWS)
     assert drawn == [] and second["rows"] == first["rows"]
@@ -181,7 +181,7 @@ def test_second_run_draws_only_rows_with_missing_pictures(run, tmp_path):
         "reference", "int8", "text_encoder_quant", "default"]
 
 
-def test_new_reference_pictures_are_compared_with_kept_rows(run, tmp_path):
+def test_report_new_reference_pictures_are_compared_with_kept_rows(run, tmp_path):
     assert run(*ROWS)[0]["rows"]["int8"]["psnr_mean"] == 100
     (tmp_path / "out/reference/image_000_42.png").unlink()
     record, drawn = run(*ROWS, brightness={"reference": 110})
@@ -189,14 +189,14 @@ def test_new_reference_pictures_are_compared_with_kept_rows(run, tmp_path):
     assert record["rows"]["int8"]["psnr_mean"] == pytest.approx(20 * math.log10(255 / 10))
 
 
-def test_skipped_row_is_tried_again_and_others_stay_skipped(run):
+def test_report_skipped_row_is_tried_again_and_others_stay_skipped(run):
     skip = {"int8": "no compiler", "default": "no GPU"}
     assert run(*ROWS, brightness=skip)[0]["skipped"] == skip
     record, drawn = run("--rows", "int8", "--", "--device", "cpu")
     assert drawn == ["int8"] and record["skipped"] == {"default": "no GPU"}
 
 
-def test_more_prompts_may_be_added_to_a_folder(run):
+def test_report_more_prompts_may_be_added_to_a_folder(run):
     run(*ROWS)
     record, drawn = run(*ROWS, prompts=3)
     assert drawn == ["reference", "int8", "default"] and len(record["rows"]["int8"]["pictures"]) == 3
@@ -207,7 +207,7 @@ def test_more_prompts_may_be_added_to_a_folder(run):
     ([*ROWS, "--height", "64"], "flags"),
     (["--prompts-file", "{}/other.txt", *ROWS], "prompts"),
 ])
-def test_folder_of_other_settings_is_refused_before_drawing(run, tmp_path, argv, named):
+def test_report_folder_of_other_settings_is_refused_before_drawing(run, tmp_path, argv, named):
     (tmp_path / "other.txt").write_text("a key\na cat\n")
     run(*ROWS)
     before = (tmp_path / "out" / "fidelity.json").read_bytes()
@@ -216,14 +216,14 @@ def test_folder_of_other_settings_is_refused_before_drawing(run, tmp_path, argv,
     assert (tmp_path / "out" / "fidelity.json").read_bytes() == before
 
 
-def test_other_weights_of_the_same_name_are_another_model(run, monkeypatch):
+def test_report_other_weights_of_the_same_name_are_refused(run, monkeypatch):
     run(*ROWS)
     monkeypatch.setattr(fidelity.weight_files, "identity", lambda folder: "other")
-    with pytest.raises(RecipeError, match="other contents"):
+    with pytest.raises(RecipeError, match="--output-dir"):
         run(*ROWS)
 
 
-def test_a_foreign_sheet_stays(run, tmp_path):
+def test_report_foreign_sheet_is_refused_and_stays(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/sheet.png").write_text("mine")
     with pytest.raises(RecipeError, match=r"sheet\.png"):
@@ -232,7 +232,7 @@ def test_a_foreign_sheet_stays(run, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"settings": {}}'])
-def test_folder_with_another_fidelity_json_is_refused(run, tmp_path, text):
+def test_report_folder_with_another_fidelity_json_is_refused(run, tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "fidelity.json").write_text(text)
     with pytest.raises(RecipeError, match=r"fidelity\.json"):
@@ -242,10 +242,10 @@ def test_folder_with_another_fidelity_json_is_refused(run, tmp_path, text):
 @pytest.mark.parametrize("argv, named", [
     (["--rows", "int9"], "text_encoder_quant"),
     (["--prompts", "0"], "--prompts 0"),
-    (["--prompts", "51"], "from 1 to 50"),
+    (["--prompts", "51"], "--prompts 51"),
     (["--prompts-file", "{}/missing.txt"], "missing.txt"),
     (["--prompts-file", "{}"], "--prompts-file"),
-    (["--prompts-file", "{}/empty.txt"], "holds no prompt"),
+    (["--prompts-file", "{}/empty.txt"], "empty.txt"),
     (["--output-dir", "{}/empty.txt/out"], "--output-dir"),
     (["--image", "{}/missing.png"], "missing.png"),
     (["--ckpt", "FLUX.1-dev", "--block_shares", "--", "--device", "cpu"], "--block-shares"),
@@ -254,13 +254,13 @@ def test_folder_with_another_fidelity_json_is_refused(run, tmp_path, text):
     (["--", "--output-file", "x.png"], "--output_file"),
     (["--", "--num_images_per_prompt", "2"], "--num_images_per_prompt"),
 ])
-def test_wrong_argument_is_refused_before_drawing(run, tmp_path, argv, named):
+def test_report_wrong_argument_is_refused_before_drawing(run, tmp_path, argv, named):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(RecipeError, match=named):
         run(*(one.format(tmp_path) for one in argv), brightness={"reference": "drawn in vain"})
 
 
-def test_output_dir_is_required_but_not_for_the_list(monkeypatch, capsys):
+def test_report_output_dir_is_required_but_not_for_the_list(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fidelity", "--ckpt", "tiny-flux"])
     with pytest.raises(RecipeError, match="--output-dir"):
         fidelity.main()
@@ -270,7 +270,7 @@ def test_output_dir_is_required_but_not_for_the_list(monkeypatch, capsys):
     assert all(name in shown and " ".join(row.flags) in shown for name, row in fidelity.ROWS.items())
 
 
-def test_refused_reference_ends_the_report_and_a_crashed_row_does_not(run, tmp_path):
+def test_report_refused_reference_ends_it_and_a_crashed_row_does_not(run, tmp_path):
     with pytest.raises(RecipeError, match="no memory"):
         run(*ROWS, brightness={"reference": "no memory"})
     assert not (tmp_path / "out" / "fidelity.json").exists()
@@ -288,7 +288,7 @@ def test_refused_reference_ends_the_report_and_a_crashed_row_does_not(run, tmp_p
     ("raise ValueError('boom')", f"{fidelity.CRASHED} (exit code 1): ValueError: boom"),
     ("import os; os.kill(os.getpid(), 9)", f"{fidelity.CRASHED} (exit code -9): no output"),
 ])
-def test_end_of_the_child_becomes_one_line(monkeypatch, tmp_path, code, expected):
+def test_draw_end_of_the_child_is_one_line(monkeypatch, tmp_path, code, expected):
     (tmp_path / "gen_image.py").write_text(f"import sys\n{code}\n")
     monkeypatch.setattr(fidelity, "ROOT", tmp_path)
     assert fidelity.draw("int8", []) == expected
@@ -318,7 +318,7 @@ def test_seconds_per_image_is_the_median_of_the_last_lines(tmp_path):
     assert fidelity.seconds_per_image(manifest, files) == 1.5
 
 
-def test_sheet_has_a_line_for_each_row_and_a_column_for_each_prompt():
+def test_make_sheet_has_a_line_for_each_row_and_a_column_for_each_prompt():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     rows = {name: [PIL.Image.new("RGB", (64, 32), colour) for colour in colours] for name in ("reference", "int8")}
     sheet = fidelity.make_sheet(rows, {"reference": "reference", "int8": "int8\nPSNR"}, ["a cat", "日本", "long " * 40])
@@ -342,21 +342,19 @@ def synthetic_shares(count, **special):
     return rows
 
 
-def test_block_lines_name_the_worst_blocks_and_the_median():
+def test_block_lines_have_the_median_and_the_worst_blocks():
     rows = synthetic_shares(7, hidden=(0, 0.9, 0.0), v=(2, 0.001, 0.5))
     lines = fidelity.block_lines({"shares": rows, "commit": "abc123"})
-    assert lines[1] == "## e4m3 values by block" and "commit abc123" in lines[3]
-    assert lines[5:] == [
-        "- GELU's result: median single 4 0.40 + 0.00 %; worst single 0 90.00 + 0.00 %, single 6 0.60 + 0.00 %, "
-        "single 5 0.50 + 0.00 %, single 4 0.40 + 0.00 %, single 3 0.30 + 0.00 %",
-        "- v: median single 4 0.40 + 0.00 %; worst single 2 0.10 + 50.00 %, single 6 0.60 + 0.00 %, "
-        "single 5 0.50 + 0.00 %, single 4 0.40 + 0.00 %, single 3 0.30 + 0.00 %",
-        "- attention's result: median single 3 0.30 + 0.00 %; worst single 6 0.60 + 0.00 %, single 5 0.50 + 0.00 %, "
-        "single 4 0.40 + 0.00 %, single 3 0.30 + 0.00 %, single 2 0.20 + 0.00 %"]
-    assert fidelity.block_lines({"not_measured": "no GPU", "commit": None})[3:] == ["Not measured: no GPU"]
+    assert any("abc123" in line for line in lines)
+    found = [re.findall(r"single (\d) ([\d.]+) \+ ([\d.]+)", line) for line in lines if "median" in line]
+    small = [("6", "0.60", "0.00"), ("5", "0.50", "0.00"), ("4", "0.40", "0.00"), ("3", "0.30", "0.00")]
+    assert found == [[("4", "0.40", "0.00"), ("0", "90.00", "0.00"), *small],
+                     [("4", "0.40", "0.00"), ("2", "0.10", "50.00"), *small],
+                     [("3", "0.30", "0.00"), *small, ("2", "0.20", "0.00")]]
+    assert "no GPU" in " ".join(fidelity.block_lines({"not_measured": "no GPU", "commit": None}))
 
 
-def test_blocks_on_a_cpu_are_measured_on_request_alone(run, tmp_path):
+def test_report_blocks_on_a_cpu_are_measured_on_request_alone(run, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     flags = ["--", "--device", "cpu", "--random_weights", "1+2"]
     record, _ = run("--rows", "int8", *flags)
@@ -367,7 +365,7 @@ def test_blocks_on_a_cpu_are_measured_on_request_alone(run, tmp_path):
     assert all(f"- {meaning}: median " in text for meaning in fidelity.TENSORS.values())
 
 
-def test_measured_blocks_are_kept_and_others_are_tried_again(run, monkeypatch):
+def test_report_measured_blocks_are_kept_and_others_are_tried_again(run, monkeypatch):
     found = [{"not_measured": "no memory"}, {"shares": synthetic_shares(1)}]
     monkeypatch.setattr(fidelity, "measure_blocks", lambda *_: found.pop(0))
     assert run(*ROWS)[0]["blocks"]["not_measured"] == "no memory"
@@ -377,9 +375,8 @@ def test_measured_blocks_are_kept_and_others_are_tried_again(run, monkeypatch):
 
 
 @pytest.mark.parametrize("hardware, expected", [
-    (H100, "OutOfMemoryError: CUDA out of memory."),
-    (RTX4090, "fused kernels are off: written for Hopper (sm_90), this is NVIDIA GeForce RTX 4090")])
-def test_measure_blocks_without_memory_or_fused_kernels_returns_one_line(decide, monkeypatch, hardware, expected):
+    (H100, "OutOfMemoryError: CUDA out of memory."), (RTX4090, "NVIDIA GeForce RTX 4090")])
+def test_measure_blocks_without_memory_or_fused_kernels_returns_the_reason(decide, monkeypatch, hardware, expected):
     """`decide` stands in for the libraries of a GPU."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -389,7 +386,8 @@ def test_measure_blocks_without_memory_or_fused_kernels_returns_one_line(decide,
     monkeypatch.setattr(fidelity, "load_pipeline", load_pipeline)
     monkeypatch.setattr(fidelity, "detect", lambda *_: hardware)
     recipe = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--device", "cuda"])
-    assert fidelity.measure_blocks(recipe, {"prompt": "a cat", "seed": 42}, False) == {"not_measured": expected}
+    found = fidelity.measure_blocks(recipe, {"prompt": "a cat", "seed": 42}, False)
+    assert set(found) == {"not_measured"} and expected in found["not_measured"] and "\n" not in found["not_measured"]
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import pretend_hopper
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from bench import trained_like
-from utils import fp8_check, fused_blocks, pipeline_utils, techniques
+from utils import fp8_check, fused_blocks, pipeline_utils
 from utils.benchmark_utils import RecipeError
 from utils.fp8_check import BOUND, Fp8Check
 from utils.images import image_parameters, save_image
@@ -18,14 +19,10 @@ from utils.quality import capture_step
 
 
 @pytest.fixture
-def on_hopper(monkeypatch, plan_on_hopper):
+def on_hopper(monkeypatch):
     """A pipeline, which `optimize` then treats as on a Hopper GPU."""
-    def make(args):
-        monkeypatch.setattr(pipeline_utils, "plan", techniques.plan)
-        pipeline = load_pipeline(args)
-        plan_on_hopper()
-        return pipeline
-    return make
+    pretend_hopper(monkeypatch)
+    return load_pipeline
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def args(make_args):
     return lambda *argv: make_args("--ckpt", "tiny-flux-dev", "--compile_export_mode", "disabled", *argv)
 
 
-def test_check_on_a_recipe_that_holds_is_a_line(on_hopper, args, capfd, tmp_path):
+def test_fp8_check_of_a_recipe_that_holds_is_recorded(on_hopper, args, capfd, tmp_path):
     """The error is that of a step, it reaches record and metadata, and it does not decide whether a picture is made."""
     pipeline = optimize(on_hopper(args()), args())
     errors = pipeline.fp8_check["errors"]
@@ -50,7 +47,7 @@ def test_check_on_a_recipe_that_holds_is_a_line(on_hopper, args, capfd, tmp_path
     assert is_made(tmp_path / "x.png", without)
 
 
-def test_check_of_the_finished_recipe_compares_the_first_step(on_hopper, args):
+def test_fp8_check_of_the_finished_recipe_compares_the_first_step(on_hopper, args):
     """The error after all wrappers is that of the blocks by themselves, though the call starts from other noise."""
     pipeline = on_hopper(args())
     check = Fp8Check(pipeline, call_kwargs(pipeline, args()))
@@ -94,7 +91,7 @@ def broken_row_scale(monkeypatch):
 
 
 @pytest.mark.parametrize("breaks", [broken_gemm, broken_attention, broken_row_scale])
-def test_check_catches_a_scale_1000_times_too_large(on_hopper, args, monkeypatch, capfd, breaks):
+def test_fp8_check_of_a_scale_1000_times_too_large_fails(on_hopper, args, monkeypatch, capfd, breaks):
     breaks(monkeypatch)
     pipeline = optimize(on_hopper(args()), args())
     assert pipeline.fp8_check["holds"] is False and not pipeline.fp8_check["difference"] <= BOUND
@@ -107,7 +104,7 @@ def test_check_catches_a_scale_1000_times_too_large(on_hopper, args, monkeypatch
                                          "--disable_fused_vae", "--disable_inductor_tuning_flags"))
 
 
-def test_check_catches_nan(on_hopper, args):
+def test_fp8_check_of_nan_fails(on_hopper, args):
     pipeline = on_hopper(args())
     check = Fp8Check(pipeline, call_kwargs(pipeline, args()))
     check.errors = {"first": 0.01, "middle": math.nan}
@@ -116,7 +113,7 @@ def test_check_catches_nan(on_hopper, args):
     assert check.difference == pytest.approx(0.5) and not check.holds
 
 
-def test_check_names_only_flags_that_change_something(on_hopper, args, capfd):
+def test_report_names_only_flags_that_change_something(on_hopper, args, capfd):
     """int8 without fp8 attention and fused kernels has bf16 left."""
     check = Fp8Check(on_hopper(args()), call_kwargs(on_hopper(args()), args()))
     check.errors = {"first": 1.0}
@@ -128,7 +125,7 @@ def test_check_names_only_flags_that_change_something(on_hopper, args, capfd):
 
 @pytest.mark.parametrize("argv, why", [(["--skip_fp8_check"], "--skip_fp8_check"),
                                        (["--offload", "text"], "--offload text")])
-def test_check_that_does_not_run_says_why(on_hopper, args, argv, why, monkeypatch):
+def test_begin_fp8_check_that_does_not_run_names_the_flag(on_hopper, args, argv, why, monkeypatch):
     pipeline = on_hopper(args())
     pipeline.techniques = {}
     chosen = pipeline_utils.plan(args(), pipeline_utils.configs_of(pipeline), pipeline_utils.detect("cpu"))
@@ -137,14 +134,14 @@ def test_check_that_does_not_run_says_why(on_hopper, args, argv, why, monkeypatc
     assert pipeline.fp8_check is None and why in pipeline.techniques["fp8 check"].how
 
 
-def test_check_is_of_fp8_alone(make_args):
+def test_optimize_without_fp8_has_no_check(make_args):
     """int8 on a CPU, and bf16, have no fp8 to check."""
     args = make_args("--ckpt", "tiny-flux", "--compile_export_mode", "disabled")
     pipeline = optimize(load_pipeline(args), args)
     assert pipeline.fp8_check is None and "fp8 check" not in pipeline.techniques
 
 
-def test_check_with_guidance_takes_the_first_call_of_each_step(on_hopper, args):
+def test_fp8_check_with_guidance_takes_the_first_call_of_each_step(on_hopper, args):
     pipeline = on_hopper(args())
     given = args("--negative_prompt", "red", "--true_cfg_scale", "2")
     check = Fp8Check(pipeline, call_kwargs(pipeline, given))
@@ -153,8 +150,9 @@ def test_check_with_guidance_takes_the_first_call_of_each_step(on_hopper, args):
     assert torch.equal(first["encoder_hidden_states"], middle["encoder_hidden_states"])
 
 
-@pytest.mark.parametrize("mixture", ["neuron=3000,head=3000", "massive=500,spread=0.5,neuron=300"])
-def test_fused_recipe_passes_the_check_on_reshaped_weights(on_hopper, args, mixture):
+@pytest.mark.parametrize("mixture", [pytest.param("neuron=3000,head=3000", marks=pytest.mark.slow),
+                                     "massive=500,spread=0.5,neuron=300"])
+def test_fp8_check_of_reshaped_weights_holds(on_hopper, args, mixture):
     """bench/trained_like.py's mixtures, on the trained checkpoint."""
     pipeline = on_hopper(args())
     inputs = capture_step(pipeline, call_kwargs(pipeline, args()))

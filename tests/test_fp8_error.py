@@ -30,7 +30,7 @@ def measured(monkeypatch, tmp_path, float8_on_cpu):
     return run
 
 
-def test_recipes_are_measured_on_each_case(measured):
+def test_fp8_error_measures_every_recipe_on_every_case(measured):
     skip_without_float8_products()
     record = measured(*SMALL, "--cases", "plain", "neuron=3000,head=300", "--recipes", "bf16", "fp8_attention", "fused")
     assert [row["case"] for row in record["rows"]] == ["plain", "neuron=3000,head=300"]
@@ -39,7 +39,7 @@ def test_recipes_are_measured_on_each_case(measured):
         assert set(errors) == {"bf16", "fp8_attention", "fused"}
         assert 0.001 < errors["bf16"] < errors["fp8_attention"] < errors["fused"] < 0.05
     assert record["gates"] == fp8_error.RANDOM_GATES and record["environment"]["packages"]["torch"]
-    assert record["environment"]["argv"][-2:] == ["--output-json", "out.json"], "a folder of this machine is recorded"
+    assert record["environment"]["argv"][-2:] == ["--output-json", "out.json"]  # without its folder
 
 
 class RowLinear(torch.nn.Module):
@@ -66,7 +66,7 @@ def as_float8_row(transformer, device):
 
 
 @pytest.mark.slow
-def test_fused_recipe_holds_in_every_case(measured, monkeypatch):
+def test_fp8_error_of_the_fused_recipe_is_below_that_of_float8_in_every_case(measured, monkeypatch):
     """Families and mixtures of bench/trained_like.py at all strengths: no worse than per-row float8."""
     monkeypatch.setitem(fp8_error.RECIPES, "float8_row", as_float8_row)
     record = measured(*SMALL, "--recipes", "float8_row", "fused", "fused_float8_modulations")
@@ -78,7 +78,7 @@ def test_fused_recipe_holds_in_every_case(measured, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pictures_are_compared_with_bf16s(measured):
+def test_fp8_error_pictures_are_compared_with_those_of_bf16(measured):
     skip_without_float8_products()
     record = measured("--ckpt", "tiny-flux", "--device", "cpu", "--pictures", "8", "--cases", "head=300", "--recipes",
                       "bf16", "float8_row", "fused")
@@ -87,12 +87,12 @@ def test_pictures_are_compared_with_bf16s(measured):
     assert record["gates"] == 1
 
 
-def test_pictures_are_tiny_fluxs(measured):
+def test_fp8_error_pictures_of_random_weights_are_refused(measured):
     with pytest.raises(RecipeError, match="tiny-flux"):
         measured("--random_weights", "--device", "cpu", "--pictures", "2")
 
 
-def test_measuring_leaves_the_model_as_it_is(build, make_args):
+def test_measure_leaves_the_model_as_it_was(build, make_args):
     pipeline = build("tiny-flux-dev", torch.bfloat16, "1+1")
     inputs = capture_step(pipeline, call_kwargs(pipeline, make_args("--ckpt", "tiny-flux-dev")))
     transformer = pipeline.transformer

@@ -1,17 +1,16 @@
 """The fused blocks against diffusers' own, in a trained model: on a CPU through the kernels' references."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from conftest import relative, skip_without_float8_products
+from conftest import pretend_hopper, relative, skip_without_float8_products
 from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import aoti, attention, fused_blocks, fused_kernels, pipeline_utils
+from utils import aoti, attention, fused_blocks, fused_kernels, pipeline_utils, step_cache
 from utils.benchmark_utils import create_parser
 from utils.cuda_graph import signature
 from utils.fused_blocks import (
@@ -27,7 +26,6 @@ from utils.fused_blocks import (
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import quantize_transformer
-from utils.random_weights import architecture
 
 CPU = torch.device("cpu")
 CASES = {
@@ -66,9 +64,16 @@ def fuse(pipeline):
     return count
 
 
-@pytest.mark.parametrize("argv", CASES.values(), ids=CASES)
+def cases(*quick: str, **more: list[str]):
+    """CASES and `more`, slow but for the `quick` ones."""
+    return pytest.mark.parametrize("argv", [
+        pytest.param(argv, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, argv in (CASES | more).items()])
+
+
+@cases("small", small=["--ckpt", "tiny-flux-dev", "--height", "64", "--width", "64"])
 @torch.no_grad()
-def test_fused_steps_are_as_near_to_float32_as_unfused_ones(load, argv, float8_on_cpu):
+def test_fuse_blocks_is_as_near_to_float32_as_unfused_fp8(load, argv, float8_on_cpu):
     """Same weights, same inputs, of every step of two images: per-row float8 and scaled fp8 attention are the measure.
     (Measured over three: 0.14 both, 0.14 both, and 0.084 against 0.087 for Kontext.)"""
     skip_without_float8_products()
@@ -78,7 +83,7 @@ def test_fused_steps_are_as_near_to_float32_as_unfused_ones(load, argv, float8_o
         lambda module, _, kwargs: inputs.append(tree_map_only(torch.Tensor, torch.Tensor.clone, kwargs)),
         with_kwargs=True)
     for prompt in ("flat rocket", "in 3d"):
-        pipeline(**call_kwargs(pipeline, args, prompt=prompt, num_inference_steps=4))
+        pipeline(**call_kwargs(pipeline, args, prompt=prompt, num_inference_steps=4), output_type="latent")
     handle.remove()
     references = [float32_step(pipeline.transformer, one) for one in inputs]
 
@@ -102,20 +107,20 @@ def test_fused_steps_are_as_near_to_float32_as_unfused_ones(load, argv, float8_o
                 if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name]
 
 
-def test_the_recipe_puts_them_in(load, plan_on_hopper):
+def test_optimize_on_hopper_fuses_the_blocks(load, monkeypatch):
     """`optimize` as on a Hopper GPU, down to the pictures: near eager's, and the same the second time."""
     pipeline, args = load("--ckpt", "tiny-flux", "--compile_export_mode", "disabled")
     latents = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images]
-    plan_on_hopper()
+    pretend_hopper(monkeypatch)
     pipeline = pipeline_utils.optimize(pipeline, args)
     assert all(type(block) is FusedDoubleBlock for block in pipeline.transformer.transformer_blocks)
     latents += [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
     assert 0.001 < relative(latents[1], latents[0]) < 0.2 and torch.equal(*latents[1:])
-    assert "Linears" in pipeline.techniques["quantisation"].how
+    assert pipeline.techniques["quantisation"].on
 
 
 @torch.no_grad()
-def test_sums_left_to_the_next_block_are_the_same_sums(load):
+def test_leave_sums_to_the_next_block_keeps_the_output(load):
     """Bit by bit, and only the last block makes its own."""
     pipeline, args = load("--ckpt", "tiny-flux-dev")
     fuse(pipeline)
@@ -132,10 +137,9 @@ def test_sums_left_to_the_next_block_are_the_same_sums(load):
 GUIDED = ["--negative_prompt", "red", "--true_cfg_scale", "2"]
 
 
-@pytest.mark.parametrize("argv", [*CASES.values(), [*CASES["kontext"], "--num_images_per_prompt", "2", *GUIDED]],
-                         ids=[*CASES, "kontext, batch 2, negative prompt"])
+@cases("kontext", guided=[*CASES["kontext"], "--num_images_per_prompt", "2", *GUIDED])
 @torch.no_grad()
-def test_what_nobody_reads_is_dropped(load, argv):
+def test_drop_unread_keeps_every_picture(load, argv):
     """Every picture stays as it is, of another size too, while the last block makes its tokens alone; called by others
     it makes all."""
     pipeline, args = load(*argv, "--num_inference_steps", "2")
@@ -162,21 +166,7 @@ def test_what_nobody_reads_is_dropped(load, argv):
 
 
 @torch.no_grad()
-def test_the_last_blocks_times_are_of_the_same_picture(monkeypatch):
-    """On a small transformer: what is timed with and without the unread tokens gives the same for those that are read,
-    and without gives no others."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results")
-    from last_block import two_blocks
-
-    config = architecture("tiny-kontext")["transformer"]
-    calls = two_blocks(config, 16, 48, 32, "cpu")
-    everything, read = calls["all"](), calls["read"]()
-    assert everything.shape[1:] == (48, config["in_channels"]) and read.shape[1:] == (32, config["in_channels"])
-    assert relative(read, everything[:, :32]) < 1e-3 and everything.float().std() > 0.01
-
-
-@torch.no_grad()
-def test_a_graph_is_of_one_picture_and_one_reference(load):
+def test_signature_tells_the_sizes_of_picture_and_reference_apart(load):
     """64 tokens of a picture before 16 of a reference are as many as 16 before 64: not the same CUDA graph."""
     pipeline, _ = load(*CASES["kontext"])
     fuse(pipeline)
@@ -193,9 +183,9 @@ def test_a_graph_is_of_one_picture_and_one_reference(load):
 
 
 @pytest.mark.parametrize("cached, graphs", [
-    ((0, 0), ["double", "double-2", "single", "single-2"]),
+    pytest.param((0, 0), ["double", "double-2", "single", "single-2"], marks=pytest.mark.slow),
     ((1, 1), ["double", "double-2", "double-3", "single", "single-2", "single-3"])])
-def test_they_export_in_as_many_graphs_as_they_have(load, cached, graphs):
+def test_capture_of_fused_blocks_exports_each_of_their_graphs(load, cached, graphs):
     """As packages need it: one program serves all blocks of a graph, on their own weights. Compiling takes a GPU."""
     pipeline, args = load("--ckpt", "tiny-flux", "--num_inference_steps", "1")
     fuse_projections(pipeline.transformer)
@@ -215,7 +205,7 @@ def test_they_export_in_as_many_graphs_as_they_have(load, cached, graphs):
 
 
 @torch.no_grad()
-def test_nothing_saturates_in_a_trained_model(load, monkeypatch):
+def test_gemms_in_a_trained_model_do_not_saturate(load, monkeypatch):
     """No element reaches e4m3's largest: the scales made from bounds are bounds. Nor are they useless."""
     pipeline, args = load("--ckpt", "tiny-flux-dev")
     fuse(pipeline)
@@ -231,14 +221,13 @@ def test_nothing_saturates_in_a_trained_model(load, monkeypatch):
 
     for name in ("gelu_gemm", "qkv_gemm"):
         monkeypatch.setattr(fused_blocks, name, watched(name))
-    pipeline(**call_kwargs(pipeline, args, num_inference_steps=3))
+    pipeline(**call_kwargs(pipeline, args, num_inference_steps=3), output_type="latent")
     assert max(largest) < fused_kernels.E4M3_MAX and min(largest) > fused_kernels.E4M3_MAX / 200, largest
 
 
-@pytest.mark.parametrize("argv", [*CASES.values(), ["--ckpt", "tiny-flux-dev", "--negative_prompt", "red",
-                                                    "--true_cfg_scale", "2"]], ids=[*CASES, "negative prompt"])
+@cases("guided", guided=["--ckpt", "tiny-flux-dev", "--height", "64", "--width", "64", *GUIDED])
 @torch.no_grad()
-def test_modulations_made_at_once_are_those_of_each_step(load, argv, monkeypatch):
+def test_modulations_of_all_steps_at_once_are_those_of_each_step(load, argv, monkeypatch):
     """In a real loop every step gets what diffusers' arguments of that step give alone, but for the rounding of bf16
     products of another height; one product is made for all steps, two with a negative prompt, and a new one for the
     next image."""
@@ -253,7 +242,7 @@ def test_modulations_made_at_once_are_those_of_each_step(load, argv, monkeypatch
 
     monkeypatch.setattr(modulations, "table", counted)
     for image in range(2):
-        pipeline(**call_kwargs(pipeline, args, num_inference_steps=4))
+        pipeline(**call_kwargs(pipeline, args, num_inference_steps=4), output_type="latent")
         assert made == [4] * len(made) and len(made) == (image + 1) * (1 + ("--true_cfg_scale" in argv))
 
     def checked(*conditions):
@@ -264,7 +253,7 @@ def test_modulations_made_at_once_are_those_of_each_step(load, argv, monkeypatch
         return Modulations.forward(modulations)
 
     monkeypatch.setattr(modulations, "forward", checked)
-    pipeline(**call_kwargs(pipeline, args, num_inference_steps=4))
+    pipeline(**call_kwargs(pipeline, args, num_inference_steps=4), output_type="latent")
     assert min(relative(a, b) for a, b in pairwise(seen)) > 0.02, "steps do not differ"
     # A call outside a loop, as the benchmark's error of a step makes one.
     inputs = capture_step(pipeline, call_kwargs(pipeline, args, num_inference_steps=2))
@@ -306,7 +295,7 @@ def test_modulations_hold_one_plus_scale_and_scaled_gates(load, in_float8, bound
 
 
 @torch.no_grad()
-def test_float8_linear_against_its_linears():
+def test_float8_linear_equals_its_linears():
     linears = [torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)]
     linears[0].weight[3] = 0
     linears[1].weight *= torch.logspace(-4, 4, 32)[:, None]  # a scale a row
@@ -321,7 +310,7 @@ def test_float8_linear_against_its_linears():
 
 
 @torch.no_grad()
-def test_shares_are_folded_into_the_weights(load):
+def test_fused_blocks_fold_shares_into_the_weights(load):
     """Fused weights, multiplied out in float32, are the block's: v and out, GELU's columns and down."""
     pipeline, _ = load("--ckpt", "tiny-flux-dev")
     transformer = pipeline.transformer
@@ -352,32 +341,18 @@ def test_shares_are_folded_into_the_weights(load):
     assert fused.bounds.shape == (2, 2 + 2 * heads) and torch.equal(*fused_single.bounds)
 
 
-def test_a_step_cache_finds_the_fused_blocks(tmp_path):
-    """cache-dit patches the pipeline's class: a process of its own."""
-    import subprocess
-    import sys
-    code = """
-import torch
-from utils import step_cache
-from utils.benchmark_utils import create_parser
-from utils.fused_blocks import follow_schedule, fuse_blocks
-from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-torch.set_num_threads(1)
-args = create_parser().parse_args("--ckpt tiny-flux-dev --device cpu --quiet --num_inference_steps 8".split())
-pipeline = load_pipeline(args)
-fuse_projections(pipeline.transformer)
-fuse_blocks(pipeline.transformer, torch.device("cpu"))
-blocks = [*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks]
-calls = [0] * len(blocks)
-for i, block in enumerate(blocks):
-    block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-options = step_cache.CacheOptions(Fn_compute_blocks=2, Bn_compute_blocks=0, max_warmup_steps=2,
-                                  residual_diff_threshold=100.0)
-step_cache.enable(pipeline, options, separate_cfg=False)
-follow_schedule(pipeline)
-pipeline(**call_kwargs(pipeline, args))
-assert step_cache.cached_steps(pipeline), "nothing was cached"
-assert calls[0] == 8 and calls[-1] == 8 - len(step_cache.cached_steps(pipeline)), calls
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_step_cache_on_fused_blocks_skips_them(load):
+    pipeline, args = load("--ckpt", "tiny-flux-dev", "--num_inference_steps", "8")
+    fuse_projections(pipeline.transformer)
+    fuse_blocks(pipeline.transformer, CPU)
+    blocks = [*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks]
+    calls = [0] * len(blocks)
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    options = step_cache.CacheOptions(Fn_compute_blocks=2, Bn_compute_blocks=0, max_warmup_steps=2,
+                                      residual_diff_threshold=100.0)
+    step_cache.enable(pipeline, options, separate_cfg=False)
+    follow_schedule(pipeline)
+    pipeline(**call_kwargs(pipeline, args), output_type="latent")
+    cached = step_cache.cached_steps(pipeline)
+    assert cached and calls[0] == 8 and calls[-1] == 8 - len(cached)

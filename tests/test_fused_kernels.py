@@ -5,33 +5,36 @@ read when they are made. Its cast to e4m3 loses the carry when a mantissa rounds
 bounds there are wide, and it knows no assembly (NATIVE is off).
 """
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_in_the_interpreter
+from interpreter import INTERPRETED, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from utils import fused_kernels as kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = (["interpreter"] if INTERPRETED else []) + [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
         reason="the kernels are made for Hopper GPUs, and PyTorch sees none here")])]
-# (batch, text tokens, image tokens, D, heads, MLP): tiles of one stream and of both, tails, small heads, shared tiles
-# behind whole ones, FLUX.1's own.
-SHAPES = [(2, 10, 37, 128, 2, 256), (1, 128, 140, 192, 3, 256), (1, 128, 140, 128, 2, 512)]
+# (batch, text tokens, image tokens, D, heads, MLP). ROWS are for kernels whose programs are rows: a batch, a width that
+# is no power of two. TILES are for kernels whose programs are tiles: of one stream and of both, tails, small heads,
+# shared tiles behind whole ones.
+SMALL = (1, 4, 6, 128, 2, 128)
+ROWS = [SMALL, (2, 4, 7, 128, 2, 256), (1, 3, 6, 192, 3, 256)]
+TILES = [SMALL, (2, 10, 37, 128, 2, 256), (1, 128, 140, 192, 3, 256), (1, 128, 140, 128, 2, 512)]
 LARGE = [(1, 256, 1024, 3072, 24, 12288), (2, 77, 333, 384, 3, 1536), (1, 512, 4096, 3072, 24, 12288)]
 
 
+@pytest.mark.parametrize("tests", [
+    pytest.param("interpreter and small", id="small"),
+    pytest.param("interpreter and not small", id="others", marks=pytest.mark.slow)])
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's wrap_triton takes no interpreted kernel")
-def test_kernels_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_kernels_interpreted_equal_their_references(tests):
+    run_in_the_interpreter(__file__, tests)
 
 
 class Case:
@@ -98,13 +101,16 @@ def assert_near(found, expected, device, rounding):
         assert error < (rounding[i] if device == "cuda" else max(rounding[i], 0.1)), (i, error)
 
 
-def both(shapes, large):
-    return pytest.mark.parametrize("shape", [*shapes, *(pytest.param(one, marks=pytest.mark.gpu) for one in large)])
+def both(shapes):
+    """Shapes for the interpreter and for a GPU, and for a GPU alone FLUX.1's own."""
+    return pytest.mark.parametrize("shape", [
+        *(pytest.param(one, id="small" if one is SMALL else None) for one in shapes),
+        *(pytest.param(one, marks=pytest.mark.gpu) for one in LARGE)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@both(SHAPES, LARGE)
-def test_adaln(device, shape):
+@both(ROWS)
+def test_adaln_equals_its_reference(device, shape):
     case = Case(shape)
     common = case.table, case.offsets, case.bounds
     found, expected = run(kernels.adaln, device, case.text, case.image, *common, 0, 1)
@@ -126,8 +132,8 @@ def test_adaln(device, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@both(SHAPES, LARGE)
-def test_casts_of_attention(device, shape):
+@both(ROWS)
+def test_casts_of_attention_equal_their_references(device, shape):
     case = Case(shape)
     assert_near(*run(kernels.cast_attention, device, case.y), device, [0.005, 1e-6])
     hidden = torch.ones(case.B, case.tokens, case.D + case.mlp).to(kernels.E4M3)
@@ -140,8 +146,8 @@ def test_casts_of_attention(device, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@both(SHAPES, LARGE)
-def test_gelu_gemm(device, shape):
+@both(TILES)
+def test_gelu_gemm_equals_its_reference(device, shape):
     case = Case(shape)
     for streams, room in ((1, case.D), (2, 0)):
         columns = 4 ** case.normal(streams * case.mlp)
@@ -155,8 +161,8 @@ def test_gelu_gemm(device, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@both(SHAPES, LARGE)
-def test_qkv_gemm(device, shape):
+@both(TILES)
+def test_qkv_gemm_equals_its_reference(device, shape):
     case = Case(shape)
     angle = case.normal(case.tokens, case.D // case.heads // 2)
     for streams in (1, 2):
@@ -174,8 +180,8 @@ def test_qkv_gemm(device, shape):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gpus", [2, 4])
-@both(SHAPES, LARGE)
-def test_attention_is_written_into_each_gpus_memory(device, shape, gpus):
+@both(ROWS)
+def test_send_attention_writes_the_part_of_each_gpu(device, shape, gpus):
     """Tensors of this GPU stand for the others' memory, and rank 1 leaves the others' parts as they are."""
     case, there = Case(shape), "cuda" if device == "cuda" else "cpu"
     y = case.y[:, :case.tokens // gpus * gpus].contiguous()
@@ -193,16 +199,16 @@ def test_attention_is_written_into_each_gpus_memory(device, shape, gpus):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")
 @pytest.mark.parametrize("shape", LARGE)
-def test_cublas_gemm(shape):
+def test_fp8_gemm_equals_its_reference(shape):
     case = Case(shape)
     for streams in (1, 2):
         w = case.weights(streams * case.D)[0]
         assert_near(*run(kernels.fp8_gemm, "cuda", case.x, w, torch.ones(()), case.T, streams), "cuda", [0.005])
 
 
-def test_ops_say_what_they_give():
-    """To torch.compile and torch.export, which do not look into them."""
-    case = Case(SHAPES[1])
+def test_ops_have_fake_kernels_of_the_same_shapes():
+    """torch.compile and torch.export do not look into the ops."""
+    case = Case(TILES[2])
     angle = case.normal(case.tokens, case.D // case.heads // 2).half()
     for streams, parts in ((1, 1), (2, 1), (1, 3)):
         norms = torch.ones(streams, 3, case.D // case.heads)
@@ -219,7 +225,7 @@ def test_ops_say_what_they_give():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
-def test_the_compile_cache_knows_each_ops_kernels():
+def test_triton_ops_are_known_to_the_compile_cache():
     """It finds them in the op's own source; one launched by a helper would leave stale code in the cache."""
     from torch._library.triton import triton_ops_to_kernels
     ours = {name: found for name, found in triton_ops_to_kernels.items() if name.startswith("flux_faster::")}
@@ -227,7 +233,7 @@ def test_the_compile_cache_knows_each_ops_kernels():
             } <= set(ours) and all(ours.values())
 
 
-def test_bounds_hold():
+def test_adaln_scales_bound_the_next_gemm():
     """No element of a GEMM exceeds the scales that `adaln` allows, whatever the input, and none is useless."""
     for seed in range(5):
         case = Case((2, 12, 20, 128, 2, 256), seed)
@@ -242,9 +248,9 @@ def test_bounds_hold():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
-def test_the_kernel_table_runs_every_op_of_both_blocks():
+def test_kernel_table_calls_every_op_of_both_blocks(monkeypatch):
     """On small shapes and a CPU, where each op is its reference: what is timed is what the blocks call."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results")
     import kernels as table
 
     given = table.random_inputs(16, 48, 128, 2, 256, "cpu")

@@ -1,11 +1,10 @@
 """The VAE's norms in Triton against PyTorch's, in Triton's interpreter and on a GPU; its attention and upsampling; the
 whole VAE."""
 
-import os
-
 import pytest
 import torch
-from conftest import relative, run_in_the_interpreter
+from conftest import relative
+from interpreter import INTERPRETED, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -13,21 +12,20 @@ from utils import fused_vae, random_weights
 from utils.fused_vae import fuse_vae, group_norm, group_norm_reference, transposed
 from utils.pipeline_utils import fuse_projections
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")])]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
-def test_kernels_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_kernels_interpreted_equal_pytorch():
+    run_in_the_interpreter(__file__, "interpreter")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape, groups", [((2, 32, 9, 7), 8), ((1, 128, 11, 13), 32), ((1, 64, 1, 1), 32)])
 @pytest.mark.parametrize("mean, size", [(0, 1), (100, 0.1), (0, 0)], ids=["normal", "far off zero", "constant"])
-def test_group_norm(device, shape, groups, mean, size, monkeypatch):
+def test_group_norm_equals_pytorch(device, shape, groups, mean, size, monkeypatch):
     """Statistics far from zero, whose variance a difference of sums would lose; tails of tiles and of chunks."""
     monkeypatch.setattr(fused_vae, "CHUNKS", 3)
     monkeypatch.setattr(fused_vae, "TILE", 512)
@@ -51,7 +49,7 @@ def test_group_norm(device, shape, groups, mean, size, monkeypatch):
 @pytest.mark.parametrize("height, width", [(1, 1), (5, 8)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @torch.no_grad()
-def test_upsampling_and_its_convolution_as_one(height, width, dtype, bound):
+def test_transposed_convolution_equals_upsampling_and_convolution(height, width, dtype, bound):
     """Edges too: of few pixels nearly all are."""
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(6, 10, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
@@ -63,9 +61,9 @@ def test_upsampling_and_its_convolution_as_one(height, width, dtype, bound):
     assert relative(one(x), expected) < bound
 
 
-@pytest.mark.parametrize("fused_projections", [False, True])
+@pytest.mark.parametrize("fused_projections", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
-def test_a_fused_vae_is_the_same_function(fused_projections, monkeypatch):
+def test_fuse_vae_keeps_the_function(fused_projections, monkeypatch):
     """FLUX.1's own decoder and encoder, narrowed: every norm, both attentions, with scores in more than one part, all
     three upsamplers, one before a block without a shortcut and two before blocks that have one."""
     monkeypatch.setattr(fused_vae, "QUERIES", 20)
@@ -95,7 +93,7 @@ def test_a_fused_vae_is_the_same_function(fused_projections, monkeypatch):
     assert relative(compiled(latents), vae.decoder(latents)) < 1e-6
 
 
-def test_sizes_that_the_kernels_do_not_take_stay(build):
+def test_fuse_vae_leaves_norms_of_other_group_sizes(build):
     """96 channels in 8 groups of 12."""
     vae = build("tiny-flux").vae
     block = vae.decoder.mid_block.resnets[0]

@@ -10,7 +10,7 @@ from utils import gpu_load
 from utils.gpu_load import medians, watching_load
 
 
-def test_medians_leave_out_what_is_no_sample():
+def test_medians_of_lines_that_are_no_samples_are_without_them():
     lines = "1980, 300.5\n1410, 699.0\n1395, 698.0\n[N/A], [N/A]\n\n13"
     assert medians(lines) == {"sm_clock_mhz": 1410, "power_w": 698.0, "samples": 3}
     assert medians("") == medians("Field is not a valid field to query.") == {}
@@ -31,7 +31,7 @@ def smi(tmp_path, monkeypatch):
     return write
 
 
-def test_the_gpu_is_watched_until_the_block_ends(smi):
+def test_watching_load_of_a_short_block_waits_for_a_sample(smi):
     """However short it is: nvidia-smi is waited for, and what it says of the GPU before is left out."""
     asked = smi("sleep 0.5; echo 345, 70; while true; do sleep 0.02; echo 1400, 690.5; done")
     with watching_load("cuda") as found:
@@ -41,7 +41,7 @@ def test_the_gpu_is_watched_until_the_block_ends(smi):
     assert "--id=GPU-12-34" in asked.read_text()
 
 
-def test_it_ends_with_the_block_that_fails(smi, monkeypatch):
+def test_watching_load_of_a_failing_block_ends_nvidia_smi(smi, monkeypatch):
     monkeypatch.setattr(gpu_load, "START_S", 0.1)
     smi("exec sleep 1000")
     start = time.monotonic()
@@ -50,7 +50,7 @@ def test_it_ends_with_the_block_that_fails(smi, monkeypatch):
     assert time.monotonic() - start < 100
 
 
-def test_nothing_is_said_where_nobody_knows(smi, monkeypatch):
+def test_watching_load_without_an_answer_stays_empty(smi, monkeypatch):
     smi("echo 'Field is not a valid field to query.'; exit 2")
     with watching_load("cuda") as found, watching_load("cpu") as none:
         pass

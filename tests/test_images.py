@@ -16,7 +16,7 @@ from utils.images import (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pixels_equal_diffusers(dtype):
+def test_postprocess_on_the_gpu_equals_diffusers(dtype):
     image = (torch.randn(2, 3, 40, 24) * 0.8).to(dtype).to(memory_format=torch.channels_last)
     theirs = VaeImageProcessor(vae_scale_factor=16).postprocess(image.clone())
     ours = GPUImageProcessor(vae_scale_factor=16).postprocess(image.clone())
@@ -24,7 +24,7 @@ def test_pixels_equal_diffusers(dtype):
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np", "latent"])
-def test_other_outputs_are_left_to_diffusers(output_type):
+def test_postprocess_of_other_outputs_is_diffusers(output_type):
     image = torch.randn(1, 3, 16, 16)
     theirs = VaeImageProcessor().postprocess(image.clone(), output_type)
     ours = GPUImageProcessor().postprocess(image.clone(), output_type)
@@ -33,7 +33,7 @@ def test_other_outputs_are_left_to_diffusers(output_type):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none here")])])
-def test_a_reference_is_diffusers(device):
+def test_preprocess_of_a_reference_equals_diffusers(device):
     """Of every value that a pixel can have; of another size or mode, and several, it is diffusers that reads them."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     image, ours = PIL.Image.fromarray(pixels), GPUImageProcessor(vae_scale_factor=16)
@@ -46,7 +46,7 @@ def test_a_reference_is_diffusers(device):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_an_image_carries_its_parameters(tmp_path, suffix):
+def test_save_image_writes_the_parameters(tmp_path, suffix):
     parameters = {"prompt": 'a "café" & 猫', "seed": 3, "techniques": {"bf16": "on"}}
     path = tmp_path / f"x.{suffix}"
     save_image(PIL.Image.new("RGB", (16, 16), (200, 10, 10)), path, parameters)
@@ -54,14 +54,14 @@ def test_an_image_carries_its_parameters(tmp_path, suffix):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_broken_save_leaves_nothing(tmp_path, monkeypatch):
+def test_save_image_that_breaks_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image.Image, "save", lambda self, path, **kw: (path.write_bytes(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         save_image(PIL.Image.new("RGB", (4, 4)), tmp_path / "x.png", {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reference_of_the_same_bytes_and_another_shape_is_another(make_args):
+def test_image_parameters_tell_references_of_other_shapes_apart(make_args):
     def sha256(size):
         image = PIL.Image.new("RGB", size, "red")
         pipeline = types.SimpleNamespace(techniques={}, contents={})
@@ -71,5 +71,5 @@ def test_a_reference_of_the_same_bytes_and_another_shape_is_another(make_args):
     assert sha256((32, 16)) == sha256((32, 16)) != sha256((16, 32))
 
 
-def test_numbered_names_sort():
+def test_numbered_path_pads_the_index():
     assert numbered_path("a/b.png", 3, 42).as_posix() == "a/b_003_42.png"

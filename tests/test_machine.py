@@ -15,7 +15,7 @@ from accelerate import PartialState
 from conftest import pretend_launched
 from torch._inductor import codecache, exc
 
-from utils import benchmark_utils, machine, many_prompts, pipeline_utils, random_weights, start, techniques
+from utils import machine, many_prompts, pipeline_utils, random_weights, start, techniques
 from utils.benchmark_utils import RecipeError
 from utils.checks import check_args
 from utils.machine import available_memory, check_cpu_memory, kernel_cache, launched, use_kernel_cache
@@ -59,7 +59,7 @@ def program(tmp_path, monkeypatch):
 
 # --- caches ---
 
-def test_kernels_go_below_the_flag_whatever_a_library_has_filled_in(tmp_path, monkeypatch):
+def test_use_kernel_cache_is_below_the_flag_whatever_a_library_has_filled_in(tmp_path, monkeypatch):
     made = tmp_path / "torchinductor_me"
     made.mkdir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(made))
@@ -68,10 +68,10 @@ def test_kernels_go_below_the_flag_whatever_a_library_has_filled_in(tmp_path, mo
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == codecache.cache_dir() == str(tmp_path / "c" / "inductor")
     for place in (os.environ["TRITON_CACHE_DIR"], codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR):
         assert Path(place).is_relative_to(tmp_path / "c" / "inductor")
-    assert not made.exists() and not any((tmp_path / "c" / "inductor").iterdir()), "the cache counts as empty"
+    assert not made.exists() and not any((tmp_path / "c" / "inductor").iterdir())
 
 
-def test_folders_that_the_user_has_set_win(tmp_path, monkeypatch):
+def test_use_kernel_cache_folders_of_the_user_win(tmp_path, monkeypatch):
     given = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "i"), "TRITON_CACHE_DIR": str(tmp_path / "t"),
              "TRITON_HOME": None}
     monkeypatch.setattr(machine, "GIVEN", given)
@@ -82,14 +82,14 @@ def test_folders_that_the_user_has_set_win(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a file/x", "~nobody-of-that-name/x", "nul\0"])
-def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, name):
+def test_use_kernel_cache_that_cannot_be_made_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").write_bytes(b"")
     with pytest.raises(RecipeError, match="--cache-dir"):
         use_kernel_cache(name)
 
 
-def test_nothing_loads_before_the_cache_was_made(make_args, tmp_path, monkeypatch):
+def test_load_pipeline_with_a_cache_that_cannot_be_made_loads_nothing(make_args, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(pipeline_utils.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match="--cache-dir"):
@@ -97,7 +97,7 @@ def test_nothing_loads_before_the_cache_was_made(make_args, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_compiled_kernels_are_in_the_flags_folder_and_nowhere_else(tmp_path):
+def test_gen_image_compiled_kernels_are_in_the_cache_dir_and_nowhere_else(tmp_path):
     """A process of its own, whose temporary folder is empty at the start."""
     (tmp_path / "tmp").mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
@@ -115,25 +115,25 @@ def test_compiled_kernels_are_in_the_flags_folder_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize("wanted, found", [
     ("good", "good"), ("ccache good", "good"), ("ccache", "g++"), ("bad", "g++"), ("absent", "g++"), ("no_x", "g++"),
     ("sccache bad", "g++"), ("good -std=c++17", "good"), ("/bin", "g++"), ("'unclosed", "g++"), ("", "g++")])
-def test_a_compiler_is_one_executable_that_works(program, wanted, found):
+def test_compiler_of_words_is_the_first_executable_that_works(program, wanted, found):
     for name in ("good", "ccache", "sccache", "clang++", "g++"):
         program(name)
     program("bad", code=1), program("no_x", mode=0o644)
     assert start.compiler_of(wanted, ("c++", "g++", "clang++")) == found
 
 
-def test_a_compilers_path_may_hold_a_space(program):
+def test_compiler_of_path_with_a_space_is_the_path(program):
     assert start.compiler_of(str(program("my g++")), ()) == str(program("my g++"))
 
 
-def test_compilers_are_settled_in_the_environment_and_said(program, monkeypatch):
+def test_settle_compilers_sets_working_ones_and_notes_each_change(program, monkeypatch):
     program("ccache"), program("clang++"), program("bad", code=1)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("CC", "ccache absent")
     start.settle_compilers()  # torch alone would take g++, which is not there
     assert os.environ["CXX"] == "clang++" and "CC" not in os.environ and len(start.notes) == 1
     start.settle_compilers()
-    assert os.environ["CXX"] == "clang++" and len(start.notes) == 1, "what works is left alone"
+    assert os.environ["CXX"] == "clang++" and len(start.notes) == 1
     monkeypatch.setenv("CXX", "bad")
     monkeypatch.setenv("CC", "ccache clang++")
     start.settle_compilers()
@@ -145,7 +145,7 @@ def test_compilers_are_settled_in_the_environment_and_said(program, monkeypatch)
     assert techniques._compiler_obstacle(CPU)
 
 
-def test_without_python_h_there_are_packages_and_no_torch_compile(make_args, tmp_path, monkeypatch):
+def test_plan_without_python_h_has_packages_and_no_torch_compile(make_args, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
@@ -162,8 +162,8 @@ def test_without_python_h_there_are_packages_and_no_torch_compile(make_args, tmp
     subprocess.CalledProcessError(1, "gcc"), RuntimeError("Failed to find C compiler."),
     exc.InvalidCxxCompiler(), ImportError("x.so: failed to map segment from shared object")],
     ids=lambda error: type(error).__name__)
-def test_a_compiler_that_fails_at_last_is_one_paragraph(error):
-    with pytest.raises(RecipeError, match="--compile_export_mode disabled") as found, machine.compiling():
+def test_compiling_failed_compiler_is_a_recipe_error(error):
+    with pytest.raises(RecipeError, match="--compile_export_mode") as found, machine.compiling():
         raise error
     assert "\n" not in str(found.value) and ("omp.h" in str(found.value)) == ("omp.h" in str(error))
 
@@ -171,13 +171,13 @@ def test_a_compiler_that_fails_at_last_is_one_paragraph(error):
 @pytest.mark.parametrize("error", [RecipeError("x"), torch.OutOfMemoryError("x"), ValueError("x"),
                                    exc.InductorError(torch.OutOfMemoryError("x"), None)],
                          ids=lambda error: type(error).__name__)
-def test_other_errors_of_a_compiled_step_stay_what_they_are(error):
+def test_compiling_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as found, machine.compiling():
         raise error
     assert found.value is error
 
 
-def test_folders_from_which_no_code_can_be_loaded(make_args, tmp_path, monkeypatch):
+def test_plan_folders_mounted_noexec_are_not_compiled_into(make_args, tmp_path, monkeypatch):
     """The kernel cache need not be there yet. Packages are unpacked into the temporary folder."""
     kernels, temporary = tmp_path / "noexec", tmp_path / "tmp"
     kernels.mkdir(), temporary.mkdir()
@@ -203,7 +203,7 @@ def test_folders_from_which_no_code_can_be_loaded(make_args, tmp_path, monkeypat
 
 # --- folders ---
 
-def test_a_temporary_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_settle_temporary_folder_that_cannot_be_written_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     start.settle_temporary_folder()
@@ -216,7 +216,7 @@ def test_a_temporary_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("home", [None, "", "relative", "/nonexistent"])
-def test_without_a_home_caches_go_to_a_private_folder(tmp_path, monkeypatch, home):
+def test_settle_home_without_a_home_is_a_private_folder(tmp_path, monkeypatch, home):
     pwd = pytest.importorskip("pwd")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -224,11 +224,11 @@ def test_without_a_home_caches_go_to_a_private_folder(tmp_path, monkeypatch, hom
     start.settle_home()
     found = Path.home()
     assert found.parent == tmp_path and stat.S_IMODE(found.stat().st_mode) == 0o700 and len(start.notes) == 1
-    assert benchmark_utils.start.default_cache_dir() == found / ".cache" / "flux-fast"
+    assert start.default_cache_dir() == found / ".cache" / "flux-fast"
     assert os.environ["LOGNAME"], "PyTorch names folders after the user"
 
 
-def test_a_home_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
+def test_settle_home_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
     """Models and tokens that lie there stay in use; what is not there yet goes elsewhere."""
     home = tmp_path / "home"
     (home / ".cache" / "huggingface").mkdir(parents=True)
@@ -246,7 +246,7 @@ def test_a_home_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has no modes")
 @pytest.mark.parametrize("taken", ["link", "file", "open", "of another"])
-def test_a_private_folder_is_ours_alone(tmp_path, monkeypatch, taken):
+def test_private_folder_whose_name_is_taken_is_a_new_one(tmp_path, monkeypatch, taken):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     name = tmp_path / f"flux-fast-{os.getuid()}"
     assert start.private_folder() == start.private_folder() == name
@@ -269,13 +269,13 @@ def test_a_private_folder_is_ours_alone(tmp_path, monkeypatch, taken):
 @pytest.mark.parametrize("variables", [
     {}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}, {"RANK": "3"}, {"LOCAL_RANK": "3"}, {"OMPI_COMM_WORLD_SIZE": "1"},
     {"PMI_SIZE": "0"}, {"SLURM_NTASKS": "8"}, {"MASTER_ADDR": "x", "MASTER_PORT": "y"}], ids=str)
-def test_one_process(monkeypatch, variables):
+def test_launched_without_a_launcher_of_several_is_one(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched() == 1
 
 
-def test_several_processes_are_a_launchers(monkeypatch):
+def test_launched_by_torchrun_is_its_number_of_processes(monkeypatch):
     pretend_launched(monkeypatch, 4, rank=3)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # `srun torchrun` on two hosts
     assert launched() == 4
@@ -285,23 +285,23 @@ def test_several_processes_are_a_launchers(monkeypatch):
     ("WORLD_SIZE", "many"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-2"), ("WORLD_SIZE", "2.0"), ("RANK", "2"),
     ("RANK", "x"), ("LOCAL_RANK", "7"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "http"), ("MASTER_PORT", "70000"),
     ("RANK", ""), ("LOCAL_RANK", ""), ("MASTER_ADDR", ""), ("MASTER_PORT", "")])
-def test_a_launchers_variables_that_make_no_sense(make_args, monkeypatch, name, value):
+def test_check_args_impossible_variables_of_a_launcher_are_refused(make_args, monkeypatch, name, value):
     pretend_launched(monkeypatch, 2)
     monkeypatch.setenv(name, value)
-    with pytest.raises(RecipeError, match=f"{name}.*env -u WORLD_SIZE"):
+    with pytest.raises(RecipeError, match=name):
         check_args(make_args())
 
 
 @pytest.mark.parametrize("name", machine.MPI_SIZES)
-def test_a_launcher_of_another_kind(make_args, monkeypatch, name):
+def test_check_args_and_join_processes_refuse_mpi_launchers(make_args, monkeypatch, name):
     monkeypatch.setenv(name, "2")
     for call in (check_args, many_prompts.join_processes):
-        with pytest.raises(RecipeError, match=f"torchrun.*env -u {name}"):
+        with pytest.raises(RecipeError, match=f"torchrun.*{name}|{name}.*torchrun"):
             call(make_args("--prompts-file", "README.md"))
 
 
-def test_one_process_is_one_to_accelerate(make_args, monkeypatch):
-    """It would wait for the others, or for MASTER_ADDR."""
+def test_join_processes_of_one_process_ignores_other_launchers(make_args, monkeypatch):
+    """accelerate would wait for the others, or for MASTER_ADDR."""
     for name, value in dict(OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_RANK="0", PMI_RANK="5", MPI_LOCALNRANKS="4",
                             MV2_COMM_WORLD_LOCAL_RANK="2", LOCAL_RANK="3", RANK="1").items():
         monkeypatch.setenv(name, value)
@@ -317,19 +317,19 @@ def test_one_process_is_one_to_accelerate(make_args, monkeypatch):
     assert not [name for name in os.environ if name.startswith(("OMPI_", "PMI_", "MPI_LOCAL")) or name == "LOCAL_RANK"]
 
 
-def test_more_processes_than_gpus_on_a_file_of_prompts(make_args, monkeypatch):
+def test_join_processes_more_than_gpus_are_refused(make_args, monkeypatch):
     pretend_launched(monkeypatch, 4, rank=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = make_args("--prompts-file", "README.md")
     args.device = "cuda"
-    with pytest.raises(RecipeError, match="4 processes here and PyTorch sees 2 GPUs"):
+    with pytest.raises(RecipeError, match=r"\b4\b.*\b2\b"):
         many_prompts.join_processes(args)
 
 
 # --- memory ---
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_memory_is_limited_by_every_control_group_above(tmp_path, version):
+def test_available_memory_is_the_least_of_all_control_groups_above(tmp_path, version):
     names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
              2: ("memory.max", "memory.current", "inactive_file")}[version]
     mount = tmp_path / "memory" if version == 1 else tmp_path
@@ -344,7 +344,7 @@ def test_memory_is_limited_by_every_control_group_above(tmp_path, version):
     def available():
         return available_memory(str(tmp_path), str(tmp_path / "cgroup"))
 
-    assert available() > 0, "no limit: what the machine has"
+    assert available() > 0  # without a limit: the memory of the machine
     limit(own, 5000, 3000, 500)
     assert available() == 2500
     limit(own.parent, 4000, 3900, 0)
@@ -355,7 +355,7 @@ def test_memory_is_limited_by_every_control_group_above(tmp_path, version):
     assert available() == 0
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_loads(make_args, monkeypatch):
+def test_load_pipeline_of_a_model_that_does_not_fit_loads_nothing(make_args, monkeypatch):
     for module, name in ((random_weights, "build"), (pipeline_utils.DiffusionPipeline, "from_pretrained")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were loaded first"))
     monkeypatch.setattr(machine, "available_memory", lambda: 16 * 2**30)
@@ -363,7 +363,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_loads(make_args, monkeyp
         load_pipeline(make_args("--random_weights", "--ckpt", "FLUX.1-dev"))
 
 
-def test_a_model_that_just_fits_is_not_refused(build, monkeypatch):
+def test_check_cpu_memory_refuses_one_byte_too_few(build, monkeypatch):
     pipeline = build("tiny-flux", torch.bfloat16)
     held = sum(p.numel() * p.itemsize for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
                for p in getattr(pipeline, name).parameters())
@@ -377,42 +377,48 @@ def test_a_model_that_just_fits_is_not_refused(build, monkeypatch):
 
 # --- ends ---
 
-def test_ctrl_c_while_libraries_load(tmp_path):
+@pytest.fixture
+def terminal():
+    """Ctrl-C as in a terminal. A shell, such as one of CI, has it ignored in the jobs of its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_gen_image_ctrl_c_while_libraries_load_is_exit_code_130(tmp_path):
     """-X importtime says what has been loaded, line by line."""
-    process = subprocess.Popen([sys.executable, "-X", "importtime", "gen_image.py", "--ckpt", "tiny-flux"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "gen_image.py", "--ckpt", "tiny-flux",
+                                "--output-file", str(tmp_path / "x.png")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "torch._environment" in line:
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()
-    assert process.wait(60) == 130 and "interrupted" in rest and "Traceback" not in rest
+    assert process.wait(60) == 130 and "Traceback" not in rest
 
 
-def test_the_handler_is_for_the_scripts_alone(monkeypatch, capsys):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not start.is_our_script()
+@pytest.mark.usefixtures("terminal")
+def test_take_back_and_hand_over_set_the_handler_of_the_scripts_alone(monkeypatch, capsys):
     start.take_back()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not start.is_our_script()
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "gen_image.py"),
                         raising=False)  # in a worker of pytest-xdist it has none
-    try:
-        start.take_back()
-        assert signal.getsignal(signal.SIGINT) is start.end_at_once
-        start.notes.append("something else")
-        monkeypatch.setattr(sys, "argv", ["gen_image.py", "--help"])
-        start.hand_over()
-        assert capsys.readouterr().err == ""
-        monkeypatch.setattr(sys, "argv", ["gen_image.py"])
-        start.hand_over()
-        assert "something else" in capsys.readouterr().err
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    start.take_back()
+    assert signal.getsignal(signal.SIGINT) is start.end_at_once
+    start.notes.append("something else")
+    monkeypatch.setattr(sys, "argv", ["gen_image.py", "--help"])
+    start.hand_over()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "argv", ["gen_image.py"])
+    start.hand_over()
+    assert "something else" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has neither")
-def test_help_without_a_home_and_output_without_a_reader(tmp_path):
+def test_gen_image_help_without_a_home_and_output_without_a_reader_end_quietly(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"TMPDIR": str(tmp_path)}
     help_ = ("import pwd, runpy, sys; pwd.getpwuid = {}.__getitem__; sys.argv = ['gen_image.py', '--help'];"
              "runpy.run_path('gen_image.py', run_name='__main__')")

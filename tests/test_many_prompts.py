@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,15 +15,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 
 import gen_image
 from tiny_flux import presets
-from utils import images, many_prompts, pipeline_utils
+from utils import images, many_prompts, pipeline_utils, step_cache
 from utils.benchmark_utils import RecipeError
 from utils.checks import images_per_call
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made
+from utils.pipeline_utils import call_kwargs
 
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--disable_quant", "--num_inference_steps", "1"]
@@ -67,7 +70,7 @@ def lines_of(manifest):
     return [json.loads(line) for line in Path(manifest).read_text().splitlines()]
 
 
-def test_a_batch_is_the_images_one_by_one(folder, run, capsys):
+def test_make_images_in_batches_equals_one_by_one(folder, run, capsys):
     assert run("--output-file", "alone/x.png") == [1] * 5
     assert run("--output-file", "batch/x.png", "--batch_size", "2") == [2] * 3, "the last batch is filled up"
     names = [f"x_{i:03d}_{42 + i}.png" for i in range(5)]
@@ -78,7 +81,7 @@ def test_a_batch_is_the_images_one_by_one(folder, run, capsys):
         assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
     assert np.abs(pixels(f"batch/{names[0]}") - pixels(f"batch/{names[3]}")).mean() > 4, "their seeds differ"
     shown = capsys.readouterr().err
-    assert "done: 5 of 5 images" in shown and "a minute" in shown and ", 0:00:0" in shown
+    assert all(f"{i} of 5 images" in shown for i in (1, 5)) and ", 0:00:0" in shown  # what remains
 
     listed = lines_of("batch/x.jsonl")
     assert [(line["file"], line["prompt"], line["seed"]) for line in listed] == [
@@ -89,11 +92,11 @@ def test_a_batch_is_the_images_one_by_one(folder, run, capsys):
 
 
 @pytest.mark.parametrize("ckpt, argv", [
-    ("tiny-flux-dev", ["--negative_prompt", "blue", "--true_cfg_scale", "3"]),
+    pytest.param("tiny-flux-dev", ["--negative_prompt", "blue", "--true_cfg_scale", "3", "--num_images_per_prompt", "2"],
+                 marks=pytest.mark.slow),
     ("tiny-kontext", ["--image", "photo.png"]),
-    ("tiny-flux", ["--num_images_per_prompt", "2"]),
 ], ids=lambda x: x if isinstance(x, str) else "")
-def test_whatever_goes_with_a_prompt_goes_with_a_batch(folder, run, ckpt, argv):
+def test_make_images_in_batches_with_other_inputs_equals_one_by_one(folder, run, ckpt, argv):
     (folder / "prompts.txt").write_text("3d frog on a navy background\n3d cat\n3d key\n")
     PIL.Image.linear_gradient("L").convert("RGB").save("photo.png")
     run(*argv, "--output-file", "alone/x.png", ckpt=ckpt)
@@ -107,8 +110,50 @@ def test_whatever_goes_with_a_prompt_goes_with_a_batch(folder, run, ckpt, argv):
         assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
 
 
-def test_what_is_done_is_skipped_and_what_is_asked_otherwise_is_made_again(folder, run, capsys):
-    """Killed in the middle, run again, then a changed prompt, a changed reference and a foreign file."""
+class Killed(BaseException):
+    """The end of a process, as far as one in the same process can be."""
+
+
+def test_make_images_run_again_makes_missing_and_changed_images_alone(folder, run, monkeypatch, capsys):
+    """Ended between the third picture and its line, run again, then a changed prompt, broken files, a foreign one."""
+    append = many_prompts.append_line
+
+    def ends(manifest, line):
+        if line["file"] == "x_002_44.png":
+            raise Killed
+        append(manifest, line)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(many_prompts, "append_line", ends)
+        run("--output-file", "x.png")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("x_*.png")}
+    assert len(before) == 3 and len(lines_of("x.jsonl")) == 2
+    capsys.readouterr()
+
+    assert len(run("--output-file", "x.png")) == 2
+    assert "3 of 5 images" in capsys.readouterr().err
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("x_*.png")}
+    assert len(after) == 5 and before.items() <= after.items()
+    assert all(pixels(name).shape == (128, 128, 3) for name in after)
+
+    (folder / "prompts.txt").write_text("\n".join(["something else", *TEXTS[1:]]))
+    (folder / "x_001_43.png").write_bytes((folder / "x_001_43.png").read_bytes()[:-100])
+    (folder / "x_002_44.png").write_bytes(b"")
+    PIL.Image.new("RGB", (8, 8)).save("x_003_45.png")
+    foreign = (folder / "x_003_45.png").read_bytes()
+    with pytest.raises(RecipeError, match=r"x_003_45\.png"):
+        run("--output-file", "x.png")
+    assert (folder / "x_003_45.png").read_bytes() == foreign and read_parameters("x_000_42.png")["prompt"] == FROG
+    (folder / "x_003_45.png").unlink()
+    assert len(run("--output-file", "x.png")) == 4
+    assert read_parameters("x_000_42.png")["prompt"] == "something else"
+    assert [line["file"] for line in lines_of("x.jsonl")[-4:]] == [
+        "x_000_42.png", "x_001_43.png", "x_002_44.png", "x_003_45.png"]
+    assert run("--output-file", "x.png", "--batch_size", "3") == [], "the batch is no parameter of a picture"
+
+
+@pytest.mark.slow
+def test_gen_image_killed_in_the_middle_goes_on_where_it_was(folder, run, capsys):
     command = [sys.executable, str(ROOT / "gen_image.py"), "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt",
                "--output-file", "x.png", *EAGER]
     (folder / "prompts.txt").write_text("\n".join(TEXTS * 8))
@@ -121,27 +166,10 @@ def test_what_is_done_is_skipped_and_what_is_asked_otherwise_is_made_again(folde
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("x_*.png")}
     assert 3 <= len(before) < 40
     assert abs(len(lines_of("x.jsonl")) - len(before)) <= 1, "at most one was killed between file and line"
-
     assert len(run("--output-file", "x.png")) == 40 - len(before)
-    assert f"{len(before)} of 40 images are there, made with the same parameters: skipped" in capsys.readouterr().err
+    assert f"{len(before)} of 40 images" in capsys.readouterr().err
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("x_*.png")}
     assert len(after) == 40 and before.items() <= after.items()
-    assert all(pixels(name).shape == (128, 128, 3) for name in after)
-
-    (folder / "prompts.txt").write_text("\n".join(["something else", *(TEXTS * 8)[1:]]))
-    (folder / "x_001_43.png").write_bytes((folder / "x_001_43.png").read_bytes()[:-100])
-    (folder / "x_002_44.png").write_bytes(b"")
-    PIL.Image.new("RGB", (8, 8)).save("x_003_45.png")
-    foreign = (folder / "x_003_45.png").read_bytes()
-    with pytest.raises(RecipeError, match=r"x_003_45\.png.*not make"):
-        run("--output-file", "x.png")
-    assert (folder / "x_003_45.png").read_bytes() == foreign and read_parameters("x_000_42.png")["prompt"] == FROG
-    (folder / "x_003_45.png").unlink()
-    assert len(run("--output-file", "x.png")) == 4
-    assert read_parameters("x_000_42.png")["prompt"] == "something else"
-    assert [line["file"] for line in lines_of("x.jsonl")[-4:]] == [
-        "x_000_42.png", "x_001_43.png", "x_002_44.png", "x_003_45.png"]
-    assert run("--output-file", "x.png", "--batch_size", "3") == [], "the batch is no parameter of a picture"
 
 
 def launch(*command):
@@ -151,9 +179,55 @@ def launch(*command):
         capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
-    """As `accelerate launch` starts them; --multi_gpu is what starts more than one on a CPU as well."""
+class Rank:
+    """accelerate's state of one of two processes."""
+    split_between_processes = PartialState.split_between_processes
+
+    def __init__(self, index: int):
+        self.process_index, self.num_processes, self.is_main_process = index, 2, index == 0
+
+    def destroy_process_group(self):
+        pass
+
+
+def assert_shared(folder: Path) -> None:
+    """two/ holds what one/ does, and its manifest the images that two processes made: all but the one copied there."""
+    assert sorted(line["file"] for line in lines_of("two/x.jsonl")) == [
+        f"x_{i:03d}_{42 + i}.png" for i in (0, 2, 3, 4)]
+    for path in (folder / "one").glob("*.png"):
+        assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
+
+
+@pytest.fixture
+def one_of_two(folder, run):
+    """one/ with all images, and two/ with the second of them."""
     run("--output-file", "one/x.png", "--batch_size", "2")
+    (folder / "two").mkdir()
+    (folder / "two" / "x_001_43.png").write_bytes((folder / "one" / "x_001_43.png").read_bytes())
+
+
+def test_make_images_two_ranks_share_missing_images_and_manifest(folder, run, one_of_two, monkeypatch, capsys):
+    """One rank after the other, each in this process."""
+    told = []
+
+    def broadcast(shared, src, group):
+        told.extend(shared if shared[0] is not None else [])
+        shared[0] = told[0]
+
+    for name, function in (("new_group", lambda **_: "a group"), ("barrier", lambda group: None),
+                           ("broadcast_object_list", broadcast)):
+        monkeypatch.setattr(torch.distributed, name, function)
+    for index in (0, 1):
+        monkeypatch.setattr(gen_image, "join_processes", lambda args, index=index: Rank(index))
+        capsys.readouterr()
+        assert run("--output-file", "two/x.png", "--batch_size", "2") == [2]
+        assert ("1 of 5 images" in capsys.readouterr().err) == (index == 0)
+    assert_shared(folder)
+
+
+@pytest.mark.slow
+def test_gen_image_launched_twice_shares_missing_images_and_manifest(folder, one_of_two):
+    """As `accelerate launch` starts them; --multi_gpu is what starts more than one on a CPU as well."""
     (folder / "launched.py").write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import gen_image; from utils import many_prompts\n"
@@ -163,21 +237,31 @@ def test_two_processes_share_the_work_and_the_manifest(folder, run, capsys):
         "    return write(images, *rest)\n"
         "many_prompts.write_images = noted\n"
         "gen_image.exit_with_reason(gen_image.main)\n")
-    (folder / "two").mkdir()
-    (folder / "two" / "x_001_43.png").write_bytes((folder / "one" / "x_001_43.png").read_bytes())
     done = launch("launched.py", "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt", *EAGER, "--output-file",
                   "two/x.png", "--batch_size", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("1 of 5 images are there") == 1 and "done: 4 of 4 images" in done.stderr
+    assert done.stderr.count("1 of 5 images") == 1 and "4 of 4 images" in done.stderr
     assert [(folder / f"by_{rank}").read_text() for rank in (0, 1)] == ["2 ", "2 "]
-    assert sorted(line["file"] for line in lines_of("two/x.jsonl")) == [
-        f"x_{i:03d}_{42 + i}.png" for i in (0, 2, 3, 4)]
-    for path in (folder / "one").glob("*.png"):
-        assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
+    assert_shared(folder)
 
 
-def test_processes_of_other_images_do_not_decide_together(folder, run):
-    """A step cache's residuals are each process's own: three images on two, which would else wait for each other."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_step_cache_averages_residuals_only_over_processes_that_share_an_image(build, make_args, monkeypatch, shared):
+    """A step cache's residuals are each process's own: processes of other images would wait for each other."""
+    asked = []
+    for name, function in (("is_initialized", lambda: True), ("get_world_size", lambda *_: 2),
+                           ("get_rank", lambda *_: 0), ("all_reduce", lambda *_, **__: asked.append(True))):
+        monkeypatch.setattr(torch.distributed, name, function)
+    pipeline = build("tiny-flux-dev")
+    options = step_cache.CacheOptions(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
+    step_cache.enable(pipeline, options, separate_cfg=False, shared=shared)
+    pipeline(**call_kwargs(pipeline, make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", "3")))
+    assert bool(asked) == shared
+
+
+@pytest.mark.slow
+def test_gen_image_launched_twice_with_a_step_cache_decides_apart(folder, run):
+    """Three images on two processes, of which one would wait for the other's decisions."""
     (folder / "prompts.txt").write_text("\n".join(TEXTS[:3]))
     argv = [*EAGER, "--num_inference_steps", "10", "--cache_preset", "extreme"]
     steps = run("--output-file", "one/x.png", *argv, ckpt="tiny-flux-dev")
@@ -189,7 +273,7 @@ def test_processes_of_other_images_do_not_decide_together(folder, run):
         assert np.abs(pixels(path) - pixels(folder / "two" / path.name)).mean() < PIXEL_BOUND
 
 
-def test_a_failed_write_surfaces_and_nothing_that_was_computed_is_lost(folder, run, monkeypatch, tmp_path_factory):
+def test_make_images_on_a_full_disk_raises_and_keeps_what_was_computed(folder, run, monkeypatch, tmp_path_factory):
     """The disk is full for good from the second picture on. The third is computed by then; no others are."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(elsewhere))
@@ -201,7 +285,7 @@ def test_a_failed_write_surfaces_and_nothing_that_was_computed_is_lost(folder, r
 
     with monkeypatch.context() as patch:
         patch.setattr(images, "save_image", full_disk)
-        with pytest.raises(RecipeError, match=r"x_001_43\.png: No space left on device.*kept") as found:
+        with pytest.raises(RecipeError, match=r"x_001_43\.png.*No space left on device") as found:
             run("--output-file", "x.png")
     assert [line["file"] for line in lines_of("x.jsonl")] == ["x_000_42.png"]
     kept = sorted(elsewhere.iterdir())
@@ -212,29 +296,26 @@ def test_a_failed_write_surfaces_and_nothing_that_was_computed_is_lost(folder, r
         assert np.abs(pixels(path) - pixels(path.name.replace(".kept", ""))).mean() == 0
 
 
-def test_a_manifest_that_cannot_be_written_stops_the_run_and_costs_no_picture(folder, run, monkeypatch):
+def test_make_images_unwritable_manifest_stops_and_keeps_the_pictures(folder, run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(many_prompts, "append_line", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(RecipeError, match=r"x\.jsonl: x_000_42\.png is made.*No space left"):
+        with pytest.raises(RecipeError, match=r"x\.jsonl.*x_000_42\.png.*No space left"):
             run("--output-file", "x.png")
     assert len(list(folder.glob("x_*.png"))) == 2 and len(run("--output-file", "x.png")) == 3
 
 
-def test_bad_lines_are_named_and_the_others_are_made(folder, run, capsys):
+def test_gen_image_bad_lines_are_named_and_the_others_made(folder, run, capsys):
     (folder / "p.jsonl").write_bytes(
         b'{"prompt": "a cat"}\n\n{"prompt": "a dog", "seed": 7}\nno json\n{"prompt": "\xff"}\n{"prompt": "' +
         b"long " * 200 + b'", "seed": 9}\n')
     run("--output-file", "x.png", "--quiet", file="p.jsonl")
     assert sorted(path.name for path in folder.glob("*.png")) == ["x_000_42.png", "x_001_7.png", "x_004_9.png"]
-    shown = capsys.readouterr().err.splitlines()
-    assert [line.partition(" line ")[2] for line in shown if "left out" in line] == [
-        "4 is left out: not JSON (Expecting value at character 1)",
-        "5 is left out: not UTF-8 text (invalid start byte)"]
-    assert [line for line in shown if "longer than" in line] == [
-        "1 of 3 prompts longer than the 64 tokens that are read, the first in line 6: the ends have no effect."]
+    shown = capsys.readouterr().err
+    assert [int(line) for line in re.findall(r"\bline (\d+)", shown)] == [4, 5, 6]  # no JSON, no UTF-8, too long
+    assert "64 tokens" in shown
 
 
-def test_exported_or_loaded_packages_make_the_same_picture(tmp_path):
+def test_is_made_ignores_whether_packages_were_exported_or_loaded(tmp_path):
     def made(how, scale=1.0):
         return {"techniques": {"compile": how, "bf16": "weights"}, "guidance_scale": scale}
     save_image(PIL.Image.new("RGB", (8, 8)), tmp_path / "x.jpg", made("exported abc, 3.1 MB"))
@@ -248,7 +329,7 @@ def parameters(weights="w", lora=(), **names):
             "model": "a/b", "revision": None, "lora": None, "image": None, "image_sha256": "i"} | names
 
 
-def test_contents_decide_and_names_do_not(tmp_path):
+def test_is_made_compares_contents_not_names(tmp_path):
     path = tmp_path / "x.png"
     save_image(PIL.Image.new("RGB", (8, 8)), path, parameters(lora=[["l", 1.0]], image="a.png"))
     same = dict(lora=[["l", 1.0]])
@@ -267,7 +348,7 @@ def test_contents_decide_and_names_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_a_picture_that_is_not_whole_is_not_made(tmp_path, suffix):
+def test_is_made_of_a_cut_file_is_false(tmp_path, suffix):
     path = tmp_path / f"x.{suffix}"
     save_image(PIL.Image.effect_noise((64, 64), 50).convert("RGB"), path, parameters())
     assert is_made(path, parameters())
@@ -277,7 +358,8 @@ def test_a_picture_that_is_not_whole_is_not_made(tmp_path, suffix):
         assert not is_made(path, parameters())
 
 
-def test_another_lora_of_the_same_name_makes_other_pictures(folder, run):
+@pytest.mark.slow
+def test_make_images_with_another_lora_of_the_same_name_makes_them_again(folder, run):
     (folder / "prompts.txt").write_text("\n".join(TEXTS[:2]))
     config = json.loads((presets.CHECKPOINT / "transformer/config.json").read_text())
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -299,7 +381,7 @@ def test_another_lora_of_the_same_name_makes_other_pictures(folder, run):
     assert len(run(*argv, "style.safetensors:0.5")) == 2
 
 
-def test_the_warm_up_is_of_the_batch(build, make_args, folder, monkeypatch):
+def test_optimize_with_a_prompts_file_warms_up_with_the_batch(build, make_args, folder, monkeypatch):
     batches, pipeline = [], build("tiny-flux-dev")
     pipeline.transformer.register_forward_pre_hook(
         lambda m, a, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True)
@@ -313,7 +395,7 @@ def test_the_warm_up_is_of_the_batch(build, make_args, folder, monkeypatch):
     assert batches == [6, 6]
 
 
-def test_repeated_prompts_are_encoded_once(folder, run, monkeypatch):
+def test_make_images_repeated_prompts_are_encoded_once(folder, run, monkeypatch):
     encoded, load = [], gen_image.load_pipeline
 
     def watched(args):

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
@@ -72,7 +73,6 @@ def foreign_image(path):
 
 
 def foreign_parameters(path):
-    """As another program writes them."""
     info = PIL.PngImagePlugin.PngInfo()
     info.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler, techniques: none")
     picture().save(path, "png", pnginfo=info)
@@ -98,21 +98,20 @@ FOREIGN = [
     (["--trace-file", "t.json"], "t.json", text('{"schema_version": 1}')),
     (["--trace-file", "t.json.gz"], "t.json.gz", lambda path: path.write_bytes(gzip.compress(b"my thesis"))),
     (["--trace-file", "t.json.gz"], "t.json.gz", lambda path: path.write_bytes(gzip.compress(b"my thesis")[:-9])),
-    (["--ceilings", "c.json"], "c.json", text("{}")),
 ]
 
 
 @pytest.mark.parametrize("argv, name, make", FOREIGN)
-def test_a_foreign_file_stays(check, folder, argv, name, make):
+def test_check_outputs_foreign_file_is_refused_and_stays(check, folder, argv, name, make):
     (folder / name).parent.mkdir(exist_ok=True)
     make(folder / name)
     before = everything(folder)
-    with pytest.raises(RecipeError, match=f"{argv[0]}.*{Path(name).name}.*not make"):
+    with pytest.raises(RecipeError, match=f"{argv[0]}.*{Path(name).name}"):
         check(*argv)
     assert everything(folder) == before
 
 
-def test_a_foreign_file_stays_through_both_scripts(run, folder, monkeypatch, capsys):
+def test_scripts_foreign_file_stays_and_nothing_loads(run, folder, monkeypatch, capsys):
     for script, argv in ((gen_image, []), (run_benchmark, []), (run_benchmark, ["--output-json", "r.json"])):
         foreign_image(folder / "output.png")
         if argv:
@@ -137,9 +136,8 @@ def test_a_foreign_file_stays_through_both_scripts(run, folder, monkeypatch, cap
     (["--output-json", "r.json"], "r.json", lambda path: write_json(path, {"schema_version": 1})),
     (["--trace-file", "t.json"], "t.json", text('{\n  "schemaVersion": 1,\n  "traceEvents": []}')),
     (["--trace-file", "t.gz"], "t.gz", lambda path: path.write_bytes(gzip.compress(b' {\n  "schemaVersion": 1'))),
-    (["--ceilings", "c.json"], "c.json", lambda path: write_json(path, {"schema_version": 1, "matmul": {}})),
 ])
-def test_a_file_of_ours_may_go(check, folder, argv, name, make):
+def test_check_outputs_file_of_this_program_may_be_overwritten(check, folder, argv, name, make):
     make(folder / name)
     before = everything(folder)
     check(*argv)
@@ -152,9 +150,9 @@ def test_a_file_of_ours_may_go(check, folder, argv, name, make):
     (["--image", "IN", "--output-file", "./a.png"], "a.png"),
     (["--lora", "other", "--lora", "IN:0.5", "--output-file", "a.png"], "a.png"),
     (["--prompts-file", "IN", "--output-file", "all.png"], "all.jsonl"),
-    (["--cache_dit_config", "IN", "--output-json", "c.json"], "c.json"),
+    (["--step_cache", "IN", "--output-json", "c.json"], "c.json"),
 ])
-def test_an_input_is_never_an_output(check, folder, argv, written, link):
+def test_check_outputs_input_as_output_is_refused(check, folder, argv, written, link):
     """Not even one that this program made, and under whatever name."""
     make = {".png": lambda path: save_image(picture(), path, OURS),
             ".json": lambda path: write_json(path, {"schema_version": 1}),
@@ -164,7 +162,7 @@ def test_an_input_is_never_an_output(check, folder, argv, written, link):
     if link:
         link(folder / read, folder / written)
     before = everything(folder)
-    with pytest.raises(RecipeError, match=f"overwrite.*{written if link is not os.symlink else read}.*{argv[-4]}"):
+    with pytest.raises(RecipeError, match=f"{written if link is not os.symlink else read}.*{argv[-4]}"):
         check(*[one.replace("IN", read) for one in argv])
     assert everything(folder) == before
 
@@ -174,17 +172,18 @@ def test_an_input_is_never_an_output(check, folder, argv, written, link):
     ["--output-file", "a.png", "--output-json", "a.png"], ["--output-json", "link.json", "--trace-file", "a.json"],
     ["--output-file", "a.png", "--prompts-file", "p.txt", "--output-json", "a.jsonl"],
 ])
-def test_two_outputs_are_two_files(check, folder, argv):
+def test_check_outputs_two_outputs_in_one_file_are_refused(check, folder, argv):
     os.symlink("a.json", "link.json")
-    with pytest.raises(RecipeError, match="also the file of"):
+    with pytest.raises(RecipeError) as refused:
         check(*argv)
+    assert all(flag in str(refused.value) for flag in argv if flag.startswith(("--output", "--trace")))
     check("--output-json", "a.json", "--trace-file", "b.json", "--output-file", "a.png")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "out/", "x.png/", ".png", "x", "x.gif", "x.png.", "~no", "d.png",
                                   "fifo.png", "/proc/nowhere/a.png", "x.png/a.png", "a" * 300 + ".png",
                                   "é" * 126 + ".png", "n" * 300 + "/x.png"])
-def test_what_cannot_be_a_file_is_a_paragraph_and_leaves_nothing(check, folder, name):
+def test_check_outputs_image_name_that_is_no_file_is_refused_and_leaves_nothing(check, folder, name):
     (folder / "d.png").mkdir()
     os.mkfifo("fifo.png")
     (folder / "x.png").write_bytes(b"")
@@ -194,17 +193,17 @@ def test_what_cannot_be_a_file_is_a_paragraph_and_leaves_nothing(check, folder, 
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flag", ["--output-json", "--trace-file", "--ceilings"])
+@pytest.mark.parametrize("flag", ["--output-json", "--trace-file"])
 @pytest.mark.parametrize("name", ["", ".", "d", "/dev/null", "/proc/nowhere/r.json", "r" * 300])
-def test_records_too(check, folder, flag, name):
+def test_check_outputs_record_name_that_is_no_file_is_refused_and_leaves_nothing(check, folder, flag, name):
     (folder / "d").mkdir()
     with pytest.raises(RecipeError, match=flag):
         check("--output-file", "new/x.png", flag, name)
-    assert [path.name for path in folder.iterdir()] == ["d"], "the new folder went again"
+    assert [path.name for path in folder.iterdir()] == ["d"]
 
 
-def test_names_that_work(run, folder):
-    """Of any length that the file system takes, with dots, upper case, and bytes that are no UTF-8."""
+def test_gen_image_unusual_names_that_a_file_system_takes_work(run, folder):
+    """Long names, dots, upper case, and bytes that are no UTF-8."""
     names = ["A cat. It sits" + "." * 60 + "x" * 170 + ".png", os.fsdecode(b"new/caf\xe9.JPeG"), "~nobody.webp"]
     for name in names:
         assert run(gen_image, "--output-file", name) == 0
@@ -212,18 +211,18 @@ def test_names_that_work(run, folder):
     assert sorted(everything(folder)) == sorted([*names, "new"])
 
 
-def test_numbered_names_and_the_manifest_have_to_fit_too(check, folder):
+def test_check_outputs_numbered_names_and_the_manifest_have_to_fit(check, folder):
     (folder / "p.txt").write_text("a cat")
     check("--output-file", "x" * 251 + ".png")
     for argv in (["--num_images_per_prompt", "2"], ["--prompts-file", "p.txt"]):
         check("--output-file", "x" * 243 + ".png", *argv)
-        with pytest.raises(RecipeError, match="too long"):
+        with pytest.raises(RecipeError, match="--output-file"):
             check("--output-file", "x" * 246 + ".png", *argv)
-    with pytest.raises(RecipeError, match="too long"):
+    with pytest.raises(RecipeError, match="--output-file"):
         check("--output-file", "x" * 250 + ".png", "--prompts-file", "p.txt")
 
 
-def test_the_check_leaves_new_folders_only_where_it_finds_nothing_wrong(check, folder):
+def test_check_outputs_new_folders_stay_only_where_nothing_is_refused(check, folder):
     check("--output-file", "a/b/c.png")
     assert sorted(everything(folder)) == ["a", "a/b"]
     (folder / "a/r.json").write_text("{}")
@@ -232,47 +231,41 @@ def test_the_check_leaves_new_folders_only_where_it_finds_nothing_wrong(check, f
     assert sorted(everything(folder)) == ["a", "a/b", "a/r.json"]
 
 
-def test_a_folder_without_room_is_found_before(check, folder, monkeypatch):
+def read_only(*_):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize("module, name, stand_in", [
+    (shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6)), (os, "fsync", no_space),
+    (outputs, "open", read_only)], ids=["nearly full", "full", "read-only"])
+def test_check_outputs_folder_without_room_is_refused_and_leaves_nothing(check, folder, monkeypatch, module, name,
+                                                                         stand_in):
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-        with pytest.raises(RecipeError, match="MiB left"):
+        patch.setattr(module, name, stand_in, raising=False)
+        with pytest.raises(RecipeError, match=f"--output-file.*{folder / 'new'}"):
             check("--output-file", "new/x.png")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
-        with pytest.raises(RecipeError, match="No space left"):
-            check("--output-file", "new/x.png")
-    assert everything(folder) == {}
-
-
-def test_a_folder_that_nothing_can_be_written_in(check, folder, monkeypatch):
-    def read_only(*_):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(outputs, "open", read_only, raising=False)
-    with pytest.raises(RecipeError, match="Read-only"):
-        check("--output-file", "new/x.png")
     assert everything(folder) == {}
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["--output-file", "x.webp", "--height", "16400"], "16,383"),
-    (["--output-file", "x.JPG", "--width", "65536"], "65,535"),
+    (["--output-file", "x.webp", "--height", "16400"], "16.?383"),
+    (["--output-file", "x.JPG", "--width", "65536"], "65.?535"),
     (["--output-file", "x.jpg", "--prompt", "a cat, " * 9_000], "png"),
     (["--output-file", "x.jpg", "--prompt", "猫" * 11_000], "png"),
 ])
-def test_limits_of_the_formats(check, folder, argv, text):
+def test_check_outputs_beyond_the_limits_of_a_format_is_refused(check, folder, argv, text):
     with pytest.raises(RecipeError, match=text):
         check(*argv)
     assert everything(folder) == {}
 
 
-def test_within_the_limits(check, folder):
+def test_check_outputs_within_the_limits_of_a_format_passes(check, folder):
     for name in ("x.png", "x.webp"):
         check("--output-file", name, "--prompt", "a cat, " * 9_000)
     check("--output-file", "x.jpg", "--prompt", "a cat, " * 8_000)
 
 
-def test_a_format_that_this_pil_lacks(check, folder, monkeypatch):
+def test_check_outputs_format_that_pil_lacks_is_refused(check, folder, monkeypatch):
     PIL.Image.init()
     monkeypatch.delitem(PIL.Image.SAVE, "WEBP")
     with pytest.raises(RecipeError, match=r"\.webp.*\.png"):
@@ -280,14 +273,14 @@ def test_a_format_that_this_pil_lacks(check, folder, monkeypatch):
     assert everything(folder) == {}
 
 
-def test_one_file_of_another_program(folder):
+def test_check_output_foreign_record_is_refused(folder):
     check_output("new/r.json", "--output-json", is_record)
     (folder / "new/r.json").write_text("{}")
     with pytest.raises(RecipeError, match="--output-json"):
         check_output("new/r.json", "--output-json", is_record)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_replacing_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("old")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
@@ -299,7 +292,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_written_file_has_the_users_mode_and_a_link_stays_one(tmp_path):
+def test_write_json_keeps_the_mode_of_the_user_and_a_link(tmp_path):
     before = os.umask(0o027)
     try:
         os.symlink(tmp_path / "real.json", tmp_path / "link.json")
@@ -310,7 +303,7 @@ def test_a_written_file_has_the_users_mode_and_a_link_stays_one(tmp_path):
     assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o640
 
 
-def test_what_appears_during_the_run_stays(tmp_path):
+def test_write_or_rescue_file_that_appeared_during_the_run_stays(tmp_path):
     path = tmp_path / "x.png"
     foreign_image(path)
     before = path.read_bytes()
@@ -320,7 +313,7 @@ def test_what_appears_during_the_run_stays(tmp_path):
     assert sorted(one.name for one in tmp_path.iterdir()) == ["x.kept.png", "x.png"]
 
 
-def test_a_free_name_is_nobodys_and_fits(tmp_path):
+def test_free_name_is_of_no_other_file_and_fits(tmp_path):
     path = tmp_path / "x.png"
     assert free_name(path, "kept") == tmp_path / "x.kept.png"
     os.symlink("nowhere", tmp_path / "x.kept.png")
@@ -349,7 +342,7 @@ def save_of(place, monkeypatch):
     monkeypatch.setattr(PIL.Image.Image, "save", full)
 
 
-def test_what_cannot_be_saved_where_it_should_is_kept_elsewhere(run, folder, temporary, monkeypatch, capsys):
+def test_gen_image_on_a_full_disk_keeps_pictures_in_the_temporary_folder(run, folder, temporary, monkeypatch, capsys):
     assert run(gen_image, "--output-file", "right.png", "--num_images_per_prompt", "2") == 0
     save_of(folder, monkeypatch)
     assert run(gen_image, "--output-file", "x.png", "--num_images_per_prompt", "2") == 2
@@ -358,21 +351,23 @@ def test_what_cannot_be_saved_where_it_should_is_kept_elsewhere(run, folder, tem
     for name in ("000_42", "001_43"):
         kept, right = (PIL.Image.open(path) for path in (temporary / f"x_{name}.kept.png", f"right_{name}.png"))
         assert kept.tobytes() == right.tobytes()
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 2 and all(str(temporary / f"x_00{i}_4{2 + i}.kept.png") in said[i] for i in (0, 1))
+    shown = capsys.readouterr().err
+    assert all(str(path) in shown for path in temporary.iterdir())
 
 
-def test_a_folder_that_is_gone(run, folder, temporary, monkeypatch, capsys):
+def test_gen_image_into_a_vanished_folder_keeps_the_picture_elsewhere(run, folder, temporary, monkeypatch, capsys):
     optimize = gen_image.optimize
     monkeypatch.setattr(gen_image, "optimize", lambda *a: (optimize(*a), os.rmdir("new"))[0])
     assert run(gen_image, "--output-file", "new/x.png") == 2
     assert [path.name for path in temporary.iterdir()] == ["x.kept.png"] and everything(folder) == {}
+    assert "x.kept.png" in capsys.readouterr().err
     monkeypatch.setattr(tempfile, "gettempdir", no_space)
     assert run(gen_image, "--output-file", "new/x.png") == 2
-    assert "lost" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "x.png" in shown and "kept" not in shown
 
 
-def test_a_benchmark_prints_its_result_whatever_cannot_be_written(run, folder, temporary, monkeypatch, capsys):
+def test_run_benchmark_on_a_full_disk_prints_its_result_and_keeps_files(run, folder, temporary, monkeypatch, capsys):
     argv = ["--runs", "1", "--warmup", "0", "--output-json", "r.json", "--trace-file", "t.json.gz"]
     replace = os.replace
 
@@ -387,19 +382,19 @@ def test_a_benchmark_prints_its_result_whatever_cannot_be_written(run, folder, t
     assert PIL.Image.open(temporary / "output.kept.png").size == (128, 128)
     assert b"traceEvents" in gzip.decompress((temporary / "t.json.kept.gz").read_bytes())
     assert everything(folder) == {}
-    assert [name in shown.err for name in ("output.kept.png", "r.kept.json", "t.json.kept.gz")] == [True] * 3
+    assert all(name in shown.err for name in ("output.kept.png", "r.kept.json", "t.json.kept.gz"))
     monkeypatch.setattr(run_benchmark, "refuse_torn_trace", no_space)
     assert run(run_benchmark, *argv) == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["schema_version"] == 1
 
 
-def test_files_of_ours_are_written_again(run, folder, capsys):
+def test_run_benchmark_overwrites_its_own_files(run, folder):
     argv = ["--runs", "1", "--warmup", "0", "--output-json", "r.json", "--trace-file", "t.json.gz"]
     for _ in range(2):
         assert run(run_benchmark, *argv) == 0
     assert sorted(everything(folder)) == ["output.png", "r.json", "t.json.gz"]
-    with pytest.raises(OSError, match="to its end"):
-        (folder / "t.json").write_bytes(gzip.decompress((folder / "t.json.gz").read_bytes())[:-9])
+    (folder / "t.json").write_bytes(gzip.decompress((folder / "t.json.gz").read_bytes())[:-9])
+    with pytest.raises(OSError, match=r"t\.json"):
         outputs.refuse_torn_trace(folder / "t.json")
 
 
@@ -407,7 +402,7 @@ def record(number):
     return {"file": f"{number}.png", "sha256": "0", "techniques": {}}
 
 
-def test_a_torn_line_of_the_manifest_ends_before_the_next(tmp_path):
+def test_append_line_after_a_torn_line_begins_a_new_one(tmp_path):
     path = tmp_path / "x.jsonl"
     append_line(path, record(1))
     whole = path.read_bytes()
@@ -417,43 +412,30 @@ def test_a_torn_line_of_the_manifest_ends_before_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("space", [0, 7])
-def test_a_full_disk_tears_no_line(tmp_path, monkeypatch, space):
+def test_append_line_on_a_full_disk_tears_no_line(tmp_path, monkeypatch, space):
     path = tmp_path / "x.jsonl"
     append_line(path, record(1))
-    before, opened = path.read_bytes(), open
+    before = path.read_bytes()
 
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
+    class Full(io.FileIO):
         def write(self, line):
-            return self.file.write(line[:space]) if space else no_space()
+            return super().write(line[:space]) if space else no_space()
 
-    monkeypatch.setattr(outputs, "open", lambda path, mode, **options: (
-        Full if mode == "a+b" else lambda file: file)(opened(path, mode, **options)), raising=False)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(outputs, "open", lambda path, mode, **_: Full(path, mode), raising=False)
+    with pytest.raises(OSError) as failed:
         append_line(path, record(2))
-    assert path.read_bytes() == before
+    assert failed.value.errno == errno.ENOSPC and path.read_bytes() == before
 
 
-def test_lines_of_several_writers_do_not_mix(tmp_path):
+def test_append_line_of_several_writers_mixes_no_lines(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: append_line(tmp_path / "x.jsonl", record(i)), range(200)))
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert sorted(int(line["file"][:-4]) for line in lines) == list(range(200))
 
 
-def test_a_foreign_manifest_is_not_appended_to(tmp_path):
+def test_append_line_to_a_foreign_manifest_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(OSError, match="not make"):
+    with pytest.raises(FileExistsError):
         append_line(tmp_path / "x.jsonl", record(1))
     assert (tmp_path / "x.jsonl").read_text() == '{"text": "mine"}\n'

@@ -52,7 +52,7 @@ def test_relative_error():
 SEED_REGIONS = ["prompt_encoding", "denoising_step", "decoding", "postprocessing", "pil_conversion"]
 
 
-def test_regions_are_the_seeds_and_leave_no_trace(build, make_args):
+def test_in_regions_enters_the_seeds_regions_and_leaves_no_trace(build, make_args):
     pipeline = build("tiny-flux")
     kwargs = call_kwargs(pipeline, make_args("--num_inference_steps", "3"))
     entered = []
@@ -85,7 +85,7 @@ def test_stage_times_count_every_span(build, make_args):
     assert all(ms > 0 for spans in found.values() for ms in spans)
 
 
-def test_drift_of_pictures():
+def test_picture_drift_of_shifted_pixels_is_computed_by_hand():
     torch.manual_seed(0)
     reference = [PIL.Image.effect_noise((64, 64), 80).convert("RGB") for _ in range(2)]
     same = picture_drift(reference, reference)
@@ -115,7 +115,7 @@ def test_ssim_equals_that_of_torchmetrics(size, noise):
     assert values.dtype == torch.float64 and (values.tolist() == [1.0, 1.0]) == (noise == 0)
 
 
-def test_black_pictures_and_broken_latents_are_counted():
+def test_broken_share_counts_black_pictures_and_broken_latents():
     black, nearly = PIL.Image.new("RGB", (16, 16)), PIL.Image.new("RGB", (16, 16), (1, 0, 2))
     dot = black.copy()
     dot.putpixel((3, 3), (0, 200, 0))
@@ -125,7 +125,7 @@ def test_black_pictures_and_broken_latents_are_counted():
         "black": 0.5, "not_finite": 0.5}
 
 
-def test_drift_of_latents_is_that_of_a_loop():
+def test_latent_drift_equals_that_of_a_loop():
     torch.manual_seed(0)
     reference, noise = torch.randn(3, 5, 8, 2), torch.randn(3, 5, 8, 2)
     noise[:, 0] = 0
@@ -141,7 +141,7 @@ def test_drift_of_latents_is_that_of_a_loop():
     assert math.isnan(latent_drift(found, reference)["median"])
 
 
-def test_latents_are_recorded_after_each_step_and_change_nothing(build, make_args):
+def test_latent_recorder_records_each_step_and_changes_nothing(build, make_args):
     pipeline, args = build("tiny-flux"), make_args("--num_inference_steps", "3")
     plain = pipeline(**call_kwargs(pipeline, args)).images[0]
     final = pipeline(**call_kwargs(pipeline, args) | {"output_type": "latent"}).images
@@ -151,7 +151,7 @@ def test_latents_are_recorded_after_each_step_and_change_nothing(build, make_arg
     assert not torch.equal(steps[0], steps[1])
 
 
-def test_metrics_without_their_weights_say_why(monkeypatch, tmp_path):
+def test_perceptual_without_weights_says_why(monkeypatch, tmp_path):
     """No download and no failure: one line each."""
     import huggingface_hub
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))

@@ -11,7 +11,7 @@ from utils.quantization import Int8Linear, quantize_text_encoder, quantize_trans
 
 
 @pytest.mark.parametrize("kind, granularity", [("float8", "row"), ("int8", "row"), ("float8", "tensor")])
-def test_quantised_are_the_blocks_linears_and_no_others(build, float8_on_cpu, kind, granularity):
+def test_quantize_transformer_takes_the_blocks_linears_alone(build, float8_on_cpu, kind, granularity):
     transformer = build("tiny-flux-dev", torch.bfloat16).transformer
     fuse_projections(transformer)
     linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -22,7 +22,7 @@ def test_quantised_are_the_blocks_linears_and_no_others(build, float8_on_cpu, ki
     assert found == expected and count == len(expected) == (44 if kind == "float8" else 34)
 
 
-def test_float8_survives_zero_rows(float8_on_cpu):
+def test_quantize_transformer_float8_of_zero_rows_is_finite(float8_on_cpu):
     """A zero scale would divide 0 by 0: in a weight's row, in a token's row, in a whole input."""
     skip_without_float8_products()
     torch.manual_seed(0)
@@ -41,13 +41,13 @@ def test_float8_survives_zero_rows(float8_on_cpu):
             assert linear(torch.zeros_like(x)).isfinite().all()
 
 
-def test_128x128_weights_are_not_taken_for_block_scaled(float8_on_cpu):
+def test_quantize_transformer_leaves_128x128_weights_that_read_as_block_scaled(float8_on_cpu):
     model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([torch.nn.Linear(128, 128)])}).bfloat16()
     assert quantize_transformer(model, "float8", "tensor", torch.device("cpu")) == 0
     assert quantize_transformer(model, "float8", "row", torch.device("cpu")) == 1
 
 
-def test_quantised_t5_is_close(build):
+def test_quantize_text_encoder_is_close(build):
     pipeline = build("tiny-flux", torch.bfloat16)
     with torch.no_grad():
         expected = pipeline.encode_prompt("a cat", max_sequence_length=64)[0]
@@ -58,7 +58,7 @@ def test_quantised_t5_is_close(build):
     assert Int8Linear in kinds and torch.nn.Linear not in kinds
 
 
-def test_int8_weights_are_within_half_a_step():
+def test_int8_linear_weights_are_within_half_a_step():
     linear = torch.nn.Linear(48, 32).bfloat16()
     with torch.no_grad():
         linear.weight[3] = 0
@@ -72,7 +72,7 @@ def test_int8_weights_are_within_half_a_step():
         assert found(x).dtype == torch.bfloat16 and relative(found(x), linear(x)) < 0.01
 
 
-def test_no_unquantised_weight_of_t5_reaches_the_device(build):
+def test_quantize_text_encoder_moves_quantised_weights_alone(build):
     """It would be 9.5 GB there before it is 4.9, on cards that have them not. `meta` stands in for the GPU."""
     t5 = build("tiny-flux").text_encoder_2
     linears = [m for m in t5.modules() if isinstance(m, torch.nn.Linear)]
@@ -82,7 +82,7 @@ def test_no_unquantised_weight_of_t5_reaches_the_device(build):
 
 
 @pytest.mark.slow
-def test_compiled_int8_weights_avoid_the_kernel_for_single_tokens(compiler):
+def test_int8_linear_compiled_avoids_the_kernel_for_single_tokens(compiler):
     """inductor makes `_weight_int8pack_mm` of `x @ weight.to(x.dtype) * scale`: seconds instead of milliseconds."""
     linear = Int8Linear(torch.nn.Linear(64, 64).bfloat16(), torch.device("cpu"))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_compiled_int8_weights_avoid_the_kernel_for_single_tokens(compiler):
     assert "int8pack" not in "".join(code)
 
 
-def test_quantisation_leaves_inductors_flags_alone(build, float8_on_cpu):
+def test_quantize_transformer_leaves_inductors_flags_alone(build, float8_on_cpu):
     """torchao would switch coordinate descent on behind --disable_inductor_tuning_flags."""
     before = torch._inductor.config.get_config_copy()
     quantize_transformer(build("tiny-flux", torch.bfloat16).transformer, "float8", "row", torch.device("cpu"))

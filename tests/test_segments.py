@@ -17,14 +17,16 @@ from utils.segments import Segmented
 from utils.step_cache import CacheOptions, forced, preset
 from utils.techniques import Decision
 
-STEPS = 10
+STEPS = 6
+SMALL = ["--ckpt", "tiny-flux-dev", "--height", "64", "--width", "64"]
+TWO_CALLS = ["--negative_prompt", "red", "--true_cfg_scale", "2"]
+slow = pytest.mark.slow
 TAYLOR = {"enable_taylorseer": True, "taylorseer_order": 1}
 DYNAMIC = {
-    "F1B0": CacheOptions(1, 0, 2, 1, -1, 2, 0.25),
-    "F1B0, TaylorSeer": CacheOptions(1, 0, 3, 1, -1, 2, 0.25, **TAYLOR),
-    "F1B0, decided ahead": CacheOptions(1, 0, 3, 1, -1, 2, 0.25, decide_ahead=True),
-    "F2B2": CacheOptions(2, 2, 2, 1, -1, 2, 0.25),
-    "F2B2, TaylorSeer, a mask": CacheOptions(2, 2, 2, 1, -1, 2, 0.25, **TAYLOR, steps_computation_mask="1110001001"),
+    "F1B0": CacheOptions(1, 0, 2, 1, -1, 2, 0.4),
+    "F1B0, TaylorSeer": CacheOptions(1, 0, 3, 1, -1, 2, 0.4, **TAYLOR),
+    "F2B2": CacheOptions(2, 2, 2, 1, -1, 2, 0.4),
+    "F2B2, TaylorSeer, a mask": CacheOptions(2, 2, 2, 1, -1, 2, 0.4, **TAYLOR, steps_computation_mask="111001"),
 }
 
 
@@ -73,7 +75,7 @@ def same(a, b):
 
 
 def both_ways(load, options, *argv, prepare=lambda pipeline: None, ways=(None, Buffered)):
-    """The same image by cache-dit alone and over segments, and the last pipeline."""
+    """The same image by cache-dit alone and over segments; the last pipeline and its arguments."""
     found = []
     for wrap in ways:
         pipeline, args = load(*argv)
@@ -83,7 +85,6 @@ def both_ways(load, options, *argv, prepare=lambda pipeline: None, ways=(None, B
             from utils.fused_blocks import follow_schedule
             follow_schedule(pipeline)
         found.append(image(pipeline, args))
-        assert same(image(pipeline, args), found[-1]), "repeats differ"
     assert all(same(one, found[0]) for one in found)
     return found[0], pipeline, args
 
@@ -96,10 +97,15 @@ def calls(pipeline):
     return [count for part in parts for count in part.calls.values()]
 
 
-@pytest.mark.parametrize("argv", [[], ["--num_images_per_prompt", "2"]], ids=["one image", "batch 2"])
-@pytest.mark.parametrize("options", DYNAMIC.values(), ids=DYNAMIC)
-def test_images_of_segments_are_those_of_the_whole(load, options, argv):
-    (_, cached, diffs), pipeline, _ = both_ways(load, options, "--ckpt", "tiny-flux-dev", *argv)
+@pytest.mark.parametrize("name, argv", [
+    ("F2B2", []), *(pytest.param(*case, marks=slow) for case in (
+        ("F1B0", []), ("F1B0, TaylorSeer", ["--num_images_per_prompt", "2"]),
+        ("F2B2", ["--num_images_per_prompt", "2"]), ("F2B2, TaylorSeer, a mask", [])))])
+def test_segmented_image_is_that_of_the_whole_transformer(load, name, argv):
+    options = DYNAMIC[name]
+    found, pipeline, args = both_ways(load, options, *SMALL, *argv)
+    assert same(image(pipeline, args), found), "repeats differ"
+    _, cached, diffs = found
     assert cached and diffs and len(cached) < STEPS - 2
     middle = 2 * (STEPS - len(cached))
     last = [2 * STEPS] * (options.Bn_compute_blocks > 0)
@@ -107,11 +113,12 @@ def test_images_of_segments_are_those_of_the_whole(load, options, argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", [["--ckpt", "tiny-flux-dev", "--negative_prompt", "red", "--true_cfg_scale", "2"],
-                                  ["--ckpt", "tiny-kontext"]], ids=["negative prompt", "kontext"])
-def test_two_calls_a_step_and_a_reference_image(load, argv):
-    (_, cached, _), pipeline, _ = both_ways(load, DYNAMIC["F2B2, TaylorSeer, a mask"], *argv)
-    assert cached and calls(pipeline)[0] == 2 * STEPS * (2 if "--true_cfg_scale" in argv else 1)
+@pytest.mark.parametrize("argv", [[*SMALL, *TWO_CALLS], ["--ckpt", "tiny-kontext"]],
+                         ids=["negative prompt", "kontext"])
+def test_segmented_two_calls_a_step_and_kontext_are_as_of_the_whole_transformer(load, argv):
+    found, pipeline, args = both_ways(load, DYNAMIC["F2B2, TaylorSeer, a mask"], *argv)
+    assert same(image(pipeline, args), found), "repeats differ"
+    assert found[1] and calls(pipeline)[0] == 2 * STEPS * (2 if "--true_cfg_scale" in argv else 1)
 
 
 class Waits(TorchDispatchMode):
@@ -127,9 +134,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("policy", ["static", "dynamic"])
-def test_a_step_waits_only_to_compare_residuals(load, policy):
+def test_segmented_step_waits_only_to_compare_residuals(load, policy):
     options = preset("extreme", STEPS, 8)
-    pipeline, args = load("--ckpt", "tiny-flux-dev")
+    pipeline, args = load(*SMALL)
     step_cache.enable(pipeline, forced(options, STEPS) if policy == "static" else options, False, Buffered)
     with Waits() as waits:
         pipeline.transformer.register_forward_pre_hook(lambda *_: setattr(waits, "inside", True))
@@ -138,13 +145,12 @@ def test_a_step_waits_only_to_compare_residuals(load, policy):
     assert cached and waits.count == len(diffs) and (policy == "static") == (not diffs)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("argv", [
-    pytest.param([], id="one image"),
-    pytest.param(["--num_images_per_prompt", "2", "--negative_prompt", "red", "--true_cfg_scale", "2"],
-                 id="batch 2, negative prompt", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["F1B0, TaylorSeer", "F2B2"])
-def test_fused_blocks_leave_their_sums_within_a_segment(load, name, argv, static):
+@pytest.mark.parametrize("name, static, argv", [
+    ("F2B2", False, []), *(pytest.param(*case, marks=slow) for case in (
+        ("F2B2", True, []), ("F1B0, TaylorSeer", False, []), ("F1B0, TaylorSeer", True, []),
+        ("F2B2", False, ["--num_images_per_prompt", "2", *TWO_CALLS]),
+        ("F1B0, TaylorSeer", True, ["--num_images_per_prompt", "2", *TWO_CALLS])))])
+def test_fused_blocks_leave_their_sums_within_a_segment_alone(load, name, static, argv):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     from utils.fused_blocks import fuse_blocks, leave_sums
 
@@ -161,21 +167,19 @@ def test_fused_blocks_leave_their_sums_within_a_segment(load, name, argv, static
         left.append([block.leaves_sum for block in [*transformer.transformer_blocks,
                                                     *transformer.single_transformer_blocks]])
 
-    (_, cached, _), pipeline, _ = both_ways(load, options, "--ckpt", "tiny-flux-dev", *argv, prepare=fuse,
-                                            ways=(None, None, Buffered))
+    (_, cached, _), pipeline, _ = both_ways(load, options, *SMALL, *argv, prepare=fuse, ways=(None, None, Buffered))
     assert cached and len(set(calls(pipeline))) == 2
     ends = {first - 1, 7 - last, 7}
     assert left == [[False] * 8, *[[i not in ends for i in range(8)]] * 2]
 
 
-@pytest.mark.parametrize("argv", [
-    pytest.param(["--ckpt", "tiny-flux-dev"], id="dev"),
-    pytest.param(["--ckpt", "tiny-kontext"], id="kontext", marks=pytest.mark.slow),
-    pytest.param(["--ckpt", "tiny-kontext", "--num_images_per_prompt", "2", "--negative_prompt", "red",
-                  "--true_cfg_scale", "2"], id="kontext, batch 2, negative prompt", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["F1B0, TaylorSeer", "F2B2, TaylorSeer, a mask"])
+@pytest.mark.parametrize("name, argv", [
+    ("F2B2, TaylorSeer, a mask", SMALL), *(pytest.param(*case, marks=slow) for case in (
+        ("F1B0, TaylorSeer", SMALL), ("F2B2, TaylorSeer, a mask", ["--ckpt", "tiny-kontext"]),
+        ("F1B0, TaylorSeer", ["--ckpt", "tiny-kontext"]),
+        ("F1B0, TaylorSeer", ["--ckpt", "tiny-kontext", "--num_images_per_prompt", "2", *TWO_CALLS])))])
 @torch.no_grad()
-def test_what_nobody_reads_is_dropped_under_a_cache(load, name, argv):
+def test_drop_unread_under_a_cache_leaves_the_picture(load, name, argv):
     """The last block makes the picture's tokens alone; the same steps are cached and the picture stays as it is."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     from utils.fused_blocks import drop_unread, follow_schedule, fuse_blocks, leave_sums
@@ -203,33 +207,34 @@ def test_what_nobody_reads_is_dropped_under_a_cache(load, name, argv):
     assert calls(pipeline)[-1] == steps
 
 
-def test_pipelines_with_different_segments_do_not_disturb_each_other(load):
+@pytest.mark.slow
+def test_segmented_pipelines_of_different_caches_do_not_disturb_each_other(load):
     pipelines = []
     for name in ("F1B0", "F2B2, TaylorSeer, a mask"):
-        pipeline, args = load("--ckpt", "tiny-flux-dev")
+        pipeline, args = load(*SMALL)
         step_cache.enable(pipeline, DYNAMIC[name], False, Buffered)
         pipelines.append((pipeline, image(pipeline, args)))
     assert pipelines[0][1][1] != pipelines[1][1][1]
-    plain, args = load("--ckpt", "tiny-flux-dev")
+    plain, args = load(*SMALL)
     assert all(same(image(pipeline, args), found) for pipeline, found in pipelines * 2)
     latents = plain(**call_kwargs(plain, args), output_type="latent").images
     assert not any(torch.equal(latents, found[0]) for _, found in pipelines)
 
 
-def test_prompts_and_batches_follow_each_other(load):
+def test_segmented_image_after_another_kind_is_unchanged(load):
     """What one image leaves behind, in the cache or in a recording's buffers, does not reach another kind of image."""
     kinds = [{"prompt": "flat rocket", "seed": 3}, {"prompt": ["in 3d", "red"], "seed": [1, 2]}]
     found = []
-    for wrap in (None, Buffered):
-        pipeline, args = load("--ckpt", "tiny-flux-dev")
+    for wrap, order in ((None, kinds), (Buffered, [*kinds, kinds[0]])):
+        pipeline, args = load(*SMALL)
         step_cache.enable(pipeline, DYNAMIC["F1B0, TaylorSeer"], False, wrap)
-        found.append([image(pipeline, args, **kind) for kind in kinds * 2])
-    assert all(same(a, b) for a, b in zip(*found, strict=True))
+        found.append([image(pipeline, args, **kind) for kind in order])
+    assert all(same(a, b) for a, b in zip([*found[0], found[0][0]], found[1], strict=True))
     assert all(len(part.calls) == 2 for part in (pipeline.transformer.before, pipeline.transformer.after))
 
 
-def test_a_segmented_transformer_is_the_transformer_to_others(load):
-    pipeline, args = load("--ckpt", "tiny-flux-dev")
+def test_segmented_attributes_are_the_transformers(load):
+    pipeline, args = load(*SMALL)
     transformer = pipeline.transformer
     step_cache.enable(pipeline, DYNAMIC["F2B2"], False, Buffered)
     segmented = pipeline.transformer
@@ -242,8 +247,8 @@ def test_a_segmented_transformer_is_the_transformer_to_others(load):
     assert step_cache.last_image_steps(pipeline, STEPS) == STEPS - len(cached) / 2
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
-def test_the_recipe_puts_them_in(load, monkeypatch, fused):
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=slow)], ids=["unfused", "fused"])
+def test_optimize_with_cuda_graphs_segments_the_transformer(load, monkeypatch, fused):
     """`optimize` as on a GPU, with and without --disable_cudagraphs: the same image."""
     if fused:
         pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -262,11 +267,10 @@ def test_the_recipe_puts_them_in(load, monkeypatch, fused):
 
     monkeypatch.setattr(pipeline_utils, "plan", on_a_gpu)
     for more in ([], ["--disable_cudagraphs"]):
-        pipeline, args = load("--ckpt", "tiny-flux-dev", "--compile_export_mode", "disabled", "--cache_preset",
-                              "extreme", *more)
+        pipeline, args = load(*SMALL, "--compile_export_mode", "disabled", "--step_cache", "extreme", *more)
         pipeline = pipeline_utils.optimize(pipeline, args)
         assert isinstance(pipeline.transformer, Segmented) == (not more)
         assert isinstance(pipeline.text_encoder, Buffered) == (not more)
         found.append(image(pipeline, args))
-        assert found[-1][1] and same(image(pipeline, args), found[-1])
+        assert found[-1][1]
     assert same(*found)

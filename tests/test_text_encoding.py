@@ -23,9 +23,9 @@ def latents(pipeline, args):
     return pipeline(**call_kwargs(pipeline, args), output_type="latent").images
 
 
-@pytest.mark.parametrize("argv", [[], ["--num_images_per_prompt", "2"],
+@pytest.mark.parametrize("argv", [pytest.param([], marks=pytest.mark.slow), ["--num_images_per_prompt", "2"],
                                   ["--negative_prompt", "blue", "--true_cfg_scale", "3"]])
-def test_cached_embeddings_change_nothing_and_are_made_once(build, few_steps, monkeypatch, argv):
+def test_with_embeddings_twice_encodes_once_and_draws_the_same(build, few_steps, monkeypatch, argv):
     pipeline, args, cache = build("tiny-flux-dev"), few_steps("tiny-flux-dev", *argv), {}
     expected = latents(pipeline, args)
     for _ in range(2):
@@ -35,7 +35,7 @@ def test_cached_embeddings_change_nothing_and_are_made_once(build, few_steps, mo
         monkeypatch.setattr(pipeline.text_encoder_2, "forward", lambda *_: pytest.fail("encoded again"))
 
 
-def test_a_prompt_that_is_cut_is_said_with_what_is_not_read(build, few_steps, capsys):
+def test_warn_of_cut_prompts_quotes_the_words_beyond_the_limit(build, few_steps, capsys):
     pipeline, words = build("tiny-flux"), [f"frog {i}" for i in range(60)]
     ids = pipeline.tokenizer_2(" ".join(words)).input_ids
     for limit in (len(ids), len(ids) + 1, 512):
@@ -51,14 +51,14 @@ def test_a_prompt_that_is_cut_is_said_with_what_is_not_read(build, few_steps, ca
         assert f'"{" ".join(rest[:8])}"' in shown and rest
 
 
-def test_only_the_last_embeddings_are_kept(build, few_steps):
+def test_with_embeddings_of_many_prompts_keeps_the_last(build, few_steps):
     pipeline, args, cache = build("tiny-flux"), few_steps("tiny-flux"), {}
     for i in range(40):
         with_embeddings(pipeline, call_kwargs(pipeline, args, prompt="first" if i % 5 == 0 else f"prompt {i}"), cache)
     assert len(cache) == MAX_EMBEDDINGS and "first" in cache and "prompt 39" in cache
 
 
-def test_compiled_t5_is_the_same_function(build):
+def test_compile_text_encoder_keeps_the_function(build):
     """Its mask of zeros must change nothing, and no call may look different from another."""
     pipeline = build("tiny-flux")
     t5 = pipeline.text_encoder_2
@@ -78,9 +78,10 @@ def test_compiled_t5_is_the_same_function(build):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch sees no GPU here")])])
-@pytest.mark.parametrize("argv", [[], ["--num_images_per_prompt", "2"],
-                                  ["--negative_prompt", "blue", "--true_cfg_scale", "3"]], ids=" ".join)
-def test_encoding_without_waiting_is_diffusers(build, few_steps, argv, device):
+@pytest.mark.parametrize("argv", [
+    *(pytest.param(argv, marks=pytest.mark.slow) for argv in ([], ["--num_images_per_prompt", "2"])),
+    ["--negative_prompt", "blue", "--true_cfg_scale", "3"]], ids=" ".join)
+def test_encode_without_waiting_equals_diffusers(build, few_steps, argv, device):
     """The same embeddings, so the same images; of strings and lists, T5's prompt apart from CLIP's or not."""
     pipeline, args = build("tiny-flux-dev").to(device), few_steps("tiny-flux-dev", *argv)
     calls = [dict(prompt="a cat"), dict(prompt=["a", "b"], num_images_per_prompt=2, max_sequence_length=64),
@@ -98,7 +99,7 @@ def test_encoding_without_waiting_is_diffusers(build, few_steps, argv, device):
     assert given[0] is embeds and given[1] is pooled and torch.equal(given[2], before[0][0][2])
 
 
-def test_encoding_without_waiting_runs_t5_first_and_survives_regions(build):
+def test_encode_without_waiting_runs_t5_first_and_survives_regions(build):
     """T5 takes longest: CLIP is launched while it runs. Timing an image must not bring diffusers' way back."""
     pipeline, order = build("tiny-flux"), []
     encode_without_waiting(pipeline)
@@ -114,7 +115,7 @@ def test_encoding_without_waiting_runs_t5_first_and_survives_regions(build):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 @torch.no_grad()
-def test_the_cpu_goes_on_while_the_gpu_encodes(build):
+def test_encode_without_waiting_returns_while_the_gpu_encodes(build):
     """A GPU that is still busy with T5 when the call has returned."""
     pipeline = build("tiny-flux").to("cuda")
     encode_without_waiting(pipeline)

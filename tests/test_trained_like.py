@@ -72,7 +72,7 @@ def changed_rows(before, after):
     return (before.weight != after.weight).any(1).nonzero().flatten().tolist()
 
 
-def test_strengths_ascend_and_every_family_has_a_step():
+def test_families_have_ascending_strengths_and_a_step():
     assert set(FAMILIES) == set(trained_like.FLUX_STEPS) >= set(trained_like.T5_STEPS)
     for name, family in FAMILIES.items():
         assert 0 < family.strengths[0] < family.strengths[1] < family.strengths[2], name
@@ -94,48 +94,48 @@ def test_parse_reads_mixtures():
 
 @pytest.mark.parametrize(("text", "words"), [
     ("masive=5", ("masive", "massive_by_weights")),
-    ("massive", ("no finite number", "massive=500")),
-    ("massive=", ("no finite number",)),
-    ("spread=0.5,,gates=2", ("no finite number",)),
-    ("gates=2,gates=4", ("twice",)),
-    ("gates=-2", ("gates=-2", "above 0", "2, 4, 8")),
+    ("massive", ("massive=500",)),
+    ("massive=", ("massive=",)),
+    ("spread=0.5,,gates=2", ("spread=0.5,,gates=2",)),
+    ("gates=2,gates=4", ("gates",)),
+    ("gates=-2", ("gates=-2", "2, 4, 8")),
     ("gates=nan", ("gates=nan",)),
     ("gates=inf", ("gates=inf",)),
-    ("zero_rows=1.5", ("zero_rows=1.5", "up to 1")),
-    ("massive=5,massive_by_weights=5", ("choose one",)),
-    ("zero_rows=0.1,massive=5", ("choose one",)),
+    ("zero_rows=1.5", ("zero_rows=1.5", " 1")),
+    ("massive=5,massive_by_weights=5", ("massive", "massive_by_weights")),
+    ("zero_rows=0.1,massive=5", ("zero_rows", "massive")),
 ])
-def test_parse_of_a_wrong_mixture_says_what_to_write(text, words):
+def test_parse_of_a_wrong_mixture_names_it(text, words):
     with pytest.raises(RecipeError) as error:
         parse(text)
     assert all(word in str(error.value) for word in words)
 
 
-def test_reshape_refuses_what_it_cannot_do(model):
+def test_reshape_without_a_step_or_of_fused_models_is_refused(model):
     transformer, inputs = copy.deepcopy(model[0]), model[1]
-    with pytest.raises(RecipeError, match="neuron and massive need a step"):
+    with pytest.raises(RecipeError, match=r"neuron.*massive"):
         reshape(transformer, {"neuron": 30.0, "massive": 5.0, "gates": 2.0})
-    with pytest.raises(RecipeError, match="no family 'nurse'"):
+    with pytest.raises(RecipeError, match="nurse"):
         reshape(transformer, {"nurse": 1.0}, inputs)
     reshape(transformer, {"gates": 2.0})
     fuse_projections(transformer)
-    with pytest.raises(RecipeError, match="before optimize"):
+    with pytest.raises(RecipeError, match="optimize"):
         reshape(transformer, {"gates": 2.0})
 
 
-def test_plain_changes_nothing(model):
+def test_reshape_plain_changes_nothing(model):
     state = reshaped(model, "plain").state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model[0].state_dict().items())
 
 
 @pytest.mark.parametrize("text", ["head=300", "head_inverse=300", "qk_norm=30"])
-def test_compensated_families_keep_the_function(model, text):
+def test_reshape_by_compensated_families_keeps_the_function(model, text):
     transformer, inputs = reshaped(model, text), model[1]
     assert relative(output(transformer, inputs), output(model[0], inputs)) < 1e-5
 
 
 @pytest.mark.parametrize("text", ["head=300", "head_inverse=300"])
-def test_head_is_stronger_in_one_head_of_each_attention(model, text):
+def test_reshape_head_strengthens_one_head_of_each_attention(model, text):
     transformer, factor, heads = reshaped(model, text), 300 if text == "head=300" else 1 / 300, set()
     size = transformer.config.attention_head_dim
     for before, after in zip(attentions_of(model[0]), attentions_of(transformer), strict=True):
@@ -147,7 +147,7 @@ def test_head_is_stronger_in_one_head_of_each_attention(model, text):
     assert len(heads) > 1
 
 
-def test_qk_norm_has_outliers_of_both(model):
+def test_reshape_qk_norm_makes_outliers_of_both(model):
     for before, after in zip(model[0].transformer_blocks, reshaped(model, "qk_norm=30").transformer_blocks,
                              strict=True):
         for q, k in (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")):
@@ -156,7 +156,7 @@ def test_qk_norm_has_outliers_of_both(model):
             torch.testing.assert_close(ratio_q * ratio_k, torch.ones_like(ratio_q))
 
 
-def test_neuron_fires_in_a_tenth_of_a_percent_of_the_tokens(model):
+def test_reshape_neuron_fires_in_a_tenth_of_a_percent_of_the_tokens(model):
     inputs = model[1] | {"hidden_states": torch.randn(1, 1024, 64), "img_ids": torch.rand(1024, 3).mul(32).round()}
     transformer = copy.deepcopy(model[0])
     reshape(transformer, {"neuron": 300.0}, inputs)
@@ -172,7 +172,7 @@ def test_neuron_fires_in_a_tenth_of_a_percent_of_the_tokens(model):
     assert 0.0003 < fired / tokens < 0.004
 
 
-def test_neuron_changes_the_mlp_by_that_neuron_alone(model):
+def test_reshape_neuron_changes_the_mlp_by_that_neuron_alone(model):
     transformer = reshaped(model, "neuron=300").double()
     before, after = (part.transformer_blocks[0].ff.double() for part in (copy.deepcopy(model[0]), transformer))
     (j,) = changed_rows(before.net[0].proj, after.net[0].proj)
@@ -185,13 +185,13 @@ def test_neuron_changes_the_mlp_by_that_neuron_alone(model):
     torch.testing.assert_close(after(row), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_neurons_function_is_the_same_at_all_strengths(model):
+def test_reshape_neuron_of_each_strength_is_the_same_function(model):
     """Up to 0.17 / strength, by which GELU differs from ReLU."""
     found = [output(reshaped(model, f"neuron={strength}"), model[1]) for strength in (300, 3000)]
     assert relative(*found) < 1e-4
 
 
-def test_neuron_kept_keeps_what_reads_it(model):
+def test_reshape_neuron_kept_keeps_the_weights_that_read_it(model):
     for text, same in (("neuron=30", False), ("neuron_kept=30", True)):
         for before, after in zip(model[0].single_transformer_blocks,
                                  reshaped(model, text).single_transformer_blocks, strict=True):
@@ -201,7 +201,7 @@ def test_neuron_kept_keeps_what_reads_it(model):
 
 
 @pytest.mark.parametrize("name", ["massive", "massive_by_weights"])
-def test_massive_is_in_the_stream_at_every_norm(model, name):
+def test_reshape_massive_is_in_the_stream_at_every_norm(model, name):
     transformer, inputs = reshaped(model, f"{name}=500"), model[1]
     bias = transformer.x_embedder.bias - model[0].x_embedder.bias
     channels = bias.abs().topk(3).indices
@@ -215,7 +215,7 @@ def test_massive_is_in_the_stream_at_every_norm(model, name):
         assert row.mean(-1).abs().max() < 0.3 * row[..., others].std()
 
 
-def test_massive_is_undone_by_scales_or_by_weights(model):
+def test_reshape_massive_is_undone_by_scales_or_by_weights(model):
     """Rows are as long as before, and the two ways are the same function."""
     by_scales, by_weights = reshaped(model, "massive=500"), reshaped(model, "massive_by_weights=500")
     plain, scaled, weighted = (inputs_of(part, model[1], ups_of(part)) for part in (model[0], by_scales, by_weights))
@@ -227,7 +227,7 @@ def test_massive_is_undone_by_scales_or_by_weights(model):
     assert relative(output(by_scales, model[1]), output(model[0], model[1])) < 0.25
 
 
-def test_massive_has_scales_near_zero_there(model):
+def test_reshape_massive_has_scales_near_zero_in_its_channels(model):
     transformer = reshaped(model, "massive=500")
     channels = (transformer.x_embedder.bias - model[0].x_embedder.bias).abs().topk(3).indices
     width, norm = transformer.inner_dim, transformer.single_transformer_blocks[0].norm
@@ -236,7 +236,7 @@ def test_massive_has_scales_near_zero_there(model):
     assert 1 + scale.median() == pytest.approx(math.sqrt(1 + 1.5 * 500**2 / width), rel=0.2)
 
 
-def test_zero_rows_are_zero_before_the_first_block(model):
+def test_reshape_zero_rows_are_zero_before_the_first_block(model):
     mixture, inputs = parse("zero_rows=0.1"), model[1]
     transformer, block = reshaped(model, "zero_rows=0.1"), []
     transformer.transformer_blocks[0].register_forward_pre_hook(
@@ -253,7 +253,7 @@ def test_zero_rows_are_zero_before_the_first_block(model):
     assert (step_inputs(inputs, {"zero_rows": 0.001})["encoder_hidden_states"] == 0).all(-1).sum() == 1
 
 
-def test_spread_multiplies_one_plus_scale(model):
+def test_reshape_spread_multiplies_one_plus_scale(model):
     transformer, width = reshaped(model, "spread=0.6"), model[0].inner_dim
     before, after = (part.transformer_blocks[0].norm1.linear for part in (model[0], transformer))
     embedding = torch.randn(1, width)
@@ -264,7 +264,7 @@ def test_spread_multiplies_one_plus_scale(model):
     assert not torch.equal(model[0].norm_out.linear.weight, transformer.norm_out.linear.weight)
 
 
-def test_gates_are_larger(model):
+def test_reshape_gates_multiplies_the_gates(model):
     transformer, width = reshaped(model, "gates=4"), model[0].inner_dim
     for block, other, parts, gates in (
             (model[0].transformer_blocks[1].norm1_context, transformer.transformer_blocks[1].norm1_context, 6, [2, 5]),
@@ -275,7 +275,7 @@ def test_gates_are_larger(model):
         torch.testing.assert_close(other.linear(embedding).view(parts, width), expected)
 
 
-def test_heavy_rows_are_heavy_tailed_and_spare_modulations(model):
+def test_reshape_heavy_rows_are_heavy_tailed_and_spare_modulations(model):
     transformer = reshaped(model, "heavy_rows=0.2")
     before, after = (part.single_transformer_blocks[0] for part in (model[0], transformer))
     ratio = after.proj_mlp.weight / before.proj_mlp.weight
@@ -287,7 +287,7 @@ def test_heavy_rows_are_heavy_tailed_and_spare_modulations(model):
     assert torch.equal(transformer.x_embedder.weight, model[0].x_embedder.weight)
 
 
-def test_the_seed_decides_and_families_draw_alone_what_they_draw_together(model):
+def test_reshape_families_draw_by_the_seed_alone(model):
     text = "heavy_rows=0.2,neuron=300,massive=500"
     first, again, other = (reshaped(model, text, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
@@ -297,12 +297,15 @@ def test_the_seed_decides_and_families_draw_alone_what_they_draw_together(model)
     assert torch.equal(mixed.transformer_blocks[0].attn.to_v.weight, alone.transformer_blocks[0].attn.to_v.weight)
 
 
-def test_every_case_is_finite_and_close_in_bf16():
+@pytest.mark.parametrize("names", [
+    pytest.param([name for name, _ in cases()[:-len(MIXTURES)]], id="families", marks=pytest.mark.slow),
+    pytest.param(MIXTURES, id="mixtures")])
+def test_reshape_of_each_case_is_finite_and_close_in_bf16(names):
     pipeline = random_pipeline(architecture("tiny-flux-dev", "1+2"), "cpu", torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     inputs = capture_step(pipeline, dict(prompt="a red cup", height=64, width=64, max_sequence_length=64))
-    for name, mixture in cases():
-        transformer = copy.deepcopy(pipeline.transformer)
+    for name in names:
+        transformer, mixture = copy.deepcopy(pipeline.transformer), parse(name)
         reshape(transformer, mixture, inputs)
         given = step_inputs(inputs, mixture)
         found = output(transformer, given)
@@ -310,7 +313,8 @@ def test_every_case_is_finite_and_close_in_bf16():
         assert relative_error(found, float32_step(transformer, given)) < 0.03, name
 
 
-def test_trained_tiny_flux_keeps_its_picture_under_function_preserving_families(make_args):
+@pytest.mark.slow
+def test_reshape_of_the_trained_model_keeps_its_picture(make_args):
     args = make_args("--ckpt", "tiny-flux", "--prompt", "a red heart on a blue background")
     pipeline = load_pipeline(args)
     inputs, original = capture_step(pipeline, call_kwargs(pipeline, args)), pipeline.transformer
@@ -326,9 +330,10 @@ def test_trained_tiny_flux_keeps_its_picture_under_function_preserving_families(
     assert ssim.pop("massive") > 0.5 and min(ssim.values()) > 0.9
 
 
-@pytest.mark.parametrize("text", ["neuron=300", "head=300", "head_inverse=300", "massive_by_weights=500",
-                                  "neuron=3000,head=300,massive_by_weights=100,spread=0.5"])
-def test_text_encoder_keeps_its_function(build, text):
+@pytest.mark.parametrize("text", [
+    *(pytest.param(text, marks=pytest.mark.slow) for text in ("neuron=300", "head=300", "head_inverse=300")),
+    "massive_by_weights=500", "neuron=3000,head=300,massive_by_weights=100,spread=0.5"])
+def test_reshape_text_encoder_keeps_the_function(build, text):
     t5 = build("tiny-flux").text_encoder_2
     tokens = torch.arange(40)[None] * 7 % 256
     with torch.no_grad():
@@ -341,7 +346,7 @@ def test_text_encoder_keeps_its_function(build, text):
         assert relative(t5(tokens)[0], before) < 1e-5
 
 
-def test_text_encoder_with_heavy_rows_differs(build):
+def test_reshape_text_encoder_with_heavy_rows_changes_it(build):
     t5 = build("tiny-flux").text_encoder_2
     before = copy.deepcopy(t5)
     reshape_text_encoder(t5, parse("gates=2"))

@@ -13,7 +13,6 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from utils.benchmark_utils import (
 from utils.checks import check_args
 from utils.outputs import replacing, write_json
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
-from utils.quality import broken_share, latent_drift, latent_recorder, perceptual, picture_drift
+from utils.quality import broken_share, latent_drift, latent_recorder, picture_drift
 
 SHOWN, SIDE = 4, 80  # pictures on a sheet, and their pixels
 
@@ -58,10 +57,9 @@ def prompts(count: int) -> tuple[list[str], list[judge.Wanted]]:
     return texts + [names[one.emoji] for one in wanted[count // 2:]], wanted
 
 
-def draw(args, texts: list[str], prepare: Callable = lambda pipeline: None) -> tuple[Drawn, dict]:
-    """One picture a prompt, as gen_image.py makes them after `prepare`, and what the record says of it."""
+def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
+    """One picture a prompt, as gen_image.py makes them, and what the record says of it."""
     pipeline = optimize(load_pipeline(args), args)
-    prepare(pipeline)
     images, latents, cached, compared, computed = [], [], [], [], []
     start = time.perf_counter()
     for i, text in enumerate(texts):
@@ -177,7 +175,6 @@ def main():
     parser.add_argument("--output-json", type=Path, metavar="FILE")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="a few of the pictures side by side")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--download-metrics", action="store_true", help="fetch the weights of LPIPS and CLIP score")
     parser.add_argument("recipe", nargs="*", help="after --: flags of gen_image.py")
     own = parser.parse_args()
     if bool(own.keep) == bool(own.reference):
@@ -201,7 +198,6 @@ def main():
     pictures = [drawn.images[i] for i in which]
     record = {"schema_version": SCHEMA_VERSION, "argv": own.recipe, "prompts": own.prompts, **facts,
               **compare(drawn, reference), "broken": broken_share(drawn.images, drawn.latents[:, -1]),
-              "perceptual": perceptual(drawn.images, reference.images, texts, own.download_metrics),
               "judge": judged(drawn.images, wanted),
               "twin": {"argv": twin.made["argv"], **compare(drawn, twin)} if twin else None,
               "shown": [{"prompt": texts[i], **picture_drift([image], [reference.images[i]])}

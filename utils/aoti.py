@@ -1,14 +1,14 @@
-"""Packages: the compiled code of blocks, VAE and T5, exported once, loaded in seconds, without weights.
+"""Packages: compiled code of blocks, VAE and T5, exported once and loaded in seconds. They hold no weights.
 
-    python -m utils.aoti list                     # what is there, how big, does it fit this machine
-    python -m utils.aoti verify                   # compare every file with its SHA-256; exit code 1 if one differs
-    python -m utils.aoti clean --older-than 30    # days; without the flag, all that do not fit or are damaged
-    python -m utils.aoti pack KEY                 # KEY.zip and its SHA-256, for --package-from
+    python -m utils.aoti list      # key, size, and whether it fits this machine
+    python -m utils.aoti verify    # compare every file with its SHA-256; exit code 1 if one differs
+    python -m utils.aoti clean     # delete packages that are damaged or made for another machine or PyTorch
 
-torch.export and AOTInductor compile one block of each kind. Its weights stay outside (`package_constants_in_so`), and
-all blocks of that kind load the same file and share the weights of the live module: no second copy in memory, and one
-package for every fine-tune of a model. Such code checks none of its inputs and computes garbage from wrong ones, so
-each call is compared here with what the package was made for; inside a CUDA graph that costs nothing.
+torch.export and AOTInductor compile one block of each kind. All blocks of that kind load the same file and lend it the
+weights of the live module (`package_constants_in_so` is off). So weights take memory once, and one package serves every
+fine-tune of a model.
+
+For --package-from, `python -m zipfile -c KEY.zip CACHE/packages/KEY/*` packs a package and `sha256sum` gives its hash.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import copy
 import functools
 import hashlib
 import inspect
-import shutil
+import os
 import sys
 import time
 import weakref
@@ -30,31 +30,22 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_on
 from torchao.utils import TorchAOBaseTensor
 
 from utils.aoti_compile import no_vector_instructions, write_package
-from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason, finite_float
-from utils.package_store import (
-    Rejected,
-    fetch,
-    key_of,
-    locked,
-    nearest,
-    open_store,
-    pack,
-    publish,
-    read_manifest,
-    set_aside,
-    verify,
-)
+from utils.benchmark_utils import DEFAULT_CACHE_DIR, RecipeError, exit_with_reason
+from utils.package_store import KEY, fetch, key_of, locked, open_store, publish, read_manifest, remove, unusable, verify
 
-# How far a package's first output may be from eager's: rounding in other places, nothing more.
+# Bounds of the relative difference between a package's output and eager's: different rounding, nothing more.
 FLOAT32_BOUND, BOUND = 1e-4, 3e-2
-# The VAE's layers are so many that bf16's roundings alone come near to that. Its package may also be this many times as
-# far from float32 as eager is.
+# bf16 roundings add up over the VAE's many layers and alone come near BOUND. So its package may also be this many times
+# as far from float32 as eager is.
 VAE_RATIO = 1.5
+
 
 @dataclass
 class Unit:
-    """Modules that run the same graph on weights of their own, the arguments of one real call of the first, and
-    inductor's settings for them."""
+    """Modules that run the same graph on different weights.
+
+    `arguments` are those of one real call of the first module, by name; `settings` are inductor's for this graph.
+    """
     name: str
     modules: list[torch.nn.Module]
     arguments: dict
@@ -63,11 +54,12 @@ class Unit:
 
 def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder: bool
              ) -> dict[str, list[torch.nn.Module]]:
-    """What is packaged: both kinds of block, the VAE's decoder, its encoder where pictures are read (Kontext), and T5's
-    blocks. What lies before and after the transformer's blocks is a few small kernels, no code worth a package.
+    """The modules to package, by kind: double and single blocks, the VAE's decoder, its encoder for Kontext, T5's
+    blocks. The transformer's layers around its blocks are a few small kernels, so they stay in eager mode.
 
-    The recipe leaves out fused blocks (`utils.fused_blocks`), since four graphs of theirs would hold the same kernels
-    in the same order; and the VAE where it sees tiles of several sizes.
+    Args:
+        blocks: False for fused blocks (`utils.fused_blocks`), whose packages would hold the same kernels.
+        vae: False for a VAE that decodes tiles, which come in several sizes.
     """
     kinds = {}
     if blocks:
@@ -83,19 +75,21 @@ def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder:
 
 
 def capture(kinds: dict[str, list[torch.nn.Module]], call: Callable[[], object]) -> list[Unit]:
-    """Sorts the modules of each kind by what `call` gives them, which decides their graph, and keeps what it gives the
-    first of each: never written by hand, since the dtypes and strides that diffusers passes are its own affair
-    (guidance is float32 in a bf16 model). T5's first block gets no position bias; fused blocks leave sums to the next,
-    but for the last."""
+    """Runs `call` and groups the modules of each kind by their arguments, which decide their graph.
+
+    Each group keeps the arguments of its first call. They are captured because diffusers decides dtypes and strides
+    (guidance is float32 in a bf16 model). One kind may have several graphs: T5's first block gets no position bias, and
+    the last fused block adds the residual that other blocks leave to the next one.
+    """
     units: dict[tuple, Unit] = {}
 
     def keep(kind, module, args, kwargs):
-        found = _bound(inspect.signature(module.forward), args, kwargs)
-        key = kind, getattr(module, "leaves_sum", False), *sorted(describe(found).items())
+        arguments = _bound(inspect.signature(module.forward), args, kwargs)
+        key = kind, getattr(module, "leaves_sum", False), *sorted(describe(arguments).items())
         if key not in units:
             same = sum(unit.name.startswith(kind) for unit in units.values())
             units[key] = Unit(f"{kind}-{same + 1}" if same else kind, [],
-                              tree_map_only(torch.Tensor, lambda x: canonical(x.detach().clone()), found))
+                              tree_map_only(torch.Tensor, lambda x: canonical(x.detach().clone()), arguments))
         if not any(module is other for other in units[key].modules):
             units[key].modules.append(module)
 
@@ -110,16 +104,16 @@ def capture(kinds: dict[str, list[torch.nn.Module]], call: Callable[[], object])
 
 
 def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
-    """All arguments by name, those that `**kwargs` takes among them."""
-    found = dict(signature.bind(*args, **kwargs).arguments)
+    """All arguments by name, including those that `**kwargs` collects."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= found.pop(name, {})
-    return found
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def canonical(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, also in the strides of dimensions of size 1, which `.contiguous()` leaves as they are."""
+    """`x` contiguous. Dimensions of size 1, whose strides `.contiguous()` keeps, get contiguous strides as well."""
     strides = [1]
     for size in reversed(x.shape[1:]):
         strides.append(strides[-1] * size)
@@ -127,17 +121,17 @@ def canonical(x: torch.Tensor) -> torch.Tensor:
 
 
 def describe(arguments: dict) -> dict[str, str]:
-    """What a package's code depends on: shape, dtype and device of each tensor, the value of everything else."""
+    """The arguments as a package's code depends on them: dtype, shape and device of tensors, the value of others."""
     leaves, _ = tree_flatten_with_path(arguments)
     return {"".join(map(str, path)): f"{x.dtype} {tuple(x.shape)} {x.device.type}" if isinstance(x, torch.Tensor)
             else repr(x) for path, x in leaves}
 
 
 def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
-    """Everything that decides what the packages compute and where they run; its hash is their folder's name.
+    """Everything that decides what the packages compute and where they run. Its hash is the package's key.
 
     Args:
-        switches: techniques that change the graph, as JSON values.
+        switches: the techniques that change the graph, as JSON values.
     """
     versions = {"python": ".".join(map(str, sys.version_info[:2])), "cuda": torch.version.cuda,
                 "hip": torch.version.hip}
@@ -155,7 +149,7 @@ def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
 
 
 def machine(device: str) -> dict:
-    """What native code is made for: the GPU's architecture, or the CPU's instruction set."""
+    """The hardware that native code is made for: the GPU's architecture, or the CPU's SIMD instruction set."""
     if device == "cuda":
         return {"gpu": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -164,84 +158,61 @@ def machine(device: str) -> dict:
 
 def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, use_cached: bool, re_export: bool,
                  source: str | None, say: Callable[[str], None]) -> str:
-    """Puts packaged code under the units' modules: found ones, or new ones that are kept.
+    """Puts packaged code in the place of the units' modules. It loads packages that exist and exports the others.
 
     Args:
         units: with their arguments captured.
-        use_cached: never export: what is missing or damaged is an error.
-        re_export: make the packages anew in any case.
-        source: fetch what is missing from there (`package_store.fetch`) and do not export.
+        use_cached: never export; a missing package is an error.
+        re_export: export in any case, in the place of an older package.
+        source: fetch a missing package from there (`package_store.fetch`) instead of exporting it.
+        say: prints a line.
 
     Returns:
-        What was done, for the table of techniques.
+        One line on the packages, for the table of techniques.
 
     Raises:
-        RecipeError: see `use_cached`; or the cache folder cannot be trusted or is full.
+        RecipeError: a package is damaged, missing or unlike eager, or the cache folder is full or not the user's own.
     """
     root, fields = open_store(cache_dir), fields_of(pipeline, units, switches)
     key = key_of(fields)
     folder, names = root / key, ", ".join(unit.name for unit in units)
     with locked(root, key), no_vector_instructions(pipeline.device.type == "cuda"):
-        if folder.is_symlink() or (folder.exists() and not re_export):
-            try:
-                verify(folder)
-                bind(units, folder, key)
-                return f"{names}: loaded {key}"
-            except Rejected as error:
-                aside = set_aside(folder, "rejected")
-                said = f"package {key} is not usable: {error}; it is now {aside}"
-                if use_cached:
-                    raise RecipeError(f"--use-cached-model: {said}. Run once without the flag to make a new one."
-                                      ) from error
-                say(f"{said}; making it anew")
+        if os.path.lexists(folder) and not re_export:
+            verify(folder)
+            done = f"loaded {key}"
         elif use_cached and not source:
-            raise RecipeError(f"--use-cached-model: there is no package {key} in {root}{_nearest(root, fields)}. Run "
-                              "once without the flag (same arguments otherwise) to make it.")
-        if not source:
-            say(f"exporting {names}; later starts load them")
-        make = fetch(source, key) if source else lambda temporary: export(units, temporary, key, say)
-        folder = publish(root, fields, make)
-        try:
-            bind(units, folder, key)
-        except Rejected as error:  # of someone else's making, since our own was compared with eager
-            aside = set_aside(folder, "rejected")
-            raise RecipeError(f"package {key} is not usable: {error}; it is now {aside}. Use --compile_export_mode "
-                              "compile, or export it here.") from error
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{names}: {'fetched' if source else 'exported'} {key}, {size / 1e6:.1f} MB"
-
-
-def _nearest(root: Path, fields: dict) -> str:
-    found = nearest(root, fields)
-    if found is None:
-        return ", which is empty"
-    key, differs = found
-    shown = "; ".join(f"{name}: there {there}, here {here}" for name, (there, here) in list(differs.items())[:6])
-    more = f"; and {len(differs) - 6} more" if len(differs) > 6 else ""
-    return f". The nearest is {key}, which differs in {shown}{more}"
+            raise RecipeError(f"--use-cached-model: there is no package {key} in {root}. Run once without the flag and "
+                              "with the same other arguments to make it; `python -m utils.aoti list` shows all.")
+        else:
+            if not source:
+                say(f"exporting {names}; later starts load them")
+            make = fetch(source, key) if source else functools.partial(export, units, key=key, say=say)
+            publish(root, fields, make)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            done = f"{'fetched' if source else 'exported'} {key}, {size / 1e6:.1f} MB"
+        put_in_place(pipeline, load(units, folder, key))
+    return f"{names}: {done}"
 
 
 @torch.no_grad()
 def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None] = lambda line: None) -> None:
-    """Writes NAME.pt2 of each unit into `folder`, after comparing it with eager on the first and the last module:
-    the last shows that no weight of the first was compiled in. A line to `say` of each, since all may take a minute.
+    """Writes NAME.pt2 of each unit into `folder` and compares it with eager on the unit's first and last module.
+
+    The last module shows that the code holds no weight of the first. `say` gets a line of each unit, since all may take
+    a minute.
 
     Raises:
-        RecipeError: a package computes something else.
+        RecipeError: a package differs from eager by more than rounding.
     """
     for unit in units:
         start, path = time.perf_counter(), folder / f"{unit.name}.pt2"
-        try:
-            write_package(unit.modules[0], unit.arguments, path, unit.settings,
-                          {"flux_faster_key": key, "flux_faster_unit": unit.name})
-        except Exception as error:
-            error.add_note(f"Exporting {unit.name} failed. --compile_export_mode compile does without packages.")
-            raise
+        write_package(unit.modules[0], unit.arguments, path, unit.settings,
+                      {"flux_faster_key": key, "flux_faster_unit": unit.name})
         for module in {id(m): m for m in (unit.modules[0], unit.modules[-1])}.values():
-            expected, found = module(**unit.arguments), _load(unit, module, path, key)(**unit.arguments)
-            error = _error(found, expected)
-            if not (error < _bound_of(module, _tensors(expected)[0].dtype)
-                    or _is_as_near_to_float32(unit, module, found, expected)):
+            eager, output = module(**unit.arguments), load_code(unit, module, path, key)(**unit.arguments)
+            error = _error(output, eager)
+            if not (error < _bound_of(module, _tensors(eager)[0].dtype)
+                    or _is_as_near_to_float32(unit, module, output, eager)):
                 raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
                                   "please report this, and use --compile_export_mode compile.")
         say(f"exported {unit.name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.1f} MB")
@@ -252,53 +223,95 @@ def _tensors(output) -> list[torch.Tensor]:
 
 
 def _bound_of(module: torch.nn.Module, dtype: torch.dtype) -> float:
-    """Values that are rounded to 8 bits on their way may go to the next of few, in any dtype: 1.2e-4 was seen of int8
-    in float32."""
+    """The bound of a module's relative difference. 8-bit rounding may go either way in any dtype: int8 in float32
+    differed by 1.2e-4."""
     quantised = any(x.dtype.itemsize == 1 for x in constants_of(module).values())
     return BOUND if quantised or dtype != torch.float32 else FLOAT32_BOUND
 
 
-def _is_as_near_to_float32(unit: Unit, module: torch.nn.Module, found, expected) -> bool:
+def _is_as_near_to_float32(unit: Unit, module: torch.nn.Module, output, eager) -> bool:
     if unit.name not in ("decoder", "encoder"):
         return False
     arguments = tree_map_only(torch.Tensor, torch.Tensor.float, unit.arguments)
     exact = copy.deepcopy(module).float()(**arguments)
-    return _error(found, exact) < VAE_RATIO * _error(expected, exact)
+    return _error(output, exact) < VAE_RATIO * _error(eager, exact)
 
 
-def _error(found, expected) -> float:
-    """The largest ||found - expected|| / ||expected|| of two outputs' tensors."""
+def _error(output, reference) -> float:
+    """The largest ||output - reference|| / ||reference|| over the tensors of two outputs."""
     return max(((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-               for a, b in zip(_tensors(found), _tensors(expected), strict=True))
+               for a, b in zip(_tensors(output), _tensors(reference), strict=True))
 
 
-def bind(units: list[Unit], folder: Path, key: str) -> None:
-    """Replaces the forward of each module by the package's code on the module's own weights.
+class PackagedModule(torch.nn.Module):
+    """Runs a package's code on the weights of `module`, in whose place it stands.
+
+    The code checks none of its inputs and computes garbage from wrong ones. So each call is compared here with the
+    arguments that the package was made for; inside a CUDA graph that costs nothing.
+    """
+
+    def __init__(self, module: torch.nn.Module, unit: Unit, code: Callable):
+        super().__init__()
+        self.module = module  # as a submodule: diffusers asks a model's parameters for its device and dtype
+        signature, name, expected = inspect.signature(module.forward), unit.name, describe(unit.arguments)
+
+        @functools.wraps(module.forward)
+        def forward(*args, **kwargs):
+            arguments = _bound(signature, args, kwargs)
+            if (actual := describe(arguments)) != expected:
+                wrong = next(path for path in sorted(actual | expected) if actual.get(path) != expected.get(path))
+                raise RecipeError(
+                    f"the package of {name} was made for other inputs: {wrong} is {actual.get(wrong, 'missing')}, not "
+                    f"{expected.get(wrong, 'given')}. One size of image a process: start again with the new one, or "
+                    "with --compile_export_mode compile.")
+            return code(**tree_map_only(torch.Tensor, canonical, arguments))
+
+        self._forward = forward
+
+    @property
+    def forward(self) -> Callable:
+        """The module's own signature, which cache-dit inspects, in front of the package's code."""
+        return self._forward
+
+
+def load(units: list[Unit], folder: Path, key: str) -> dict[torch.nn.Module, PackagedModule]:
+    """Loads the packages in `folder` for all modules of the units: {module: its stand-in}. It changes no module.
 
     Raises:
-        Rejected: a package is for something else, or cannot be opened.
+        RecipeError: a package is made for another key or unit, or cannot be opened.
     """
-    forwards = [[_checked(unit, module, _load(unit, module, folder / f"{unit.name}.pt2", key))
-                 for module in unit.modules] for unit in units]
-    for unit, made in zip(units, forwards, strict=True):  # only now: all or none
-        for module, forward in zip(unit.modules, made, strict=True):
-            module.forward = forward
+    return {module: PackagedModule(module, unit, load_code(unit, module, folder / f"{unit.name}.pt2", key))
+            for unit in units for module in unit.modules}
 
 
-def _load(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable:
-    """The package's code with `module`'s weights. It leaves here only with them: called without, it would crash."""
-    try:
-        told = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")  # opens no code
-        if (told.get("flux_faster_key"), told.get("flux_faster_unit")) != (key, unit.name):
-            raise Rejected(f"{path.name} was made for {told.get('flux_faster_unit')} of {told.get('flux_faster_key')}")
+def put_in_place(pipeline, stand_ins: dict[torch.nn.Module, PackagedModule]) -> None:
+    """Replaces the modules of transformer, VAE and T5 by their stand-ins."""
+    for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder_2):
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if child in stand_ins:
+                    setattr(parent, name, stand_ins[child])
+
+
+def load_code(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable:
+    """The package's code with `module`'s weights, without which it would crash. It takes arguments by name.
+
+    Raises:
+        RecipeError: see `load`.
+    """
+    try:  # reading the metadata loads no code
+        made_for = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
+        if (made_for.get("flux_faster_key"), made_for.get("flux_faster_unit")) != (key, unit.name):
+            raise unusable(key, f"{path.name} was made for {made_for.get('flux_faster_unit')} of "
+                                f"{made_for.get('flux_faster_key')}")
         runner = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
     except RuntimeError as error:
-        raise Rejected(f"{path.name} cannot be opened ({str(error).splitlines()[0]})") from error
+        raise unusable(key, f"{path.name} cannot be opened ({str(error).splitlines()[0]})") from error
     weights = constants_of(module)
     if missing := [name for name in runner.get_constant_fqns() if name not in weights]:
-        raise Rejected(f"{path.name} asks for weights that {unit.name} has not: {', '.join(missing[:3])}")
-    # Tensors of their own on the same memory: what load_constants is given is never let go (seen of PyTorch 2.11 and
-    # 2.13), and a pipeline's weights would stay after it. Emptied when the code goes, they hold nothing.
+        raise unusable(key, f"{path.name} asks for weights that {unit.name} lacks: {', '.join(missing[:3])}")
+    # Tensors of their own on the same memory: PyTorch 2.11 and 2.13 never release the tensors that load_constants is
+    # given, which would keep a pipeline's weights alive. These are emptied when the code goes.
     weights = {name: weights[name].detach() for name in runner.get_constant_fqns()}
     runner.load_constants(weights, check_full_update=True, user_managed=True)
     weakref.finalize(runner, _empty, list(weights.values()), torch.empty(0)).atexit = False
@@ -306,77 +319,48 @@ def _load(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable
 
 
 def _empty(tensors: list[torch.Tensor], nothing: torch.Tensor) -> None:
-    # No operation of PyTorch: garbage may be collected while something else is traced, which refuses those.
+    # Assigning calls no operator: garbage may be collected during tracing, which refuses operators on real tensors.
     for x in tensors:
         x.data = nothing
 
 
 def constants_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's tensors under the names that export gives them; quantised weights in their parts."""
-    found = {}
+    """The module's tensors under the names that torch.export gives them; quantised weights as their parts."""
+    constants = {}
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if isinstance(value.data, TorchAOBaseTensor):
             parent, _, leaf = name.rpartition(".")
             parts, _ = value.data.__tensor_flatten__()
-            found |= {f"{parent}.parametrizations.{leaf}.original{i}": getattr(value.data, part)
-                      for i, part in enumerate(parts)}
+            constants |= {f"{parent}.parametrizations.{leaf}.original{i}": getattr(value.data, part)
+                          for i, part in enumerate(parts)}
         else:
-            found[name] = value.data
-    return found
-
-
-def _checked(unit: Unit, module: torch.nn.Module, runner: Callable) -> Callable:
-    """`runner` behind the module's own signature, which cache-dit inspects, and a comparison of every call."""
-    parameters, expected = inspect.signature(module.forward), describe(unit.arguments)
-
-    @functools.wraps(module.forward)
-    def forward(*args, **kwargs):
-        arguments = _bound(parameters, args, kwargs)
-        if (found := describe(arguments)) != expected:
-            name = next(name for name in sorted(found | expected) if found.get(name) != expected.get(name))
-            raise RecipeError(
-                f"the package of {unit.name} was made for other inputs: {name} is {found.get(name, 'missing')}, not "
-                f"{expected.get(name, 'given')}. One size of image a process: start again with the new one, or with "
-                "--compile_export_mode compile.")
-        return runner(**tree_map_only(torch.Tensor, canonical, arguments))
-
-    return forward
+            constants[name] = value.data
+    return constants
 
 
 # --- the command line ---
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["list", "verify", "clean", "pack"])
-    parser.add_argument("key", nargs="?", help="for pack: which")
+    parser.add_argument("action", choices=["list", "verify", "clean"])
     parser.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR)
-    parser.add_argument("--older-than", type=finite_float, metavar="DAYS", help="for clean: all of at least this age")
     args = parser.parse_args()
-    if args.action == "pack":
+    here = machine("cuda" if torch.cuda.is_available() else "cpu"), metadata.version("torch")
+    damaged = False
+    for folder in sorted(path for path in open_store(args.cache_dir).iterdir() if KEY.fullmatch(path.name)):
+        size, fits = sum(path.lstat().st_size for path in folder.rglob("*")), False
         try:
-            return print(pack(open_store(args.cache_dir) / str(args.key), Path(f"{args.key}.zip")), f"{args.key}.zip")
-        except Rejected as error:
-            parser.error(f"pack {args.key}: {error}")
-    unusable = 0
-    here = machine("cuda" if torch.cuda.is_available() else "cpu")
-    for folder in sorted(path for path in open_store(args.cache_dir).iterdir() if path.is_dir()):
-        size = sum(path.lstat().st_size for path in folder.rglob("*")) / 1e6
-        days = (time.time() - folder.lstat().st_mtime) / 86400
-        try:
-            fields = (verify if args.action != "list" else read_manifest)(folder)["fields"]
-            made_for = fields["machine"], fields["versions"].get("torch")
-            state = ("set aside" if folder.name != key_of(fields) else
-                     "fits this machine" if made_for == (here, metadata.version("torch")) else
-                     f"made for {made_for[0]}, torch {made_for[1]}")
-        except Rejected as error:
-            state = f"not usable: {error}"
-            unusable += 1
-        unwanted = days >= args.older_than if args.older_than is not None else state != "fits this machine"
-        if args.action == "clean" and unwanted:
-            shutil.rmtree(folder)
+            fields = (read_manifest if args.action == "list" else verify)(folder)["fields"]
+            made_for = fields["machine"], fields["versions"]["torch"]
+            fits = made_for == here
+            state = "fits this machine" if fits else "made for {}, torch {}".format(*made_for)
+        except RecipeError as error:
+            state, damaged = str(error), True
+        if args.action == "clean" and not fits:
+            remove(folder)
             state = f"removed ({state})"
-        print(f"{folder.name}  {size:7.1f} MB  {days:6.1f} days  {state}")
-    if args.action == "verify" and unusable:
+        print(f"{folder.name}  {size / 1e6:7.1f} MB  {state}")
+    if args.action == "verify" and damaged:
         sys.exit(1)
 
 

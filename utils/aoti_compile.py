@@ -1,4 +1,4 @@
-"""One package of a module: torch.export and AOTInductor, and what both have to be told."""
+"""Writes one package of a module with torch.export and AOTInductor, around their faults."""
 
 import warnings
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from torch._inductor import cpu_vec_isa
 from torch._inductor.cpu_vec_isa import VecISA
 from torch.utils._pytree import tree_leaves
 
-# Inductor's settings, besides its own defaults.
+# Inductor's settings that differ from its defaults.
 SETTINGS = {
     "aot_inductor.package_constants_in_so": False,
-    # No weight may become a number in the code: another block's, or another fine-tune's, is another number. Folding
-    # would write scales there, and inductor itself what has up to eight elements: the bias of the VAE's three colours.
+    # No weight may become a literal in the code, since other blocks and other fine-tunes run the same code. Folding
+    # would inline scales, and inductor inlines constants of up to eight elements, such as the bias of the VAE's output.
     "joint_graph_constant_folding": False,
     "always_keep_tensor_constants": True,
 }
@@ -21,37 +21,42 @@ SETTINGS = {
 
 def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings: dict, metadata: dict[str, str]
                   ) -> None:
-    """Writes a .pt2 of `module` for these arguments, by name, without its weights.
+    """Writes a .pt2 of `module` without its weights.
 
     Args:
-        settings: of inductor, besides those here. metadata: to be read before any of the code is opened.
+        arguments: of one call, by name; the code is for their shapes, dtypes and devices.
+        path: the .pt2 to write.
+        settings: inductor's, besides `SETTINGS`.
+        metadata: stored in the file, and readable before any code is loaded.
     """
     settings = SETTINGS | settings | {"aot_inductor.metadata": metadata}
     on_gpu = any(x.is_cuda for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
     if on_gpu:
-        # The code around the kernels runs when a CUDA graph is recorded: unoptimised it compiles in half the time.
+        # A CUDA graph replays the kernels without the code around them. Unoptimised it compiles in half the time.
         settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
     with warnings.catch_warnings(), _cudnn_left_on():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own use of itself
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch calls its own deprecated functions
         program = torch.export.export(module, (), kwargs=arguments, strict=False)
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
         finally:
-            # Weights and all, torch.export remembers the last program that it made until it makes another. Inductor,
-            # on a GPU, remembers those of the last 32 kernels whose tiles it chose.
-            from torch._inductor.codegen.simd import SIMDScheduling  # a third of a second, which loading does not need
+            # torch.export holds its last program, weights included, until it makes another. On a GPU inductor holds
+            # the programs of the last 32 kernels whose tiles it chose.
+            from torch._inductor.codegen.simd import SIMDScheduling  # 0.3 s to import, and loading does not need it
             torch.export.export(torch.nn.Identity(), (torch.empty(0),), strict=False)
             SIMDScheduling.candidate_tilings.cache_clear()
 
 
 @contextmanager
 def _cudnn_left_on():
-    """torch.export turns cuDNN off while it traces. Without it convolutions of channels_last pictures would give
-    contiguous ones, and PyTorch remembers that for whoever asks next about the same shapes: AOTInductor, whose code
-    then reads what cuDNN gives in the wrong order. (Seen with torch 2.11 on an H100, of weights that need no gradients:
-    what is remembered goes by that too. The VAE's package drew another picture.)"""
+    """Keeps cuDNN on while torch.export traces, which turns it off.
+
+    Without cuDNN, convolutions of channels_last images return contiguous ones. PyTorch caches that layout by shape, and
+    AOTInductor reads it from the cache. Its code then reads cuDNN's channels_last results in the wrong order. With
+    torch 2.11 on an H100 the VAE's package drew another picture, for weights that need no gradients.
+    """
     set_flags = torch.backends.cudnn.set_flags
-    torch.backends.cudnn.set_flags = lambda *_, **__: ()  # what export hands back when it is done
+    torch.backends.cudnn.set_flags = lambda *_, **__: ()  # export passes the result back to it
     try:
         yield
     finally:
@@ -60,10 +65,12 @@ def _cudnn_left_on():
 
 @contextmanager
 def no_vector_instructions(on_gpu: bool):
-    """Within it packages are made and loaded as on a CPU without vector instructions, if their code is a GPU's.
+    """For GPU packages, tells inductor that the CPU has no SIMD: probing it compiles six programs (30 s on an H100
+    host).
 
-    Inductor writes the CPU's into a package and compares them when it loads one. To find them it compiles and runs six
-    programs: half a minute on an H100's host. What it found it remembers: forgotten again here."""
+    Inductor writes the CPU's SIMD into every package and compares it on loading, so both happen within this context.
+    Inductor caches the answer; the cache is cleared on entry and exit.
+    """
     if not on_gpu:
         yield
         return

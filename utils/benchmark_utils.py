@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 DEFAULT_CACHE_DIR = str(start.default_cache_dir())
 DEFAULT_CKPT = "black-forest-labs/FLUX.1-schnell"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+STEP_CACHES = ("safe", "balanced", "fast", "extreme", "taylorseer", "f12b12")  # --step_cache's names
 
 
 class RecipeError(Exception):
@@ -93,6 +94,7 @@ class FlagParser(argparse.ArgumentParser):
         namespace, rest = super().parse_known_args([self._as_registered(a) for a in args], namespace)
         if namespace.prompt is None:
             namespace.prompt = default_prompt(namespace.ckpt)
+        namespace.step_cache = one_step_cache(namespace.step_cache)
         return namespace, rest
 
     def _as_registered(self, arg: str) -> str:
@@ -116,8 +118,26 @@ def default_prompt(ckpt: str) -> str:
             "tiny-kontext": "make the background green"}.get(ckpt, "A cat playing with a ball of yarn")
 
 
-def create_parser() -> argparse.ArgumentParser:
-    """The flags of gen_image.py and run_benchmark.py. `--a_b` and `--a-b` are the same flag."""
+def one_step_cache(chosen: list[str] | None) -> str | None:
+    """The cache that --step_cache and its aliases choose.
+
+    Raises:
+        RecipeError: they choose two.
+    """
+    names = list(dict.fromkeys(chosen or [None]))
+    if len(names) > 1:
+        raise RecipeError(f"--step_cache takes one step cache, and the flags choose {' and '.join(names)}: drop one. "
+                          "--enable_cache_dit stands for --step_cache f12b12; --cache_preset and --cache_dit_config "
+                          "are other names of --step_cache.")
+    return names[0]
+
+
+def create_parser(measure: bool = False) -> argparse.ArgumentParser:
+    """The flags of gen_image.py. `--a_b` and `--a-b` are the same flag.
+
+    Args:
+        measure: the flags of run_benchmark.py as well. Without them the namespace holds their defaults.
+    """
     parser = FlagParser(
         formatter_class=DefaultsFormatter,
         allow_abbrev=False,
@@ -191,22 +211,16 @@ def create_parser() -> argparse.ArgumentParser:
                         help="blocks as diffusers and torchao make them, not on this recipe's Triton kernels (Hopper)")
     recipe.add_argument("--text_encoder_quant", action="store_true",
                         help="T5 in int8, weights only: 9.5 -> 4.9 GB (lossy; off by default)")
-    recipe.add_argument("--enable_cache_dit", action="store_true",
-                        help="step cache: DBCache F12B12, 8 warm-up steps, 8 cached at most, threshold 0.12 (lossy)")
-    recipe.add_argument("--cache_preset", choices=["safe", "balanced", "fast", "extreme"],
-                        help="step cache that computes at least 69, 54, 40 or 30 %% of the blocks of FLUX.1's 28 "
-                        "steps (lossy, the more so the fewer)")
-    recipe.add_argument("--cache_dit_config", metavar="FILE",
-                        help="step cache from a yaml file, such as cache_config.yaml (lossy)")
-    recipe.add_argument("--step_cache", choices=["taylorseer"],
-                        help="extrapolate the transformer's result in two steps of three, after six (lossy)")
+    recipe.add_argument("--step_cache", "--cache_preset", "--cache_dit_config", metavar="NAME|FILE", action="append",
+                        help="skip blocks in steps that change little (lossy). safe, balanced, fast and extreme "
+                        "compute at least 69, 54, 40 and 30 %% of the blocks of 28 steps, f12b12 83 %%. taylorseer "
+                        "extrapolates whole steps. FILE is a yaml file, such as cache_config.yaml")
+    recipe.add_argument("--enable_cache_dit", action="append_const", const="f12b12", dest="step_cache",
+                        help="the same as --step_cache f12b12")
     recipe.add_argument("--taylorseer_interval", type=int, metavar="N",
                         help="compute every N-th step: 3 (--step_cache taylorseer)")
     recipe.add_argument("--taylorseer_order", type=int, metavar="N",
                         help="extrapolate by a polynomial of this order: 2 (--step_cache taylorseer)")
-    recipe.add_argument("--cache_decide_ahead", action="store_true",
-                        help="the step cache decides by a residual that it predicts from those of the step before, and "
-                        "does not wait for this step's")
     recipe.add_argument("--context_parallel", choices=["auto", "ulysses", "ring"],
                         help="one image on all GPUs that torchrun starts a process for: its tokens are shared out, and "
                         "attention exchanges them for heads (ulysses) or passes keys and values on (ring); auto is "
@@ -235,30 +249,28 @@ def create_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--strict", action="store_true",
                         help="fail if a default technique cannot run here, or if the fp8 check fails")
 
-    report = parser.add_argument_group("benchmark and reports")
-    report.add_argument("--warmup", type=int, help="untimed images before the timed ones: 3 (run_benchmark.py)")
-    report.add_argument("--runs", type=int, help="timed images: 10 (run_benchmark.py)")
-    report.add_argument("--step_error", action="store_true",
-                        help="also measure one step's relative error against float32 (run_benchmark.py)")
-    report.add_argument("--force_cache", action="store_true",
-                        help="cache every step that the step cache may, whatever its residual: what that pattern costs "
-                        "with --random_weights, whose residuals mean nothing (run_benchmark.py)")
-    report.add_argument("--kernels", action="store_true",
-                        help="also list the GPU kernels of one denoising step (run_benchmark.py)")
-    report.add_argument("--stop_before_timing", action="store_true",
-                        help="stop this process with SIGSTOP before the first timed image, for experiments.py --jobs, "
-                        "which lets one row at a time go on (run_benchmark.py)")
-    report.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
-                        help="put two results side by side and say whether they differ by more than noise; no model "
-                        "loads (run_benchmark.py)")
-    report.add_argument("--ceilings", metavar="OUT.json",
-                        help="measure what this NVIDIA GPU can do at FLUX.1's shapes: matrix products, attention, "
-                        "copies; no model loads (run_benchmark.py)")
-    report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
-    report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
+    report = parser.add_argument_group("output")
     report.add_argument("--quiet", action="store_true", help="no progress bar, no stage lines")
     report.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
+    if measure:
+        _add_measurement_flags(parser)
+    else:
+        parser.set_defaults(step_error=False, force_cache=False, kernels=False, output_json=None, trace_file=None)
     return parser
+
+
+def _add_measurement_flags(parser: argparse.ArgumentParser) -> None:
+    report = parser.add_argument_group("measurement")
+    report.add_argument("--warmup", type=int, default=3, help="untimed images before the timed ones")
+    report.add_argument("--runs", type=int, default=10, help="timed images")
+    report.add_argument("--step_error", action="store_true",
+                        help="also measure one step's relative error against float32")
+    report.add_argument("--force_cache", action="store_true",
+                        help="skip every step that the mask allows, ignoring residuals (to time a preset with "
+                        "--random_weights)")
+    report.add_argument("--kernels", action="store_true", help="also list the GPU kernels of one denoising step")
+    report.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
+    report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
 
 
 def exit_with_reason(main):

@@ -122,6 +122,7 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
                               "recipe quantises by itself.")
         if name in DIFFUSERS_CLASSES:
             configs[name] = _with_defaults(f"--ckpt {ckpt}: {CONFIG_FILES[name]}", DIFFUSERS_CLASSES[name], config)
+    _check_sizes(ckpt, configs)
     _check_configs(ckpt, configs)
     # Tokenizers without a limit of their own are cut at what the model was trained on.
     length = configs["tokenizer_2"].setdefault("model_max_length", 512)
@@ -172,6 +173,17 @@ def _alike(value, default) -> bool:
     if isinstance(default, (int, float)):
         return isinstance(value, int if isinstance(default, int) else (int, float)) and value >= 0
     return isinstance(value, type(default))
+
+
+def _check_sizes(ckpt: str, configs: dict) -> None:
+    """Refuses sizes of which a model could be built only in hours: FLUX.1's largest count of layers is 38."""
+    for component in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        for name, value in configs[component].items():
+            sizes = [one for one in (value if isinstance(value, (list, tuple)) else [value])
+                     if isinstance(one, (int, float)) and not isinstance(one, bool)]
+            if sizes and max(sizes) > (1000 if "layers" in name else 10**6):
+                raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES[component]} has the {name} {value}, beyond all sizes "
+                                  "of FLUX.1. Compare the file with the config of the model it was made from.")
 
 
 def _check_configs(ckpt: str, configs: dict) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import STEP_CACHES, RecipeError
 from utils.machine import launched
 from utils.reference_image import scheme_of
 
@@ -30,7 +30,7 @@ def check_args(args: argparse.Namespace) -> None:
                f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
                f"The nearest that works: {max(16, round((size or 0) / 16) * 16)}.")
     for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1),
-                        ("runs", 1), ("warmup", 0), ("taylorseer_interval", 2), ("taylorseer_order", 0)):
+                        ("taylorseer_interval", 2), ("taylorseer_order", 0)):
         value = getattr(args, name)
         refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
     refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed}: it must be from 0 to 2^63 - 1.")
@@ -50,7 +50,6 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.batch_size is not None and not args.prompts_file,
            f"--batch_size {args.batch_size} is how many prompts of a file go into one call: add --prompts-file. "
            "Several images of one prompt: --num_images_per_prompt.")
-    refuse(args.prompts_file and args.trace_file, "--trace-file records one image: it does not go with --prompts-file.")
 
     refuse(args.disable_quant and (args.quant_dtype != "auto" or args.quant_granularity),
            "--disable_quant contradicts --quant_dtype and --quant_granularity: drop one or the other.")
@@ -73,26 +72,19 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.compile_scope == "whole" and moves_transformer(args),
            f"--offload {args.offload} hooks into the transformer, which then cannot be compiled as one whole: use "
            "--compile_scope blocks.")
-    caches = [flag for flag, given in (("--enable_cache_dit", args.enable_cache_dit),
-                                       ("--cache_preset", args.cache_preset),
-                                       ("--cache_dit_config", args.cache_dit_config)) if given]
-    taylor = [f"--step_cache {args.step_cache}"] if args.step_cache else []
-    refuse(len(caches + taylor) > 1,
-           f"{' and '.join(caches + taylor)} are step caches of different options: give one of them.")
-    refuse(not taylor and (args.taylorseer_interval is not None or args.taylorseer_order is not None),
+    cache, decides = args.step_cache, args.step_cache not in (None, "taylorseer")
+    refuse(decides and cache not in STEP_CACHES and not Path(cache).expanduser().is_file(),
+           f"--step_cache {cache}: there is no such file. Give a yaml file, or one of {', '.join(STEP_CACHES)}.")
+    refuse(cache != "taylorseer" and (args.taylorseer_interval is not None or args.taylorseer_order is not None),
            "--taylorseer_interval and --taylorseer_order are about --step_cache taylorseer: add it.")
-    refuse(args.force_cache and not caches,
-           "--force_cache is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
-    refuse(args.cache_decide_ahead and not caches,
-           "--cache_decide_ahead is about a step cache: add --cache_preset, --enable_cache_dit or --cache_dit_config.")
-    refuse(args.cache_decide_ahead and args.force_cache,
-           "--force_cache caches whatever residuals say, --cache_decide_ahead decides by them: drop one of the two.")
-    refuse(args.offload == "model" and (caches or taylor),
+    refuse(args.force_cache and not decides,
+           "--force_cache ignores residuals, by which the caches but taylorseer decide: add --step_cache fast, say.")
+    refuse(args.offload == "model" and cache,
            "--offload model takes its hooks off after each image, and the step cache with them: use --offload text or "
            "--offload group.")
-    refuse(args.compile_scope == "whole" and caches,
+    refuse(args.compile_scope == "whole" and decides,
            "a step cache decides in Python between blocks, so the transformer cannot be compiled as one whole: "
-           f"use --compile_scope blocks with {caches and caches[0]}.")
+           f"use --compile_scope blocks with --step_cache {cache}.")
     not_on_hub = args.random_weights or args.ckpt.startswith("tiny-") or Path(args.ckpt).expanduser().is_dir()
     refuse(args.revision and not_on_hub,
            f"--revision {args.revision} is of a checkpoint on the Hub: drop it, or give a Hub id as --ckpt.")
@@ -100,24 +92,21 @@ def check_args(args: argparse.Namespace) -> None:
            "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
 
     processes = launched()
-    refuse(processes > 1 and not (args.prompts_file or args.context_parallel or args.ceilings),
+    refuse(processes > 1 and not (args.prompts_file or args.context_parallel),
            f"{processes} processes for one prompt: give many with --prompts-file, let them share one image with "
            "--context_parallel auto, or start one process, without accelerate launch and torchrun.")
     if args.context_parallel:
         parallel = f"--context_parallel {args.context_parallel}"
         refuse(args.prompts_file, f"{parallel} shares one image among GPUs, --prompts-file gives each GPU images of "
                "its own: drop one of the two.")
-        refuse(args.stop_before_timing, f"--stop_before_timing stops one process, and {parallel} has several: drop one "
-               "of the two.")
         refuse(processes == 1, f"{parallel} needs a process for each GPU: torchrun --nproc_per_node=2 "
                f"{Path(sys.argv[0]).name} {parallel} ...")
         for flag, given in ((f"--offload {args.offload}", args.offload != "none"),
                             ("--compile_scope whole", args.compile_scope == "whole")):
             refuse(given, f"{flag} does not go with {parallel}: drop one of the two.")
 
-    for name in ("prompts_file", "cache_dit_config"):
-        path = getattr(args, name)
-        refuse(path and not Path(path).expanduser().is_file(), f"--{name} {path}: there is no such file.")
+    refuse(args.prompts_file and not Path(args.prompts_file).expanduser().is_file(),
+           f"--prompts_file {args.prompts_file}: there is no such file.")
     is_path = args.image and not scheme_of(args.image)
     refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
 

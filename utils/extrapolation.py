@@ -26,8 +26,9 @@ class TaylorSeer:
 
     def mask(self, steps: int) -> str:
         """One character a step: 1 computed, 0 extrapolated."""
-        return "".join("01"[step < WARM_UP or (step - WARM_UP - 1) % self.interval == 0 or step == steps - 1]
-                       for step in range(steps))
+        computed = (step < WARM_UP or (step - WARM_UP - 1) % self.interval == 0 or step == steps - 1
+                    for step in range(steps))
+        return "".join("1" if computes else "0" for computes in computed)
 
     def check(self, steps: int) -> None:
         """Refuses what would extrapolate nothing."""

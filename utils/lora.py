@@ -61,6 +61,7 @@ class Lora:
     changes: list[Change]
     left_out: str  # what --lora_partial leaves out, in words; "" if nothing
     sha256: str | None = None  # of its contents (`utils.lora_files.contents`), once it is merged
+    changed: bool | None = None  # whether any weight is another one, once it is merged
 
 
 def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], partial: bool) -> list[Lora]:
@@ -76,7 +77,7 @@ def merge_loras(pipeline, loras: list[Lora], quiet: bool) -> None:
     """`merge_lora` of each, with a line on stderr."""
     for lora in loras:
         line = merge_lora(pipeline, lora)
-        if not quiet or "no weight" in line:
+        if not quiet or not lora.changed:
             print(f"--lora {lora.name}: {line}", file=sys.stderr, flush=True)
 
 
@@ -163,6 +164,7 @@ def merge_lora(pipeline, lora: Lora) -> str:
     if strengths:
         low, high = min(strengths), max(strengths)
         text += f", alpha / rank {low:g}" + (f" to {high:g}" if high > low else "")
+    lora.changed = changed
     return text if changed else f"{text}; no weight has changed: every difference is zero or rounds to it"
 
 

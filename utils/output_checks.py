@@ -11,7 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from utils.benchmark_utils import IMAGE_SUFFIXES, RecipeError, reason_of
+from utils.benchmark_utils import IMAGE_SUFFIXES, STEP_CACHES, RecipeError, reason_of
 from utils.checks import images_per_call
 from utils.images import is_our_image, read_parameters, write_picture
 from utils.outputs import as_path, is_manifest, is_record, is_trace, manifest_path, refuse_foreign, temporary_beside
@@ -38,9 +38,8 @@ def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[st
         check_image_name(args)
     if args.prompts_file:
         outputs.append(("--output-file", manifest_path(args.output_file), is_manifest))
-    outputs += [(flag, as_path(path), is_ours) for flag, path, is_ours in (
-        ("--trace-file", args.trace_file, is_trace), ("--output-json", args.output_json, is_record),
-        ("--ceilings", args.ceilings, is_record)) if path is not None]
+    records = ("--trace-file", args.trace_file, is_trace), ("--output-json", args.output_json, is_record)
+    outputs += [(flag, as_path(path), is_ours) for flag, path, is_ours in records if path is not None]
     outputs = [(flag, Path(os.path.realpath(path)), is_ours) for flag, path, is_ours in outputs]
     refuse_same_files(outputs, inputs_of(args))
     with without_new_folders(path for _, path, _ in outputs):
@@ -85,7 +84,7 @@ def check_image_name(args: argparse.Namespace) -> None:
 def inputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """The files that a run reads, with their flags; not a --ckpt's, which are foreign to every kind of output."""
     found = [("--image", args.image), ("--prompts-file", args.prompts_file),
-             ("--cache_dit_config", args.cache_dit_config)]
+             ("--step_cache", None if args.step_cache in STEP_CACHES else args.step_cache)]
     for lora in args.lora or []:
         found += [("--lora", lora), ("--lora", lora.rpartition(":")[0])]
     return [(flag, as_path(path)) for flag, path in found if path and "://" not in path]

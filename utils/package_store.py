@@ -1,10 +1,10 @@
-"""Where exported packages are kept, and why a wrong, damaged or foreign one is never loaded.
+"""The folder of exported packages, and the checks that keep a wrong, damaged or foreign package from being loaded.
 
     CACHE/packages/KEY/manifest.json, double.pt2, single.pt2, ...
 
-KEY is a hash of the manifest's `fields`: everything that decides what the code in the packages computes and where it
-runs. A `.pt2` file is native code that runs with the user's rights, so files of other users, writable ones and links
-are refused, and each file's SHA-256 is compared before anything opens it.
+KEY is a hash of the manifest's `fields`, which hold everything that decides what the code computes and where it runs.
+A `.pt2` file is native code that runs with the user's rights. So the store refuses links, files of other users and
+files that others may write, and compares each file's SHA-256 before anything opens the file.
 """
 
 import errno
@@ -16,7 +16,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -28,14 +27,10 @@ from huggingface_hub import hf_hub_download
 from utils.benchmark_utils import RecipeError, reason_of
 from utils.checkpoint import hub_errors
 
-FORMAT = 1
 SOURCE = re.compile(r"([^@:]+/[^@:]+)@([^@:]+):([0-9a-fA-F]{64})")
+KEY = re.compile("[0-9a-f]{20}")
 MANIFEST = "manifest.json"
-NEEDED_BYTES = 256 * 2**20  # several times what the packages of the full-size models and their temporary files take
-
-
-class Rejected(Exception):
-    """A package that must not be used; the text says why."""
+NEEDED_BYTES = 256 * 2**20  # several times the size of the full-size models' packages and the compiler's files
 
 
 def key_of(fields: dict) -> str:
@@ -44,15 +39,15 @@ def key_of(fields: dict) -> str:
 
 
 def open_store(cache_dir: str | Path) -> Path:
-    """The folder of all packages, made if it is not there, mode 0700.
+    """The folder of all packages. Creates it with mode 0700 if it is missing.
 
     Raises:
-        RecipeError: it cannot be made or written into, or others could have written into it.
+        RecipeError: the folder cannot be created or written, or other users may write into it.
     """
     try:
         root = Path(cache_dir).expanduser() / "packages"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
         raise RecipeError(f"--cache-dir {cache_dir}: its folder packages cannot be made ({reason_of(error)}). Choose "
                           "another.") from error
     if not os.access(root, os.W_OK | os.X_OK):
@@ -74,44 +69,48 @@ def _distrust(path: Path) -> str | None:
     return f"{path} is writable for others" if info.st_mode & 0o022 else None
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a package folder, not yet compared with anything.
-
-    Raises:
-        Rejected: not ours alone, missing, damaged or of another version of this program.
-    """
-    for path in (folder, folder / MANIFEST):
-        if not path.exists() and not path.is_symlink():
-            raise Rejected(f"{path.name} is missing")
-        if reason := _distrust(path):
-            raise Rejected(reason)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["fields"], manifest["files"], manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Rejected(f"{MANIFEST} is damaged") from error
-    if manifest["format"] != FORMAT:
-        raise Rejected(f"format {manifest['format']}, this program reads {FORMAT}")
-    return manifest
+def unusable(key: str, reason: str) -> RecipeError:
+    """The error about a package that must not be loaded."""
+    return RecipeError(f"package {key} cannot be used: {reason}. --re-export makes it anew, --compile_export_mode "
+                       "compile does without packages.")
 
 
 def verify(folder: Path) -> dict:
-    """The manifest, after every file was compared with it: owner, size, SHA-256, and the folder's name.
+    """Compares a package folder with its manifest: owners, SHA-256s and the folder's name. Returns the manifest.
 
     Raises:
-        Rejected: anything differs.
+        RecipeError: a file is missing, damaged or not the user's own, or the fields belong to another key.
     """
     manifest = read_manifest(folder)
     if folder.name != key_of(manifest["fields"]):
-        raise Rejected(f"its fields belong to {key_of(manifest['fields'])}")
+        raise unusable(folder.name, f"its fields belong to {key_of(manifest['fields'])}")
     for name, expected in manifest["files"].items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            raise Rejected(f"{name} is missing")
+            raise unusable(folder.name, f"{name} is missing")
         if reason := _distrust(path):
-            raise Rejected(reason)
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            raise Rejected(f"{name} is damaged: its SHA-256 is not the manifest's")
+            raise unusable(folder.name, reason)
+        if _sha256(path) != expected:
+            raise unusable(folder.name, f"{name} is damaged, its SHA-256 is not the manifest's")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a package folder, before its files are compared with it.
+
+    Raises:
+        RecipeError: the manifest is missing, damaged or not the user's own.
+    """
+    for path in (folder, folder / MANIFEST):
+        if not os.path.lexists(path):
+            raise unusable(folder.name, f"{path.name} is missing")
+        if reason := _distrust(path):
+            raise unusable(folder.name, reason)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        dict(manifest["fields"]), dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise unusable(folder.name, f"{MANIFEST} is damaged") from error
     return manifest
 
 
@@ -122,7 +121,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def locked(root: Path, key: str):
-    """One process at a time for a key; another one waits, and says so. Ends with the process, however it ends."""
+    """Lets one process at a time work on a key; others wait and say so. The lock ends with its process."""
     lock = FileLock(root / f".{key}.lock")
     try:
         lock.acquire(timeout=0)
@@ -135,17 +134,17 @@ def locked(root: Path, key: str):
         lock.release()
 
 
-def publish(root: Path, fields: dict, make) -> Path:
-    """Writes a package folder whole or not at all, and returns it. For the holder of the key's lock.
+def publish(root: Path, fields: dict, make: Callable[[Path], None]) -> Path:
+    """Writes a package folder whole or not at all, in the place of an older one. The caller holds the key's lock.
 
     Args:
-        make: fills the empty folder it is given with files, and raises if they are not right.
+        make: writes the files into the empty folder that it is given; raises if they are wrong.
 
     Raises:
-        RecipeError: no space, in the cache or in the compiler's temporary folder.
+        RecipeError: the cache or the compiler's temporary folder lacks space, or the older one is another user's.
     """
     key = key_of(fields)
-    for left_over in root.glob(f".{key}.*.tmp"):  # of a process that was killed
+    for left_over in root.glob(f".{key}.*.tmp"):  # by a process that was killed
         shutil.rmtree(left_over)
     for place in (root, Path(tempfile.gettempdir())):
         if (free := shutil.disk_usage(place).free) < NEEDED_BYTES:
@@ -155,18 +154,13 @@ def publish(root: Path, fields: dict, make) -> Path:
     temporary.mkdir(mode=0o700)
     try:
         make(temporary)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                 for path in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "fields": fields, "files": files, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ",
-                                                                                                time.gmtime())}
+        manifest = {"fields": fields, "files": {path.name: _sha256(path) for path in sorted(temporary.iterdir())}}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (*temporary.iterdir(), temporary):
-            path.chmod(0o700 if path.is_dir() else 0o600)
-            _sync(path)
-        if folder.exists():
-            set_aside(folder, "replaced")
+        for path in temporary.iterdir():
+            path.chmod(0o600)
+        if os.path.lexists(folder):
+            remove(folder)
         os.rename(temporary, folder)
-        _sync(root)
         return folder
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -177,82 +171,43 @@ def publish(root: Path, fields: dict, make) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def pack(folder: Path, target: Path) -> str:
-    """Writes a verified package folder as one zip file, for others to fetch, and returns its SHA-256."""
-    names = [MANIFEST, *verify(folder)["files"]]
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
-            archive.write(folder / name, name)
-    return _sha256(target)
+def remove(folder: Path) -> None:
+    """Deletes a package folder. Of a symbolic link it deletes the link alone.
+
+    Raises:
+        RecipeError: the folder belongs to another user.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    elif os.name != "nt" and folder.stat().st_uid != os.getuid():
+        raise RecipeError(f"{folder} belongs to another user and stays. Choose another --cache-dir.")
+    else:
+        shutil.rmtree(folder)
 
 
 def fetch(source: str, key: str) -> Callable[[Path], None]:
-    """Downloads KEY.zip and compares it; what is returned fills a folder with its packages, for `publish`.
+    """Downloads KEY.zip and compares its SHA-256. Returns a function that unpacks it, for `publish`.
 
     Args:
-        source: REPO@REVISION:SHA256 of a Hub repository; the SHA-256 is the zip file's (see `pack`).
+        source: REPO@REVISION:SHA256, a Hub repository and the SHA-256 of its KEY.zip.
 
     Raises:
-        RecipeError: not of that form, not there, or another file than the one that was meant.
+        RecipeError: `source` has another form, the file is missing, or its SHA-256 is another one.
     """
-    found = SOURCE.fullmatch(source)
-    if not found:
+    match = SOURCE.fullmatch(source)
+    if not match:
         raise RecipeError(f"--package-from {source}: give REPO@REVISION:SHA256, such as me/packages@main:{'0' * 64}.")
-    repo, revision, expected = found.groups()
+    repo, revision, expected = match.groups()
     with hub_errors("--package-from", repo, revision):
-        path = Path(hf_hub_download(repo, f"{key}.zip", revision=revision))
-    if (actual := _sha256(path)) != expected.lower():
+        archive = Path(hf_hub_download(repo, f"{key}.zip", revision=revision))
+    if (actual := _sha256(archive)) != expected.lower():
         raise RecipeError(f"--package-from {source}: the SHA-256 of {key}.zip there is {actual}. It is native code "
                           "that would run as you: not used.")
 
     def extract(folder: Path) -> None:
-        with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read(MANIFEST))
-            if key_of(manifest["fields"]) != key:
-                raise RecipeError(f"--package-from {source}: {key}.zip holds the package {key_of(manifest['fields'])}.")
-            for name in manifest["files"]:
-                (folder / Path(name).name).write_bytes(archive.read(name))
+        with zipfile.ZipFile(archive) as files:
+            for name in files.namelist():
+                if name.endswith(".pt2"):
+                    (folder / Path(name).name).write_bytes(files.read(name))
 
     return extract
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # opens no folders, and syncs no file that was opened to read
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def set_aside(folder: Path, why: str) -> Path:
-    """Renames a folder that must not be used, so that it can be looked at, and returns where it is now."""
-    for n in range(1000):
-        if not (aside := folder.with_name(f"{why}-{folder.name}-{n}")).exists():
-            break
-    os.rename(folder, aside)
-    return aside
-
-
-def nearest(root: Path, fields: dict) -> tuple[str, dict] | None:
-    """The package that differs least from `fields`: its key, and {field: (its value, the value asked for)}."""
-    best = None
-    for folder in sorted(root.iterdir()):
-        try:
-            found = _flat(read_manifest(folder)["fields"])
-        except (Rejected, NotADirectoryError):
-            continue
-        wanted = _flat(fields)
-        differs = {name: (found.get(name), wanted.get(name)) for name in sorted(found | wanted)
-                   if found.get(name) != wanted.get(name)}
-        if best is None or len(differs) < len(best[1]):
-            best = folder.name, differs
-    return best
-
-
-def _flat(fields: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, value in fields.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

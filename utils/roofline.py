@@ -1,13 +1,10 @@
-"""How far a denoising step is from what the GPU can do: its FLOPs, the rate achieved, its share of measured ceilings.
+"""The FLOPs of a denoising step, and the rate that a GPU achieves.
 
-Counted are the products that a plain step computes, a multiplication and an addition as two; not norms, activations and
-casts, which move bytes rather than multiply.
+GEMMs and attention of a plain step count, a multiplication and an addition as two. Norms, activations and casts do not:
+they are bound by bandwidth.
 """
 
 from contextlib import contextmanager
-
-from utils import random_weights
-from utils.checkpoint import identify
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding of timestep and guidance
 
@@ -53,41 +50,3 @@ def step_record(config: dict, tokens: dict, milliseconds: float, cached: bool) -
     flops = step_flops(config, **tokens)
     rate = None if cached else sum(flops.values()) / milliseconds / 1e9
     return {**tokens, "flops": flops, "tflops": rate}
-
-
-def roofline_of(record: dict) -> dict | None:
-    """`step_record` of a result; from its settings for one that was written before results had it. None where it is
-    no image of a known architecture."""
-    if "roofline" in record:
-        return record["roofline"]
-    if not record.get("random_weights"):
-        return None
-    configs = random_weights.architecture(record["model"], record["random_weights"])
-    settings = record["settings"]
-    image = settings["height"] * settings["width"] // 256
-    tokens = {"image_tokens": image * (2 if identify(configs).needs_image else 1),
-              "text_tokens": settings["max_sequence_length"], "batch": settings["num_images_per_prompt"]}
-    return step_record(configs["transformer"], tokens, record["stages_ms"]["denoising_step"],
-                       bool(record["cached_steps"]))
-
-
-def share_of_ceiling(record: dict, ceilings: dict) -> float | None:
-    """The time that the step's products take at this GPU's measured rates, in the precisions that the result used, over
-    the time that it took; of several GPUs each at its share of them. None where a rate was not measured."""
-    work, techniques = roofline_of(record), record["techniques"]
-    if work is None or work["tflops"] is None or not techniques["bf16"]["on"]:
-        return None
-    quantisation = techniques["quantisation"]
-    how = quantisation["how"] if quantisation["on"] else "bf16"
-    # The fused blocks' GEMMs ("per-row") come in both kinds: cuBLAS multiplies plain e4m3 numbers, as for one tensor.
-    signs = {"float8_row": ("a row", "per-row"), "float8_tensor": ("a tensor", "per-row")}
-    kinds = ([kind for kind, words in signs.items() if any(word in how for word in words)]
-             if how.startswith("float8") else [how])
-    products = [rates[kind] for rates in ceilings["matmul"].values() for kind in kinds if rates.get(kind)]
-    attends = [rate for name, rate in ceilings["attention"].items()
-               if rate and name.endswith("fp8") == ("fp8" in techniques["attention"]["how"])]
-    if not products or not attends:
-        return None
-    seconds = work["flops"]["matmul"] / max(products) / 1e12 + work["flops"]["attention"] / max(attends) / 1e12
-    gpus = record.get("environment", {}).get("processes", 1)
-    return seconds / gpus / (record["stages_ms"]["denoising_step"] / 1e3)

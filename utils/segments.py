@@ -12,7 +12,7 @@ tensors of its own. All segments run in an image's first step, so that one image
 
 The decision compares the first blocks' residual with that of the last computed step and reads one number, for which the
 CPU waits: the GPU then has nothing to do until the next launch arrives. Steps that the mask or a limit decides compare
-nothing and wait for nothing. utils/decide_ahead.py decides by a number that is there already.
+nothing and wait for nothing.
 """
 
 from collections.abc import Callable

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from utils.benchmark_utils import RecipeError, reading
-from utils.decide_ahead import decide_ahead
+from utils.benchmark_utils import STEP_CACHES, RecipeError, reading
 from utils.extrapolation import Extrapolated
 from utils.segments import Segmented
 
@@ -38,19 +37,26 @@ class CacheOptions:
     taylorseer_order: int = 1
     steps_computation_mask: str = ""  # one 0 or 1 a step; empty: no mask
     steps_computation_policy: str = "dynamic"
-    decide_ahead: bool = False  # not cache-dit's: utils/decide_ahead.py
 
     def __str__(self) -> str:
+        """Tells options apart that make different images: a picture's file names the cache by it."""
         static = self.steps_computation_policy == "static"
         parts = [f"DBCache F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}"]
         if not static:
-            most, row = self.max_cached_steps, self.max_continuous_cached_steps
-            parts += [f"warm-up {self.max_warmup_steps}", f"at most {'any' if most < 0 else most} cached"]
-            parts += [f"{row} in a row"] * (row >= 0) + [f"threshold {self.residual_diff_threshold}"]
-        parts += [f"TaylorSeer order {self.taylorseer_order}"] * self.enable_taylorseer
-        parts += [f"mask {self.steps_computation_mask}"] * bool(self.steps_computation_mask)
-        parts += ["decided a step ahead"] * self.decide_ahead
-        return ", ".join(parts + ["whatever the residuals"] * static)
+            every = f" by {self.warmup_interval}" if self.warmup_interval != 1 else ""
+            most = "any" if self.max_cached_steps < 0 else self.max_cached_steps
+            parts += [f"warm-up {self.max_warmup_steps}{every}", f"at most {most} cached"]
+            if self.max_continuous_cached_steps >= 0:
+                parts.append(f"{self.max_continuous_cached_steps} in a row")
+            parts.append(f"threshold {self.residual_diff_threshold}")
+        if self.enable_taylorseer:
+            text = "" if self.enable_encoder_taylorseer else ", not for text tokens"
+            parts.append(f"TaylorSeer order {self.taylorseer_order}{text}")
+        if self.steps_computation_mask:
+            parts.append(f"mask {self.steps_computation_mask}")
+        if static:
+            parts.append("whatever the residuals")
+        return ", ".join(parts)
 
 
 DEFAULT = CacheOptions()
@@ -90,31 +96,32 @@ def from_yaml(path: str) -> CacheOptions:
     Raises:
         RecipeError: not yaml, an unknown key, a key that is there twice, or a value that the key does not take.
     """
-    with reading(f"--cache_dit_config {path}", "Write one `key: value` a line, such as Fn_compute_blocks: 8."):
+    with reading(f"--step_cache {path}", "Give a yaml file with one `key: value` a line, such as Fn_compute_blocks: 8, "
+                 f"or one of {', '.join(STEP_CACHES)}."):
         found = _from_yaml(Path(path).expanduser().read_bytes())
     if not isinstance(found, dict):
-        raise RecipeError(f"--cache_dit_config {path}: expected keys and values, such as Fn_compute_blocks: 8.")
+        raise RecipeError(f"--step_cache {path}: expected keys and values, such as Fn_compute_blocks: 8.")
     if "cache_config" in found:
         beside = [key for key in found if key != "cache_config"]
         if beside or not isinstance(found["cache_config"], dict):
-            raise RecipeError(f"--cache_dit_config {path}: all keys belong below cache_config, indented"
+            raise RecipeError(f"--step_cache {path}: all keys belong below cache_config, indented"
                               f"{': not ' + ', '.join(map(str, beside)) if beside else ''}.")
         found = found["cache_config"]
     found = dict(found)
     if found.pop("cache_type", "DBCache") not in ("DBCache", "dbcache"):
-        raise RecipeError(f"--cache_dit_config {path}: cache_type must be DBCache.")
+        raise RecipeError(f"--step_cache {path}: cache_type must be DBCache.")
     if "taylorseer_kwargs" in found:  # before 1.0 the order hid in here
         taylor = found.pop("taylorseer_kwargs")
         if not isinstance(taylor, dict) or set(taylor) != {"n_derivatives"}:
-            raise RecipeError(f"--cache_dit_config {path}: taylorseer_kwargs knows n_derivatives alone; "
+            raise RecipeError(f"--step_cache {path}: taylorseer_kwargs knows n_derivatives alone; "
                               "today's name is taylorseer_order.")
         if "taylorseer_order" in found:
-            raise RecipeError(f"--cache_dit_config {path}: taylorseer_kwargs and taylorseer_order are one option: drop "
+            raise RecipeError(f"--step_cache {path}: taylorseer_kwargs and taylorseer_order are one option: drop "
                               "the former.")
         found["taylorseer_order"] = taylor["n_derivatives"]
         _tell_renamed(path, "taylorseer_kwargs: n_derivatives", "taylorseer_order")
     if found.pop("taylorseer_cache_type", "residual") != "residual":  # of its predecessor's file
-        raise RecipeError(f"--cache_dit_config {path}: taylorseer_cache_type must be residual: hidden states are not "
+        raise RecipeError(f"--step_cache {path}: taylorseer_cache_type must be residual: hidden states are not "
                           "predicted.")
     known = {field.name: field.type for field in fields(CacheOptions)}
     options = {}
@@ -123,19 +130,19 @@ def from_yaml(path: str) -> CacheOptions:
         if name != key:
             _tell_renamed(path, key, name)
         if name in options:
-            raise RecipeError(f"--cache_dit_config {path}: {key} and its other name are both there: drop one.")
+            raise RecipeError(f"--step_cache {path}: {key} and its other name are both there: drop one.")
         if name not in known:
-            raise RecipeError(f"--cache_dit_config {path}: unknown key '{key}'. Known keys: {', '.join(known)}.")
+            raise RecipeError(f"--step_cache {path}: unknown key '{key}'. Known keys: {', '.join(known)}.")
         if name == "steps_computation_mask" and isinstance(value, list):  # as cache-dit writes it
             value = "".join(map(str, value))
         elif name == "steps_computation_mask" and isinstance(value, int):
-            raise RecipeError(f"--cache_dit_config {path}: {key} reads as a number: put it in quotes, or in brackets.")
+            raise RecipeError(f"--step_cache {path}: {key} reads as a number: put it in quotes, or in brackets.")
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             shown = f"a {type(value).__name__}" if isinstance(value, (dict, list)) else f"{value!r}"[:100]
-            raise RecipeError(f"--cache_dit_config {path}: {key}: {shown} is not of type {known[name].__name__}"
+            raise RecipeError(f"--step_cache {path}: {key}: {shown} is not of type {known[name].__name__}"
                               f"{': it takes ' + RANGES[name][1] if name in RANGES else ': true or false'}.")
         if name in RANGES and not RANGES[name][0](value):
-            raise RecipeError(f"--cache_dit_config {path}: {key}: {f'{value}'[:100]} is not {RANGES[name][1]}.")
+            raise RecipeError(f"--step_cache {path}: {key}: {f'{value}'[:100]} is not {RANGES[name][1]}.")
         options[name] = value
     # cache-dit's own defaults, not those of the flag without a file.
     defaults = dict(Fn_compute_blocks=8, Bn_compute_blocks=0, max_cached_steps=-1, residual_diff_threshold=0.08)
@@ -161,7 +168,7 @@ def _from_yaml(data: bytes):
 
 def _tell_renamed(path: str, old: str, new: str) -> None:
     # A warning is shown once, however often a program reads the file.
-    warnings.warn(f"--cache_dit_config {path}: {old} is called {new} since cache-dit 1.0, and was read as that.",
+    warnings.warn(f"--step_cache {path}: {old} is called {new} since cache-dit 1.0, and was read as that.",
                   stacklevel=3)
 
 
@@ -186,38 +193,29 @@ def preset(name: str, steps: int, blocks: int) -> CacheOptions:
     return replace(in_proportion(options, blocks), steps_computation_mask=mask)
 
 
-def pattern(options: CacheOptions, steps: int) -> str:
-    """The steps of an image none of whose residuals passes the threshold, 1 computed, 0 cached: the fewest that these
-    options ever compute. It follows cache-dit's order of decisions."""
-    mask, found = options.steps_computation_mask, ""
-    for step in range(steps):
-        row = len(found) - len(found.rstrip("0"))
-        warm_up = step < options.max_warmup_steps and step % options.warmup_interval == 0
-        computed = mask[step] == "1" if mask else step == 0 or warm_up
-        if options.steps_computation_policy == "dynamic":
-            computed |= (0 <= options.max_cached_steps <= found.count("0")
-                         or 0 <= options.max_continuous_cached_steps <= row)
-        found += "1" if computed else "0"
-    return found
+def computed_share(options: CacheOptions, blocks: int) -> float:
+    """The share of an image's blocks that is computed when every step is cached that the mask allows."""
+    mask = options.steps_computation_mask
+    always = (options.Fn_compute_blocks + options.Bn_compute_blocks) / blocks
+    return (mask.count("1") + mask.count("0") * always) / len(mask)
 
 
 def forced(options: CacheOptions, steps: int) -> CacheOptions:
-    """`options` that cache every step which they allow, whatever its residual says, through SCM's static policy.
+    """`options` under the static policy, with a mask that caches every step which mask, warm-up and limits allow.
 
-    For timing: the cost of a pattern of cached steps, the same for every image, on weights whose residuals mean
-    nothing. Such a step costs what a cached step costs, F and B blocks and the cached residual or TaylorSeer's
-    prediction, but for the decision itself: two residuals compared, a mean over one tensor of hidden states and a wait
-    for the GPU.
+    For timing on random weights, whose residuals mean nothing. A cached step costs as much as under `options`, without
+    the comparison of residuals and its wait for the GPU. The mask follows cache-dit's order of decisions.
     """
-    return replace(options, steps_computation_mask=pattern(options, steps), steps_computation_policy="static",
-                   decide_ahead=False)
-
-
-def computed_share(options: CacheOptions, steps: int, blocks: int) -> float:
-    """The share of an image's blocks that is computed if every step that may be cached is: the least that it costs."""
-    always = (options.Fn_compute_blocks + options.Bn_compute_blocks) / blocks
-    found = pattern(options, steps)
-    return (found.count("1") + found.count("0") * always) / steps
+    mask, limited = "", options.steps_computation_policy == "dynamic"
+    for step in range(steps):
+        in_a_row = len(mask) - len(mask.rstrip("0"))
+        warms_up = step < options.max_warmup_steps and step % options.warmup_interval == 0
+        computed = (options.steps_computation_mask[step] == "1" if options.steps_computation_mask
+                    else step == 0 or warms_up)
+        computed |= limited and 0 <= options.max_cached_steps <= mask.count("0")
+        computed |= limited and 0 <= options.max_continuous_cached_steps <= in_a_row
+        mask += "1" if computed else "0"
+    return replace(options, steps_computation_mask=mask, steps_computation_policy="static")
 
 
 def check(options: CacheOptions, steps: int, blocks: int) -> None:
@@ -227,24 +225,17 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
         steps: denoising steps of an image.
         blocks: double and single blocks of the transformer together.
     """
-    if options.Fn_compute_blocks < 1 or options.Bn_compute_blocks < 0 or options.max_warmup_steps < 0:
-        raise RecipeError("the step cache needs Fn_compute_blocks of 1 or more (it decides by them), and "
-                          "Bn_compute_blocks and max_warmup_steps of 0 or more.")
-    if options.max_cached_steps == 0 or options.max_continuous_cached_steps == 0:
-        raise RecipeError("max_cached_steps and max_continuous_cached_steps of 0 cache nothing: -1 is no limit.")
+    for name, (is_valid, meaning) in RANGES.items():
+        if not is_valid(getattr(options, name)):
+            raise RecipeError(f"the step cache's {name} is {getattr(options, name)}: it takes {meaning}.")
     if steps <= options.max_warmup_steps:
         raise RecipeError(
             f"the step cache warms up for {options.max_warmup_steps} steps and the image takes {steps}: nothing could "
             "be cached. Drop the step cache (for schnell's 4 steps there is nothing to gain), or use a model of "
-            "more steps, or a --cache_dit_config with a smaller max_warmup_steps.")
+            "more steps, or a --step_cache FILE with a smaller max_warmup_steps.")
     mask = options.steps_computation_mask
-    if options.steps_computation_policy not in ("dynamic", "static"):
-        raise RecipeError(f"steps_computation_policy is dynamic or static, not {options.steps_computation_policy}.")
     if options.steps_computation_policy == "static" and not mask:
         raise RecipeError("steps_computation_policy: static caches what steps_computation_mask says: give one.")
-    if options.steps_computation_policy == "static" and options.decide_ahead:
-        raise RecipeError("steps_computation_policy: static decides nothing, neither now nor a step ahead: drop it, or "
-                          "--cache_decide_ahead (decide_ahead).")
     if mask and (set(mask) != {"0", "1"} or mask[0] == "0"):
         raise RecipeError(f"steps_computation_mask {mask}: it takes one 1 (computed) or 0 (may be cached) a step, some "
                           "of both, and starts with 1, since the first step has nothing to reuse.")
@@ -255,7 +246,7 @@ def check(options: CacheOptions, steps: int, blocks: int) -> None:
     if computed >= blocks:
         raise RecipeError(
             f"the step cache computes the first {options.Fn_compute_blocks} and the last {options.Bn_compute_blocks} "
-            f"blocks in every step and this model has {blocks}: nothing is left to cache. Use a --cache_dit_config "
+            f"blocks in every step and this model has {blocks}: nothing is left to cache. Use a --step_cache FILE "
             f"whose Fn_compute_blocks + Bn_compute_blocks is below {blocks}, such as "
             f"Fn_compute_blocks: 1 and Bn_compute_blocks: 0.")
 
@@ -299,9 +290,6 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
 
     manager = pipeline._context_manager
-    if options.decide_ahead:
-        decide_ahead(manager, options.steps_computation_mask, shared)
-        return
     similarity = manager.similarity
 
     def decide(before, now, **kwargs) -> bool:
@@ -321,8 +309,7 @@ def cached_steps(pipeline) -> list[int]:
 
 def residual_diffs(pipeline) -> dict[int, float]:
     """How far the first blocks' residual was from the last computed step's, of each step of the last image in which
-    that decided: mean |difference| over mean |residual|. Predicted, if it was decided ahead. With two calls a step, of
-    the first."""
+    that decided: mean |difference| over mean |residual|. With two calls a step, of the first."""
     if isinstance(pipeline.transformer, Extrapolated):
         return {}
     # Negative values stand for a comparison that was left out.

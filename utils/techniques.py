@@ -5,7 +5,7 @@ error with its cure; what is merely on by default is switched off where it canno
 """
 
 import argparse
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -302,8 +302,11 @@ def _fusion_obstacle(hardware: Hardware, chosen: Plan, configs: dict) -> str | N
 
 
 def _choose_cache(args, configs: dict, chosen: Plan) -> None:
-    steps = chosen.settings.num_inference_steps
-    if args.step_cache:
+    name, steps = args.step_cache, chosen.settings.num_inference_steps
+    if name is None:
+        chosen.decisions["step cache"] = Decision(False, "no --step_cache given")
+        return
+    if name == "taylorseer":
         given = {"interval": args.taylorseer_interval, "order": args.taylorseer_order}
         chosen.extrapolation = TaylorSeer(**{name: value for name, value in given.items() if value is not None})
         chosen.extrapolation.check(steps)
@@ -312,26 +315,22 @@ def _choose_cache(args, configs: dict, chosen: Plan) -> None:
             True, f"TaylorSeer over whole steps, order {chosen.extrapolation.order}, {mask.count('1')} of {steps} "
             f"computed: {mask}")
         return
-    if not (args.enable_cache_dit or args.cache_preset or args.cache_dit_config):
-        chosen.decisions["step cache"] = Decision(False, "neither --cache_preset nor --enable_cache_dit given")
-        return
     if find_spec("cache_dit") is None:
         raise RecipeError("the step cache needs cache-dit: pip install cache-dit==1.5.3")
     blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
-    name, of_large = "", None
-    if args.cache_dit_config:
-        options = step_cache.from_yaml(args.cache_dit_config)
-    elif args.cache_preset:
-        options, of_large = step_cache.preset(args.cache_preset, steps, blocks), step_cache.PRESETS[args.cache_preset]
-        name = f"{args.cache_preset}, at least {step_cache.computed_share(options, steps, blocks):.0%} computed: "
-    else:
+    preset, of_large = "", None
+    if name in step_cache.PRESETS:
+        options, of_large = step_cache.preset(name, steps, blocks), step_cache.PRESETS[name]
+        preset = f"{name}, at least {step_cache.computed_share(options, blocks):.0%} computed: "
+    elif name == "f12b12":
         options, of_large = step_cache.scaled(step_cache.DEFAULT, blocks), step_cache.DEFAULT
-    options = replace(options, decide_ahead=options.decide_ahead or args.cache_decide_ahead)
+    else:
+        options = step_cache.from_yaml(name)
     step_cache.check(options, steps, blocks)
     chosen.cache = step_cache.forced(options, steps) if args.force_cache else options
     counts = of_large and (of_large.Fn_compute_blocks, of_large.Bn_compute_blocks)
     small = counts and counts != (options.Fn_compute_blocks, options.Bn_compute_blocks)
-    chosen.decisions["step cache"] = Decision(True, f"{name}{chosen.cache}" + (
+    chosen.decisions["step cache"] = Decision(True, f"{preset}{chosen.cache}" + (
         " (F{}B{} in proportion to {} blocks)".format(*counts, blocks) if small else ""))
 
 

@@ -1,11 +1,21 @@
-"""What a GPU can do at FLUX.1's own shapes: matrix products, attention, copies. TFLOP/s and TB/s, medians."""
+"""What a GPU can do at FLUX.1's own shapes: GEMMs and attention in TFLOP/s, copies in TB/s; medians.
+
+    python -m bench.ceilings results/h100/ceilings.json
+
+The last line on stdout is the record as one JSON object.
+"""
+
+import argparse
+import json
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.attention import find_library
-from utils.benchmark_utils import SCHEMA_VERSION, RecipeError, environment
+from utils.benchmark_utils import SCHEMA_VERSION, RecipeError, environment, exit_with_reason
+from utils.output_checks import check_output
+from utils.outputs import is_record, write_json, write_or_rescue
 from utils.techniques import detect
 
 TOKENS, WIDTH, HEADS, HEAD_DIM = 4096 + 512, 3072, 24, 128  # a 1024x1024 image of FLUX.1-dev
@@ -25,11 +35,11 @@ def measure() -> dict:
         RecipeError: there is no NVIDIA GPU.
     """
     if not torch.cuda.is_available() or torch.version.hip:
-        raise RecipeError("--ceilings measures an NVIDIA GPU with a CUDA build of PyTorch, and there is none here.")
+        raise RecipeError("bench.ceilings measures an NVIDIA GPU with a CUDA build of PyTorch, and there is none here.")
     try:
         from triton.testing import do_bench
     except ImportError as error:
-        raise RecipeError("--ceilings needs Triton's timer: pip install triton") from error
+        raise RecipeError("bench.ceilings needs Triton's timer: pip install triton") from error
 
     def rate(work: float, function) -> float | None:
         """`work` in 10^12 a second, of a function that may not run here."""
@@ -85,3 +95,20 @@ def lines(record: dict) -> list[str]:
              for name, rates in record["matmul"].items()]
     shown += [f"{name:<18}  {value:7.1f}" for name, value in record["attention"].items() if value]
     return ["TFLOP/s", *shown, f"copy {record['copy_tb_s']:.2f} TB/s"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_json", metavar="OUT.json", help="where the record goes")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
+    path = parser.parse_args().output_json
+    check_output(path, "OUT.json", is_record)
+    record = measure()
+    error = write_or_rescue(lambda path: write_json(path, record, is_record), path, "record")
+    print("\n".join([*lines(record), json.dumps(record)]))
+    if error:
+        raise error
+
+
+if __name__ == "__main__":
+    exit_with_reason(main)

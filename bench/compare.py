@@ -1,16 +1,21 @@
-"""Two results side by side: is the difference more than noise?
+"""Two results of run_benchmark.py side by side: is the difference more than noise?
+
+    python -m bench.compare before.json after.json
+
+The last line on stdout is the comparison as one JSON object.
 
 The interval is a percentile bootstrap: the runs of each result are drawn again with replacement 10,000 times, and the
 middle 95 % of the medians, and of their ratio, are kept. That is the noise within a process. Two processes of the same
 command may differ by more, which no single result can show.
 """
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
-from utils.benchmark_utils import RecipeError
+from utils.benchmark_utils import RecipeError, exit_with_reason
 
 RESAMPLES, LEAST_RUNS = 10_000, 5
 
@@ -24,11 +29,11 @@ def read(path: str) -> dict:
     try:
         record = json.loads(Path(path).expanduser().read_text())
     except (OSError, ValueError) as error:
-        raise RecipeError(f"--compare {path}: cannot be read as a result ({error}).") from error
+        raise RecipeError(f"{path}: cannot be read as a result ({error}).") from error
     if isinstance(record, dict) and "error" in record:
-        raise RecipeError(f"--compare {path}: this measurement failed ({record['error']}).")
+        raise RecipeError(f"{path}: this measurement failed ({record['error']}).")
     if not isinstance(record, dict) or not isinstance(record.get("seconds"), dict):
-        raise RecipeError(f"--compare {path}: not a result of run_benchmark.py --output-json.")
+        raise RecipeError(f"{path}: not a result of run_benchmark.py --output-json.")
     return record
 
 
@@ -91,3 +96,17 @@ def lines(paths: list[str], a: dict, b: dict, found: dict) -> list[str]:
     return [*shown, f"B takes {found['ratio']:.4f} of A's time (95 %: {low:.4f}-{high:.4f}; bootstrap of medians): "
             f"{VERDICTS[found['verdict']]}.",
             "Two processes of one command may differ by more: before believing a few percent, run both twice."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs=2, metavar=("A.json", "B.json"), help="of run_benchmark.py --output-json")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
+    paths = parser.parse_args().results
+    a, b = map(read, paths)
+    found = compare(a, b)
+    print("\n".join([*lines(paths, a, b, found), json.dumps(found)]))
+
+
+if __name__ == "__main__":
+    exit_with_reason(main)
