@@ -92,8 +92,8 @@ def test_make_images_in_batches_equals_one_by_one(folder, run, capsys):
 
 
 @pytest.mark.parametrize("ckpt, argv", [
-    pytest.param("tiny-flux-dev", ["--negative_prompt", "blue", "--true_cfg_scale", "3", "--num_images_per_prompt", "2"],
-                 marks=pytest.mark.slow),
+    pytest.param("tiny-flux-dev", [
+        "--negative_prompt", "blue", "--true_cfg_scale", "3", "--num_images_per_prompt", "2"], marks=pytest.mark.slow),
     ("tiny-kontext", ["--image", "photo.png"]),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_make_images_in_batches_with_other_inputs_equals_one_by_one(folder, run, ckpt, argv):
