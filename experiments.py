@@ -26,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from report import records
-from utils.benchmark_utils import SCHEMA_VERSION, current_commit, finite_float
+from bench.environment import SCHEMA_VERSION, current_commit
+from bench.report import records
+from utils.common import finite_float
 from utils.outputs import write_json
 
 ROOT = Path(__file__).parent
@@ -373,7 +374,7 @@ def summary(record: dict) -> str:
 
 def report(args) -> int:
     """Writes the pages' tables and pictures; the exit code: 1 if --check finds one of them out of date."""
-    from report import charts, tables
+    from bench.report import charts, tables
     stale = tables.stale() | charts.stale()
     if args.check:
         for path in stale:

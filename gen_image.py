@@ -6,9 +6,10 @@
 
 import sys
 
-from utils import parallel, step_cache
-from utils.benchmark_utils import StageLog, create_parser, exit_with_reason, spare_the_garbage_collector
-from utils.checks import check_args
+from utils import context_parallel
+from utils.benchmark_utils import check_args, create_parser
+from utils.cache import dbcache
+from utils.common import StageLog, exit_with_reason, spare_the_garbage_collector
 from utils.images import image_parameters, keep_images
 from utils.many_prompts import image_paths, join_processes, make_images
 from utils.output_checks import check_outputs
@@ -24,7 +25,7 @@ def main():
     paths = image_paths(args, prompts)
     check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])
     if args.context_parallel:
-        parallel.join(args)
+        context_parallel.join(args)
     processes = join_processes(args)
     for complaint in complaints:
         processes.print(complaint, file=sys.stderr)
@@ -38,15 +39,15 @@ def main():
         return make_images(pipeline, args, prompts, processes, log)
 
     kwargs = call_kwargs(pipeline, args)
-    if parallel.is_first():
+    if context_parallel.is_first():
         given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
         warn_of_cut_prompts(pipeline, given, kwargs["max_sequence_length"])
     with log.stage("image"):
         images = pipeline(**kwargs).images
-    if not parallel.is_first():
+    if not context_parallel.is_first():
         return
     if pipeline.techniques["step cache"].on:
-        log.line(step_cache.last_image(pipeline, kwargs["num_inference_steps"]))
+        log.line(dbcache.last_image(pipeline, kwargs["num_inference_steps"]))
     keep_images(pipeline, images, paths, [image_parameters(args, pipeline, kwargs, args.prompt, args.seed + i)
                                           for i in range(len(images))], log)
 

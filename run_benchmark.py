@@ -19,30 +19,21 @@ import numpy as np
 import psutil
 import torch
 
-from utils import flaws, parallel, step_cache
-from utils.benchmark_utils import (
-    SCHEMA_VERSION,
-    PeakMemory,
-    RecipeError,
-    StageLog,
-    create_parser,
-    environment,
-    exit_with_reason,
-    reason_of,
-    spare_the_garbage_collector,
-    summarize,
-)
-from utils.checks import check_args
+from bench.environment import SCHEMA_VERSION, PeakMemory, environment, summarize, watching_load
+from bench.profiling import StageTimes, in_regions
+from bench.quality import capture_step, float32_step
+from bench.roofline import step_record, watching_tokens
+from utils import context_parallel, flaws
+from utils.benchmark_utils import check_args, create_parser
+from utils.cache import dbcache
+from utils.common import RecipeError, StageLog, exit_with_reason, reason_of, spare_the_garbage_collector
 from utils.cuda_graph import recording_is_an_error
-from utils.gpu_load import watching_load
+from utils.fp8_check import relative_error
 from utils.images import image_parameters, keep_image
 from utils.machine import kernel_cache
 from utils.output_checks import check_outputs
 from utils.outputs import as_path, is_record, is_trace, refuse_torn_trace, replacing, write_json, write_or_rescue
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
-from utils.quality import capture_step, float32_step, relative_error
-from utils.regions import StageTimes, in_regions
-from utils.roofline import step_record, watching_tokens
 from utils.text_encoding import warn_of_cut_prompts
 
 
@@ -62,7 +53,7 @@ def main():
         raise RecipeError("--step_error calls the transformer by itself and needs it unquantised on the GPU: it does "
                           "not go with step caches and --offload.")
     if args.context_parallel:
-        parallel.join(args)
+        context_parallel.join(args)
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
     if __name__ == "__main__":
@@ -81,7 +72,7 @@ def main():
     memory.end_of("optimise")
     show_progress(pipeline, False)
     error = step_error(pipeline, args, step_inputs, reference) if args.step_error else None
-    if parallel.is_first():
+    if context_parallel.is_first():
         given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
         warn_of_cut_prompts(pipeline, given, call_kwargs(pipeline, args)["max_sequence_length"])
 
@@ -100,7 +91,7 @@ def main():
         with watching_tokens(pipeline.transformer) as tokens, watching_load(args.device) as load:
             stages, steps = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
-    if not parallel.is_first():
+    if not context_parallel.is_first():
         if args.trace_file:  # of the first one, whose image takes all
             pipeline(**call_kwargs(pipeline, args))
         return
@@ -122,8 +113,8 @@ def main():
         "step_kernels": kernels, "cold_start_s": log.seconds,
         "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
         "fp8_check": pipeline.fp8_check,
-        "cached_steps": step_cache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
-        "residual_diffs": step_cache.residual_diffs(pipeline) if pipeline.techniques["step cache"].on else None,
+        "cached_steps": dbcache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
+        "residual_diffs": dbcache.residual_diffs(pipeline) if pipeline.techniques["step cache"].on else None,
         "broken": flaws.flaw_of(image, is_finite), "image_std": float(np.asarray(image).std()),
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
     }

@@ -12,8 +12,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from utils import fused_blocks
-from utils.quality import run_step
+from utils.fp8_check import run_step
+from utils.kernels import fused_blocks
 
 SIGN_MASK, SMALLEST_NORMAL, LARGEST = 0x7F, 0x08, 0x7E  # bytes of e4m3: all but the sign, 2^-6, 448
 
@@ -45,7 +45,7 @@ def block_shares(transformer: FluxTransformer2DModel, inputs: dict) -> list[dict
 
     Args:
         transformer: with the fused blocks, not compiled.
-        inputs: of one step, from `utils.quality.capture_step`.
+        inputs: of one step, from `bench.quality.capture_step`.
 
     Returns:
         A dict for each block: {"block": "double 0", "hidden": shares, "v": shares, "attention": shares}. "hidden" is

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.environment import SCHEMA_VERSION, environment
 from utils.attention import find_library
-from utils.benchmark_utils import SCHEMA_VERSION, RecipeError, environment, exit_with_reason
+from utils.common import RecipeError, exit_with_reason
 from utils.output_checks import check_output
 from utils.outputs import is_record, write_json, write_or_rescue
-from utils.techniques import detect
+from utils.plan import detect
 
 TOKENS, WIDTH, HEADS, HEAD_DIM = 4096 + 512, 3072, 24, 128  # a 1024x1024 image of FLUX.1-dev
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.benchmark_utils import RecipeError, exit_with_reason
+from utils.common import RecipeError, exit_with_reason
 
 RESAMPLES, LEAST_RUNS = 10_000, 5
 
@@ -100,7 +100,7 @@ def lines(paths: list[str], a: dict, b: dict, found: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs=2, metavar=("A.json", "B.json"), help="of run_benchmark.py --output-json")
+    parser.add_argument("results", nargs=2, metavar="RESULT.json", help="two of run_benchmark.py --output-json")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
     paths = parser.parse_args().results
     a, b = map(read, paths)

@@ -32,28 +32,22 @@ import PIL.Image
 import torch
 from PIL import ImageDraw, ImageFont
 
+from bench.environment import SCHEMA_VERSION, environment
 from bench.fp8_error import as_fused
+from bench.quality import capture_step, perceptual, picture_drift
 from experiments import CHANNELS, COMPILED, EAGER, FA3, FUSED, OFF, QUANT
-from tiny_flux import judge, pictures, presets
-from utils import lora_files, weight_files
-from utils.benchmark_utils import (
-    DEFAULT_CKPT,
-    SCHEMA_VERSION,
-    RecipeError,
-    create_parser,
-    environment,
-    exit_with_reason,
-)
+from tiny_flux import judge, pictures
+from utils import lora_files, tiny_presets, weight_files
+from utils.benchmark_utils import DEFAULT_CKPT, check_args, create_parser
 from utils.checkpoint import read_configs
-from utils.checks import check_args
+from utils.common import RecipeError, exit_with_reason
 from utils.images import numbered_path, read_parameters
 from utils.output_checks import check_output
 from utils.outputs import is_record, manifest_path, replacing, write_json
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
+from utils.plan import detect, make_plan
 from utils.prompts_file import Prompt, read_prompts
-from utils.quality import capture_step, perceptual, picture_drift
 from utils.reference_image import load_reference
-from utils.techniques import detect, plan
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -315,7 +309,7 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
     print("\nblocks: shares of their e4m3 values", file=sys.stderr, flush=True)
     try:
         # Also registers FlashAttention-3.
-        chosen = plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights),
+        chosen = make_plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights),
                       detect(recipe.device, recipe.gpu_memory_limit))
         if not chosen.is_on("fused kernels") and not on_cpu:
             return {"not_measured": f"fused kernels are off: {chosen.decisions['fused kernels'].how}"}
@@ -439,7 +433,7 @@ def contents_of(recipe: argparse.Namespace) -> dict:
     """
     if recipe.random_weights:
         return {}
-    folder = presets.CHECKPOINT if recipe.ckpt in presets.NAMES else Path(recipe.ckpt).expanduser()
+    folder = tiny_presets.CHECKPOINT if recipe.ckpt in tiny_presets.NAMES else Path(recipe.ckpt).expanduser()
     configs = read_configs(str(folder) if folder.is_dir() else recipe.ckpt, recipe.revision, None)
     weights = weight_files.identity(weight_files.find_checkpoint(recipe.ckpt, folder, recipe.revision, configs).folder)
     files = [lora_files.locate(lora_files.split(lora)[0]) for lora in recipe.lora or []]

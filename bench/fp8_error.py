@@ -19,21 +19,17 @@ import torch
 import torchao.quantization.quant_api
 
 from bench import trained_like
+from bench.environment import environment
+from bench.quality import capture_step, float32_step, picture_drift
 from tiny_flux import judge, pictures
 from utils import attention
 from utils.attention import use_attention_library
-from utils.benchmark_utils import (
-    RecipeError,
-    create_parser,
-    environment,
-    exit_with_reason,
-    finite_float,
-    spare_the_garbage_collector,
-)
+from utils.benchmark_utils import create_parser
+from utils.common import RecipeError, exit_with_reason, finite_float, spare_the_garbage_collector
+from utils.fp8_check import relative_error, run_step
 from utils.output_checks import check_output
 from utils.outputs import is_record, write_json
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step, float32_step, picture_drift, relative_error, run_step
 from utils.quantization import quantize_transformer
 
 # Random weights have gates of about 0.07, with which blocks hardly change the stream. Trained gates are of order 0.5.
@@ -58,7 +54,7 @@ def as_flux_fast(transformer: torch.nn.Module, device: torch.device) -> None:
 
 def as_fused(transformer: torch.nn.Module, device: torch.device, float8_modulations: bool = False) -> None:
     """The default on a Hopper GPU."""
-    from utils.fused_blocks import fuse_blocks, leave_sums  # Triton, which CPU builds of torch lack
+    from utils.kernels.fused_blocks import fuse_blocks, leave_sums  # Triton, which CPU builds of torch lack
 
     fuse_blocks(transformer, device, float8_modulations)
     leave_sums(transformer)
@@ -89,7 +85,7 @@ def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], coun
     pipeline.transformer = transformer
     handles = [trained_like.attach(transformer, mixture)]
     if hasattr(transformer.time_text_embed, "prepare"):
-        from utils.fused_blocks import follow_schedule
+        from utils.kernels.modulation import follow_schedule
         handles.append(follow_schedule(pipeline))
     try:
         return judge.draw_pictures(pipeline, pictures.prompts(count)[0], steps)

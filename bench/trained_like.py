@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import T5EncoderModel
 
-from utils.benchmark_utils import RecipeError, finite_float
+from utils.common import RecipeError, finite_float
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def reshape(transformer: FluxTransformer2DModel, mixture: dict[str, float], inpu
     """Reshapes the weights in place. Call it before projections are fused and weights are quantised.
 
     Args:
-        inputs: the arguments of one step, from `utils.quality.capture_step`. The families of neurons and of massive
+        inputs: the arguments of one step, from `bench.quality.capture_step`. The families of neurons and of massive
             channels run this step to measure what neurons read and how large the stream is.
         seed: of all random numbers. The CPU draws them, so that CPU and GPU agree.
 
@@ -133,7 +133,7 @@ def reshape(transformer: FluxTransformer2DModel, mixture: dict[str, float], inpu
         raise RecipeError("Weights that are fused or quantised cannot be reshaped: call reshape before optimize.")
     if inputs is None and (measured := [name for name in mixture if name in MEASURED]):
         raise RecipeError(f"{' and '.join(measured)} need a step to measure: pass inputs=capture_step(pipeline, "
-                          "kwargs), from utils.quality.")
+                          "kwargs), from bench.quality.")
     parts = _flux_parts(transformer, inputs)
     for name in (name for name in FAMILIES if name in mixture):
         # The two massive families draw the same channels: they are one function, stored in two ways.

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torchao.quantization.quant_api
 
-from utils import pipeline_utils, random_weights, start, techniques
-from utils.benchmark_utils import create_parser, exit_with_reason
+from utils import pipeline_utils, plan, random_weights, start
+from utils.benchmark_utils import create_parser
+from utils.common import exit_with_reason
 
 # Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
 torch.set_num_threads(1)
@@ -56,22 +57,22 @@ def build():
 def float8_on_cpu(monkeypatch):
     """torchao refuses float8 on a CPU although PyTorch computes it there, slowly."""
     monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda *_: None)
-    monkeypatch.setattr(techniques.Hardware, "has_float8", True)
+    monkeypatch.setattr(plan.Hardware, "has_float8", True)
 
 
 def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantisation", "fused kernels")):
     """From now on `optimize` has these techniques on, as on a Hopper GPU; the kernels' references stand in for them."""
     def planned(*given):
-        chosen = techniques.plan(*given)
+        chosen = plan.make_plan(*given)
         for name in names:
-            chosen.decisions[name] = techniques.Decision(True, "")
+            chosen.decisions[name] = plan.Decision(True, "")
         if "attention" in names:
             chosen.attention_backend = "fa3"
         if "quantisation" in names:
             chosen.quant = ("float8", "row")
         return chosen
 
-    patch.setattr(pipeline_utils, "plan", planned)
+    patch.setattr(pipeline_utils, "make_plan", planned)
     if "CUDA graphs" in names:
         patch.setattr(pipeline_utils, "CUDAGraphed", lambda module, pool=None: module)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

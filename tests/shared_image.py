@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import pretend_hopper
 
-from utils import parallel, step_cache
-from utils.benchmark_utils import create_parser, exit_with_reason
-from utils.checks import check_args
+from utils import context_parallel
+from utils.benchmark_utils import check_args, create_parser
+from utils.cache import dbcache
+from utils.common import exit_with_reason
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 
 
@@ -49,7 +50,7 @@ def draw(argv: list[str], fails_on: int | None = None, how: str = "") -> Drawn:
     args = create_parser(measure=True).parse_args(argv)
     check_args(args)
     if args.context_parallel and not torch.distributed.is_initialized():
-        parallel.join(args)
+        context_parallel.join(args)
     pipeline = load_pipeline(args)
     pipeline.vae.decoder.compile = lambda **_: None  # latents are all that counts here
     pipeline = optimize(pipeline, args)
@@ -61,7 +62,7 @@ def draw(argv: list[str], fails_on: int | None = None, how: str = "") -> Drawn:
 
     found, cached, residuals = latents(), [], {}
     if pipeline.techniques["step cache"].on:
-        cached, residuals = step_cache.cached_steps(pipeline), step_cache.residual_diffs(pipeline)
+        cached, residuals = dbcache.cached_steps(pipeline), dbcache.residual_diffs(pipeline)
     for _ in range(20 * torch.cuda.is_available()):  # one GPU that reads before another has written shows now and then
         assert torch.equal(latents(), found)
     other_seed = latents(seed=1)
@@ -75,7 +76,7 @@ def draw_case(argv: list[str], as_on_hopper: list[str] | tuple = (), **failure) 
     with pytest.MonkeyPatch.context() as patch:
         pretend_hopper(patch, as_on_hopper)
         if failure:
-            patch.setattr(parallel, "TIMEOUT", timedelta(seconds=10))
+            patch.setattr(context_parallel, "TIMEOUT", timedelta(seconds=10))
         return draw(argv, **failure)
 
 
@@ -93,10 +94,10 @@ def main() -> None:
         drawn = draw_case(**case)
         # Of the first process, for its own part if they did not share.
         out[name], out[name, "residuals"] = drawn.latents, drawn.residuals
-        if parallel.is_first():
+        if context_parallel.is_first():
             print(f"{name}: {drawn.context_parallel}", file=sys.stderr)
         gc.collect()
-    if parallel.is_first():
+    if context_parallel.is_first():
         torch.save(out, sys.argv[2])
 
 

@@ -15,9 +15,11 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from utils import aoti, aoti_compile, package_store, random_weights, step_cache
-from utils.aoti import PackagedModule
-from utils.benchmark_utils import RecipeError
+from utils import random_weights
+from utils.aoti import __main__, export, inductor, store
+from utils.aoti.export import PackagedModule
+from utils.cache import dbcache
+from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quantization import quantize_transformer
 from utils.text_encoding import settle_masks
@@ -48,26 +50,26 @@ def test_write_package_traces_convolutions_with_cudnn_on(tmp_path, monkeypatch):
     assert False in seen, "torch.export leaves cuDNN on by itself: `_cudnn_left_on` is not needed any more"
     seen.clear()
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
-    aoti_compile.write_package(module, {"input": x}, tmp_path / "x.pt2", {}, {})
+    inductor.write_package(module, {"input": x}, tmp_path / "x.pt2", {}, {})
     assert set(seen) == {True} and torch.backends.cudnn.set_flags is set_flags
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        aoti_compile.write_package(module, {"input": x}, tmp_path / "x.pt2", {}, {})
+        inductor.write_package(module, {"input": x}, tmp_path / "x.pt2", {}, {})
     assert torch.backends.cudnn.enabled and torch.backends.cudnn.set_flags is set_flags
 
 
 def test_no_vector_instructions_hides_the_cpus_simd():
-    with aoti_compile.no_vector_instructions(True):
+    with inductor.no_vector_instructions(True):
         assert not pick_vec_isa()
 
 
 @pytest.mark.slow
 def test_no_vector_instructions_restores_the_cpus_simd():
     before = pick_vec_isa()
-    with aoti_compile.no_vector_instructions(True):
+    with inductor.no_vector_instructions(True):
         assert not pick_vec_isa()
     assert pick_vec_isa() == before
-    with aoti_compile.no_vector_instructions(False):
+    with inductor.no_vector_instructions(False):
         assert pick_vec_isa() == before
 
 
@@ -75,7 +77,7 @@ def test_empty_while_something_is_traced_releases_the_weights():
     weight, nothing = torch.randn(8), torch.empty(0)
     lent, memory = weight.detach(), StorageWeakRef(weight.untyped_storage())
     with FakeTensorMode():
-        aoti._empty([lent], nothing)
+        export._empty([lent], nothing)
     assert weight.shape == (8,) and not memory.expired()
     del weight
     assert memory.expired()
@@ -85,13 +87,13 @@ def test_capture_of_t5_sets_the_first_block_apart(build):
     """The first block makes the position bias, the others are given it: two graphs."""
     t5 = build("tiny-flux").text_encoder_2
     with torch.no_grad():
-        units = aoti.capture({"t5": list(t5.encoder.block)}, lambda: t5(torch.randint(0, 255, (2, 32))))
+        units = export.capture({"t5": list(t5.encoder.block)}, lambda: t5(torch.randint(0, 255, (2, 32))))
     assert [(unit.name, len(unit.modules)) for unit in units] == [("t5", 1), ("t5-2", len(t5.encoder.block) - 1)]
 
 
 def stand_in(module, call):
     """`module` behind the checks of a package whose code is the module itself, and the arguments of its first call."""
-    [unit] = aoti.capture({"unit": [module]}, call)
+    [unit] = export.capture({"unit": [module]}, call)
     return PackagedModule(module, unit, module), unit.arguments
 
 
@@ -134,50 +136,50 @@ def test_packaged_module_gives_its_code_contiguous_arguments_by_name():
 def test_put_in_place_keeps_weights_and_works_under_the_step_cache(build, make_args):
     """cache-dit reads the signature of each block, and diffusers the dtype of the VAE."""
     args = make_args("--ckpt", "tiny-flux-dev", "--height", "64", "--width", "64", "--num_inference_steps", "4")
-    options, found = step_cache.CacheOptions(1, 0, 2, residual_diff_threshold=100.0), []
+    options, found = dbcache.CacheOptions(1, 0, 2, residual_diff_threshold=100.0), []
     for packaged in (False, True):
         pipeline = build("tiny-flux-dev", layers="1+2")
         models = pipeline.transformer, pipeline.vae
         weights = [sum(p.numel() for p in model.parameters()) for model in models]
         if packaged:
-            units = aoti.capture(aoti.packaged(pipeline, True, True, True, False),
+            units = export.capture(export.packaged(pipeline, True, True, True, False),
                                  lambda pipeline=pipeline: pipeline(**call_kwargs(pipeline, args)))
             assert [(unit.name, len(unit.modules)) for unit in units] == [("double", 1), ("single", 2), ("decoder", 1)]
-            aoti.put_in_place(pipeline, {module: PackagedModule(module, unit, module)
+            export.put_in_place(pipeline, {module: PackagedModule(module, unit, module)
                                          for unit in units for module in unit.modules})
-            kinds = aoti.packaged(pipeline, True, True, False, False)
+            kinds = export.packaged(pipeline, True, True, False, False)
             assert all(isinstance(module, PackagedModule) for modules in kinds.values() for module in modules)
         assert weights == [sum(p.numel() for p in model.parameters()) for model in models]
         assert pipeline.vae.dtype == torch.float32
-        step_cache.enable(pipeline, options, separate_cfg=False)
+        dbcache.enable(pipeline, options, separate_cfg=False)
         found.append(np.asarray(pipeline(**call_kwargs(pipeline, args)).images[0]))
-        assert step_cache.cached_steps(pipeline)
+        assert dbcache.cached_steps(pipeline)
     assert np.array_equal(*found)
 
 
 @torch.no_grad()
 def test_export_holds_the_vaes_roundings_against_float32(build, tmp_path, monkeypatch):
-    """Where they are more than `aoti.BOUND`: another memory format passes, any other function does not."""
-    monkeypatch.setattr(aoti, "BOUND", 1e-4)
-    monkeypatch.setattr(aoti, "write_package", lambda module, arguments, path, *_: path.write_bytes(b""))
+    """Where they are more than `export.BOUND`: another memory format passes, any other function does not."""
+    monkeypatch.setattr(export, "BOUND", 1e-4)
+    monkeypatch.setattr(export, "write_package", lambda module, arguments, path, *_: path.write_bytes(b""))
     decoder = build("tiny-flux", torch.bfloat16).vae.decoder
-    unit = aoti.Unit("decoder", [decoder], {"sample": torch.randn(1, 16, 8, 8).bfloat16()})
+    unit = export.Unit("decoder", [decoder], {"sample": torch.randn(1, 16, 8, 8).bfloat16()})
 
-    def export(change):
+    def exported(change):
         other = copy.deepcopy(decoder)
         change(other)
-        monkeypatch.setattr(aoti, "load_code", lambda *_: other)
-        aoti.export([unit], tmp_path, "k")
+        monkeypatch.setattr(export, "load_code", lambda *_: other)
+        export.export([unit], tmp_path, "k")
 
-    export(lambda other: other.to(memory_format=torch.channels_last))
+    exported(lambda other: other.to(memory_format=torch.channels_last))
     for wrong in (lambda other: other.conv_out.bias.data.add_(0.1),
                   lambda other: other.mid_block.resnets[0].conv1.weight.data.zero_(),
                   lambda other: other.conv_norm_out.weight.data.fill_(float("nan"))):
         with pytest.raises(RecipeError, match="decoder differs from eager"):
-            export(wrong)
+            exported(wrong)
     unit.name = "double"
     with pytest.raises(RecipeError, match="double differs from eager"):
-        export(lambda other: other.to(memory_format=torch.channels_last))
+        exported(lambda other: other.to(memory_format=torch.channels_last))
 
 
 # --- one real package: a Linear of two blocks, which compiles in seconds ---
@@ -189,9 +191,9 @@ def linears(pipeline):
 def use_package(pipeline, cache_dir, use_cached=True, re_export=False, source=None):
     """`use_packages` for the Linears. As for a GPU's packages, nothing probes the CPU's SIMD, which takes seconds."""
     x = torch.randn(1, 4, 256)
-    with torch.no_grad(), aoti_compile.no_vector_instructions(True), torch._inductor.config.patch(O0):
-        units = aoti.capture({"linear": linears(pipeline)}, lambda: [linear(x) for linear in linears(pipeline)])
-        return aoti.use_packages(pipeline, units, {}, str(cache_dir), use_cached, re_export, source, lambda line: None)
+    with torch.no_grad(), inductor.no_vector_instructions(True), torch._inductor.config.patch(O0):
+        units = export.capture({"linear": linears(pipeline)}, lambda: [linear(x) for linear in linears(pipeline)])
+        return export.use_packages(pipeline, units, {}, str(cache_dir), use_cached, re_export, source, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +253,19 @@ def test_use_packages_re_export_replaces_a_damaged_package(cache, pipeline, monk
     good = (cache[1] / "linear.pt2").read_bytes()
     (cache[1] / "linear.pt2").write_bytes(b"x")
     (cache[1] / "old.pt2").write_bytes(b"x")
-    monkeypatch.setattr(aoti, "write_package", lambda module, arguments, path, *_: path.write_bytes(good))
+    monkeypatch.setattr(export, "write_package", lambda module, arguments, path, *_: path.write_bytes(good))
     assert use_package(pipeline, cache[0], use_cached=False, re_export=True).startswith("linear: exported")
-    assert set(package_store.verify(cache[1])["files"]) == {"linear.pt2"} and not (cache[1] / "old.pt2").exists()
+    assert set(store.verify(cache[1])["files"]) == {"linear.pt2"} and not (cache[1] / "old.pt2").exists()
 
 
 def test_use_packages_fetches_a_zip_where_asked(cache, pipeline, tmp_path, monkeypatch):
     archive = tmp_path / f"{cache[1].name}.zip"
     zipfile.main(["-c", str(archive), *map(str, cache[1].iterdir())])
     shutil.rmtree(cache[1])
-    monkeypatch.setattr(package_store, "hf_hub_download", lambda repo, name, revision: str(tmp_path / name))
-    source = f"me/packages@v1:{package_store._sha256(archive)}"
+    monkeypatch.setattr(store, "hf_hub_download", lambda repo, name, revision: str(tmp_path / name))
+    source = f"me/packages@v1:{store._sha256(archive)}"
     assert use_package(pipeline, cache[0], source=source).startswith("linear: fetched")
-    assert package_store.verify(cache[1]) and isinstance(linears(pipeline)[0], PackagedModule)
+    assert store.verify(cache[1]) and isinstance(linears(pipeline)[0], PackagedModule)
 
 
 def test_load_code_of_something_else_is_refused(cache, pipeline, tmp_path):
@@ -273,16 +275,16 @@ def test_load_code_of_something_else_is_refused(cache, pipeline, tmp_path):
             ("double", linear, path, key, "made for linear"), ("linear", linear, path, "0" * 20, "made for linear"),
             ("linear", linear, tmp_path / "junk.pt2", key, "cannot be opened"),
             ("linear", torch.nn.Identity(), path, key, "asks for weights")):
-        with aoti_compile.no_vector_instructions(True), pytest.raises(RecipeError, match=said):
-            aoti.load_code(aoti.Unit(name, [module], {}), module, file, asked)
+        with inductor.no_vector_instructions(True), pytest.raises(RecipeError, match=said):
+            export.load_code(export.Unit(name, [module], {}), module, file, asked)
 
 
 def test_fields_of_other_inputs_switches_or_models_have_other_keys(build, pipeline, monkeypatch):
-    monkeypatch.setattr(aoti, "machine", lambda device: {"cpu": ""})
-    unit, batch = (aoti.Unit("linear", linears(pipeline), {"input": torch.randn(size, 4, 256)}) for size in (1, 2))
+    monkeypatch.setattr(export, "machine", lambda device: {"cpu": ""})
+    unit, batch = (export.Unit("linear", linears(pipeline), {"input": torch.randn(size, 4, 256)}) for size in (1, 2))
     cases = [(pipeline, unit, {}), (pipeline, batch, {}), (pipeline, unit, {"quantisation": "int8"}),
              (build("tiny-flux-dev", layers="1+2"), unit, {})]
-    keys = [package_store.key_of(aoti.fields_of(model, [unit], switches)) for model, unit, switches in cases * 2]
+    keys = [store.key_of(export.fields_of(model, [unit], switches)) for model, unit, switches in cases * 2]
     assert len(set(keys)) == 4 and keys[:4] == keys[4:]
 
 
@@ -293,13 +295,13 @@ def test_command_line_lists_verifies_and_cleans_packages_alone(cache, monkeypatc
 
     def run(*argv):
         monkeypatch.setattr("sys.argv", ["aoti", *argv, "--cache-dir", str(folder)])
-        with aoti_compile.no_vector_instructions(True):
-            aoti.main()
+        with inductor.no_vector_instructions(True):
+            __main__.main()
         return capsys.readouterr().out
 
     assert "fits this machine" in run("list") and "fits this machine" in run("verify")
-    other = package_store.verify(package)["fields"] | {"machine": {"gpu": "H100"}}
-    other = package_store.publish(package.parent, other, lambda temporary: None)
+    other = store.verify(package)["fields"] | {"machine": {"gpu": "H100"}}
+    other = store.publish(package.parent, other, lambda temporary: None)
     assert "H100" in run("verify") and run("clean").count("removed") == 1 and package.exists() and not other.exists()
     (package / "linear.pt2").write_bytes(b"")
     with pytest.raises(SystemExit, match="1"):
@@ -358,7 +360,7 @@ def test_packages_equal_eager_and_are_found_again(make_args, quick_compiler, tmp
         assert relative(latents, expected[0]) < bound
         assert np.abs(pixels - expected[1]).mean() < 2
     memory = [StorageWeakRef(x.untyped_storage()) for one in (first, second) for module in (one.transformer, one.vae)
-              for x in aoti.constants_of(module).values()]
+              for x in export.constants_of(module).values()]
     del first, second, pipeline
     gc.collect()
     assert all(one.expired() for one in memory), "the pipeline's weights are still there"
@@ -371,18 +373,18 @@ def test_packages_of_t5_equal_eager(build, quick_compiler, tmp_path):
     t5, ids = pipeline.text_encoder_2, torch.randint(0, 255, (2, 32))
     settle_masks(t5)
     expected = t5(ids)[0]
-    units = aoti.capture({"t5": list(t5.encoder.block)}, lambda: t5(ids))
-    aoti.export(units, tmp_path, "k")
-    aoti.put_in_place(pipeline, aoti.load(units, tmp_path, "k"))
+    units = export.capture({"t5": list(t5.encoder.block)}, lambda: t5(ids))
+    export.export(units, tmp_path, "k")
+    export.put_in_place(pipeline, export.load(units, tmp_path, "k"))
     assert all(isinstance(block, PackagedModule) for block in t5.encoder.block)
     torch.testing.assert_close(t5(ids)[0], expected)
 
 
 def assert_one_package_serves(modules, arguments, folder, bound):
     """Exports `modules` as one unit and compares each module's package with eager."""
-    unit = aoti.Unit("unit", modules, arguments)
-    aoti.export([unit], folder, "k")
-    packaged = aoti.load([unit], folder, "k")
+    unit = export.Unit("unit", modules, arguments)
+    export.export([unit], folder, "k")
+    packaged = export.load([unit], folder, "k")
     with torch.no_grad():
         for module in modules:
             assert relative(packaged[module](**arguments), module(**arguments)) < bound
@@ -434,11 +436,11 @@ def test_one_package_serves_small_weights(quick_compiler, tmp_path):
 @torch.no_grad()
 def test_a_package_of_the_fused_decoder_equals_eager(build, quick_compiler, tmp_path):
     """Its norms, attention and upsamplers, which on a CPU are never fused, by their references."""
-    fused_vae = pytest.importorskip("utils.fused_vae", reason="Triton is not installed: pip install triton")
+    fused_vae = pytest.importorskip("utils.kernels.fused_vae", reason="Triton is not installed: pip install triton")
     vae = build("tiny-flux").vae.to(memory_format=torch.channels_last)
     assert min(fused_vae.fuse_vae(vae)) > 0
-    unit = aoti.Unit("decoder", [vae.decoder], {"sample": torch.randn(1, 16, 8, 12)})
+    unit = export.Unit("decoder", [vae.decoder], {"sample": torch.randn(1, 16, 8, 12)})
     expected = vae.decoder(**unit.arguments)
-    aoti.export([unit], tmp_path, "k")
-    found = aoti.load([unit], tmp_path, "k")[vae.decoder](**unit.arguments)
+    export.export([unit], tmp_path, "k")
+    found = export.load([unit], tmp_path, "k")[vae.decoder](**unit.arguments)
     assert relative(found, expected) < 1e-5 and found.is_contiguous(memory_format=torch.channels_last)

@@ -6,7 +6,9 @@ from conftest import relative
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import aoti, attention, fused_blocks, fused_kernels
+from utils import attention
+from utils.aoti import export
+from utils.kernels import fused_blocks, fused_kernels
 from utils.pipeline_utils import call_kwargs
 
 
@@ -50,11 +52,11 @@ class Gemms(torch.nn.Module):
 def test_one_package_calls_the_fused_gemms_with_each_blocks_weights(tmp_path):
     """Weights, scales, numbers and output tensors reach the ops. No value of the first block is compiled in."""
     x, x_scale = fused_kernels.quantize_rows(torch.randn(1, 96, 128))
-    unit = aoti.Unit("gemms", [Gemms(0), Gemms(1)], dict(
+    unit = export.Unit("gemms", [Gemms(0), Gemms(1)], dict(
         x=x, x_scale=x_scale, cos=torch.rand(96, 32).half(), sin=torch.rand(96, 32).half(),
         lengths=x_scale * x.float().norm(dim=-1), scale=0.01 + 0.02 * torch.rand(1, 96)))
-    aoti.export([unit], tmp_path, "k")
-    packaged = aoti.load([unit], tmp_path, "k")
+    export.export([unit], tmp_path, "k")
+    packaged = export.load([unit], tmp_path, "k")
     with torch.no_grad():
         for module in unit.modules:
             for found, expected in zip(packaged[module](**unit.arguments), module(**unit.arguments), strict=True):
@@ -72,7 +74,7 @@ def test_packages_hold_fp8_attention(build, make_args, tmp_path):
         return pipeline(**call_kwargs(pipeline, args), output_type="latent").images
 
     expected = latents()
-    units = aoti.capture(aoti.packaged(pipeline, True, False, False, False), latents)
-    aoti.export(units, tmp_path, "k")
-    aoti.put_in_place(pipeline, aoti.load(units, tmp_path, "k"))
+    units = export.capture(export.packaged(pipeline, True, False, False, False), latents)
+    export.export(units, tmp_path, "k")
+    export.put_in_place(pipeline, export.load(units, tmp_path, "k"))
     assert relative(latents(), expected) < 0.02

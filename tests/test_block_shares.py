@@ -9,10 +9,11 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from bench.block_shares import block_shares, shares
 from bench.fp8_error import as_fused
-from utils import fused_blocks
+from bench.quality import capture_step
 from utils.benchmark_utils import create_parser
+from utils.fp8_check import run_step
+from utils.kernels import fused_blocks
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step, run_step
 
 OPS = ("gelu_gemm", "qkv_gemm", "cast_attention", "place_attention")
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from tiny_flux import presets
-from utils import checkpoint, random_weights
-from utils.benchmark_utils import RecipeError
+from utils import checkpoint, random_weights, tiny_presets
 from utils.checkpoint import configs_of, hub_errors, identify, image_settings, read_configs
+from utils.common import RecipeError
 from utils.pipeline_utils import load_pipeline
 
 
@@ -85,7 +84,7 @@ def test_image_settings_of_a_tokenizer_without_a_limit_are_the_models(build, tmp
 def test_read_configs_without_a_config_names_the_file(tmp_path):
     with pytest.raises(RecipeError, match=r"model_index\.json"):
         read_configs(str(tmp_path))
-    shutil.copy(presets.CHECKPOINT / "model_index.json", tmp_path)
+    shutil.copy(tiny_presets.CHECKPOINT / "model_index.json", tmp_path)
     with pytest.raises(RecipeError, match=r"\w+/\w+\.json"):
         read_configs(str(tmp_path))
 

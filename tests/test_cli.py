@@ -1,5 +1,6 @@
 """The command line: names, spellings, and what is refused before anything loads."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from conftest import exit_code_of, pretend_launched
 
 import gen_image
 import run_benchmark
+from bench.environment import environment, summarize
 from utils import benchmark_utils, pipeline_utils, random_weights
-from utils.benchmark_utils import RecipeError, create_parser, summarize
-from utils.checks import check_args
+from utils.benchmark_utils import check_args, create_parser
+from utils.common import RecipeError
 from utils.pipeline_utils import load_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,7 @@ def test_parser_prompt_with_dashes_and_underscores_is_unchanged():
 
 
 def test_parser_default_of_compile_export_mode_is_left_to_the_plan():
-    """The default depends on the machine: `utils.techniques.plan` decides it."""
+    """The default depends on the machine: `utils.plan.plan` decides it."""
     assert create_parser(measure=True).parse_args([]).compile_export_mode is None
     text = " ".join(create_parser(measure=True).format_help().split())
     assert "default: None" not in text and "default: blocks" in text
@@ -203,5 +205,14 @@ def test_summarize_values_are_those_of_the_definitions():
 
 
 def test_environment_has_versions_and_command():
-    record = benchmark_utils.environment("cpu")
+    record = environment("cpu")
     assert record["packages"]["torch"] and record["packages"]["diffusers"] and record["argv"] is not None
+
+
+@pytest.mark.parametrize("module", ["bench.ceilings", "bench.compare", "bench.fidelity",
+                                    "bench.fp8_error", "bench.kernels", "experiments", "utils.aoti.__main__"])
+def test_help_of_every_program_is_printed(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main()
+    assert ended.value.code in (0, None) and "--help" in capsys.readouterr().out

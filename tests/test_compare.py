@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bench.compare import compare, main, read
-from utils.benchmark_utils import RecipeError, summarize
+from bench.environment import summarize
+from utils.common import RecipeError
 
 
 def result(seconds, **facts) -> dict:

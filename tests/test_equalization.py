@@ -7,9 +7,10 @@ import torch
 from conftest import relative
 
 from bench import trained_like
+from bench.quality import capture_step, float32_step
 from utils.equalization import channel_shares, column_powers, equalize_values
+from utils.fp8_check import relative_error
 from utils.pipeline_utils import call_kwargs, fuse_projections
-from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import Int8Linear, quantize_text_encoder, quantize_transformer
 
 CPU = torch.device("cpu")

@@ -9,11 +9,10 @@ import pytest
 from conftest import pretend_launched
 
 import experiments
-from report import records, tables
+from bench.report import records, tables
 from tiny_flux.pictures import prompts
 from utils import benchmark_utils
-from utils.benchmark_utils import create_parser
-from utils.checks import check_args
+from utils.benchmark_utils import check_args, create_parser
 
 
 def test_commands_of_every_row_pass_the_checks_and_differ(tmp_path, monkeypatch):

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from bench import fidelity
-from utils import attention, random_weights, techniques
-from utils.benchmark_utils import RecipeError, create_parser
-from utils.checks import check_args
+from utils import attention, plan, random_weights
+from utils.benchmark_utils import check_args, create_parser
+from utils.common import RecipeError
 from utils.images import save_image
-from utils.techniques import GIB, Hardware, plan
+from utils.memory import GIB
+from utils.plan import Hardware, make_plan
 
 H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
 RTX4090 = Hardware("cuda", (8, 9), False, "NVIDIA GeForce RTX 4090", 23 * GIB)
@@ -31,13 +32,13 @@ def decide(monkeypatch):
     """The plan of a row on a machine with all libraries."""
     monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, "a stand-in"))
     monkeypatch.setattr(attention, "register_library", lambda *_: None)
-    monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
-    monkeypatch.setattr(techniques.machine, "libstdcxx_obstacle", lambda: None)
-    monkeypatch.setattr(techniques, "find_spec", lambda name: True)
+    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
+    monkeypatch.setattr(plan.machine, "libstdcxx_obstacle", lambda: None)
+    monkeypatch.setattr(plan, "find_spec", lambda name: True)
 
     def call(row, hardware, model="FLUX.1-dev"):
         args = create_parser().parse_args(["--device", hardware.device, *fidelity.ROWS[row].flags])
-        return plan(args, random_weights.architecture(model), hardware)
+        return make_plan(args, random_weights.architecture(model), hardware)
     return call
 
 

@@ -13,10 +13,10 @@ from diffusers.image_processor import VaeImageProcessor
 
 import gen_image
 import run_benchmark
-from utils.benchmark_utils import BrokenResult, RecipeError
+from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, how_to_mend, non_finite_weights, raise_errors
 from utils.images import CheckedImageProcessor, GPUImageProcessor
-from utils.techniques import Decision
+from utils.plan import Decision
 
 EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "1",
          "--quiet"]

@@ -9,13 +9,14 @@ from conftest import pretend_hopper
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from bench import trained_like
-from utils import fp8_check, fused_blocks, pipeline_utils
-from utils.benchmark_utils import RecipeError
+from bench.quality import capture_step
+from utils import fp8_check, pipeline_utils
+from utils.common import RecipeError
 from utils.fp8_check import BOUND, Fp8Check
 from utils.images import image_parameters, save_image
+from utils.kernels import fused_blocks
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
-from utils.quality import capture_step
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_report_names_only_flags_that_change_something(on_hopper, args, capfd):
 def test_begin_fp8_check_that_does_not_run_names_the_flag(on_hopper, args, argv, why, monkeypatch):
     pipeline = on_hopper(args())
     pipeline.techniques = {}
-    chosen = pipeline_utils.plan(args(), pipeline_utils.configs_of(pipeline), pipeline_utils.detect("cpu"))
+    chosen = pipeline_utils.make_plan(args(), pipeline_utils.configs_of(pipeline), pipeline_utils.detect("cpu"))
     monkeypatch.setattr(fp8_check, "Fp8Check", None)
     assert pipeline_utils.begin_fp8_check(pipeline, args(*argv), chosen, None) is None
     assert pipeline.fp8_check is None and why in pipeline.techniques["fp8 check"].how

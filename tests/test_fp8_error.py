@@ -10,11 +10,11 @@ from conftest import skip_without_float8_products
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from bench import fp8_error, trained_like
+from bench.quality import capture_step
 from utils.attention import use_attention_library
-from utils.benchmark_utils import RecipeError
-from utils.fused_kernels import quantize_rows
+from utils.common import RecipeError
+from utils.kernels.fused_kernels import quantize_rows
 from utils.pipeline_utils import call_kwargs
-from utils.quality import capture_step
 
 SMALL = ["--ckpt", "tiny-flux-dev", "--random_weights", "1+2", "--device", "cpu", "--height", "64", "--width", "64"]
 

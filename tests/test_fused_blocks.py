@@ -10,21 +10,17 @@ from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import aoti, attention, fused_blocks, fused_kernels, pipeline_utils, step_cache
+from bench.quality import capture_step, float32_step
+from utils import attention, pipeline_utils
+from utils.aoti import export
 from utils.benchmark_utils import create_parser
+from utils.cache import dbcache
 from utils.cuda_graph import signature
-from utils.fused_blocks import (
-    Float8Linear,
-    FusedDoubleBlock,
-    FusedSingleBlock,
-    Modulations,
-    drop_unread,
-    follow_schedule,
-    fuse_blocks,
-    leave_sums,
-)
+from utils.fp8_check import relative_error
+from utils.kernels import fused_blocks, fused_kernels
+from utils.kernels.fused_blocks import FusedDoubleBlock, FusedSingleBlock, drop_unread, fuse_blocks, leave_sums
+from utils.kernels.modulation import Float8Linear, Modulations, follow_schedule
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step, float32_step, relative_error
 from utils.quantization import quantize_transformer
 
 CPU = torch.device("cpu")
@@ -192,15 +188,15 @@ def test_capture_of_fused_blocks_exports_each_of_their_graphs(load, cached, grap
     fuse_blocks(pipeline.transformer, CPU)
     leave_sums(pipeline.transformer, *cached)
     with follow_schedule(pipeline), torch.no_grad():
-        units = aoti.capture(aoti.packaged(pipeline, True, False, False, False),
+        units = export.capture(export.packaged(pipeline, True, False, False, False),
                              lambda: pipeline(**call_kwargs(pipeline, args)))
         assert [unit.name for unit in units] == graphs
         for unit in units:
             program = torch.export.export(unit.modules[0], (), kwargs=unit.arguments, strict=False)
-            weights = aoti.constants_of(unit.modules[-1])
+            weights = export.constants_of(unit.modules[-1])
             program.state_dict.update({name: weights[name] for name in program.state_dict})
             found, expected = program.module()(**unit.arguments), unit.modules[-1](**unit.arguments)
-            for a, b in zip(aoti._tensors(found), aoti._tensors(expected), strict=True):
+            for a, b in zip(export._tensors(found), export._tensors(expected), strict=True):
                 assert torch.equal(a, b)
 
 
@@ -349,10 +345,10 @@ def test_step_cache_on_fused_blocks_skips_them(load):
     calls = [0] * len(blocks)
     for i, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    options = step_cache.CacheOptions(Fn_compute_blocks=2, Bn_compute_blocks=0, max_warmup_steps=2,
+    options = dbcache.CacheOptions(Fn_compute_blocks=2, Bn_compute_blocks=0, max_warmup_steps=2,
                                       residual_diff_threshold=100.0)
-    step_cache.enable(pipeline, options, separate_cfg=False)
+    dbcache.enable(pipeline, options, separate_cfg=False)
     follow_schedule(pipeline)
     pipeline(**call_kwargs(pipeline, args), output_type="latent")
-    cached = step_cache.cached_steps(pipeline)
+    cached = dbcache.cached_steps(pipeline)
     assert cached and calls[0] == 8 and calls[-1] == 8 - len(cached)

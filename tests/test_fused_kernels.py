@@ -5,7 +5,6 @@ read when they are made. Its cast to e4m3 loses the carry when a mantissa rounds
 bounds there are wide, and it knows no assembly (NATIVE is off).
 """
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from interpreter import INTERPRETED, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import fused_kernels as kernels
+from utils.kernels import fused_kernels as kernels
 
 DEVICES = (["interpreter"] if INTERPRETED else []) + [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
@@ -250,8 +249,7 @@ def test_adaln_scales_bound_the_next_gemm():
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_kernel_table_calls_every_op_of_both_blocks(monkeypatch):
     """On small shapes and a CPU, where each op is its reference: what is timed is what the blocks call."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results")
-    import kernels as table
+    from bench import kernels as table
 
     given = table.random_inputs(16, 48, 128, 2, 256, "cpu")
     rows = [table.measure(call, lambda function: function() is None or 2.0) for call in table.calls(given)]

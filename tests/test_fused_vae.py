@@ -8,8 +8,9 @@ from interpreter import INTERPRETED, run_in_the_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from utils import fused_vae, random_weights
-from utils.fused_vae import fuse_vae, group_norm, group_norm_reference, transposed
+from utils import random_weights
+from utils.kernels import fused_vae
+from utils.kernels.fused_vae import fuse_vae, group_norm, group_norm_reference, transposed
 from utils.pipeline_utils import fuse_projections
 
 DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks=[

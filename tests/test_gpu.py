@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
-from tiny_flux import presets
-from utils import attention, machine, random_weights, step_cache, weight_files
+from bench.quality import capture_step, float32_step
+from utils import attention, machine, random_weights, tiny_presets, weight_files
 from utils.attention import measured_scale, quantize_per_head
-from utils.benchmark_utils import RecipeError, create_parser
+from utils.benchmark_utils import create_parser
+from utils.cache import dbcache
 from utils.checkpoint import read_configs
+from utils.common import RecipeError
 from utils.cuda_graph import CUDAGraphed, recording_is_an_error
+from utils.fp8_check import relative_error
 from utils.images import GPUImageProcessor
 from utils.pipeline_utils import call_kwargs, load_checkpoint, load_pipeline, optimize
-from utils.quality import capture_step, float32_step, relative_error
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")]
@@ -57,7 +59,7 @@ def test_checkpoint_of_full_size_loads_equal_and_is_refused_with_one_tensor_less
             found()
         print(f"{name} without {last}: refused in {time.perf_counter() - start:.3f} s")
         shutil.rmtree(tmp_path / name)
-        shutil.copytree(presets.CHECKPOINT / name, tmp_path / name)  # whole, so that the next component is looked at
+        shutil.copytree(tiny_presets.CHECKPOINT / name, tmp_path / name)  # whole again
 
 
 def skip_without_a_linker_for(argv):
@@ -226,8 +228,8 @@ def test_step_cache_over_graphs_equals_the_cache_without_them(argv, tmp_path):
             repeats = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
         assert torch.equal(*repeats)
         found.append(repeats[0])
-        cached.append(step_cache.cached_steps(pipeline))
-        diffs.append(step_cache.residual_diffs(pipeline))
+        cached.append(dbcache.cached_steps(pipeline))
+        diffs.append(dbcache.residual_diffs(pipeline))
         if not more:
             parts = pipeline.transformer
             parts = [parts.before, *(segment.blocks for segment in parts.segments), parts.after]
@@ -254,7 +256,7 @@ def test_taylorseer_over_one_graph_equals_taylorseer_without_it(tmp_path):
                                                    always_call=True)
         with recording_is_an_error():
             repeats = [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
-        assert torch.equal(*repeats) and step_cache.cached_steps(pipeline) == [6, 8, 9]
+        assert torch.equal(*repeats) and dbcache.cached_steps(pipeline) == [6, 8, 9]
         found.append(repeats[0])
         if not more:
             assert len(pipeline.transformer.module.recordings) == 1

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from utils import gpu_load
-from utils.gpu_load import medians, watching_load
+from bench import environment
+from bench.environment import medians, watching_load
 
 
 def test_medians_of_lines_that_are_no_samples_are_without_them():
@@ -42,7 +42,7 @@ def test_watching_load_of_a_short_block_waits_for_a_sample(smi):
 
 
 def test_watching_load_of_a_failing_block_ends_nvidia_smi(smi, monkeypatch):
-    monkeypatch.setattr(gpu_load, "START_S", 0.1)
+    monkeypatch.setattr(environment, "START_S", 0.1)
     smi("exec sleep 1000")
     start = time.monotonic()
     with pytest.raises(ZeroDivisionError), watching_load("cuda"):

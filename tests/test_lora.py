@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from utils import lora as lora_module
 from utils import lora_files, pipeline_utils, safetensors_header
-from utils.benchmark_utils import RecipeError
 from utils.checkpoint import configs_of, model_shapes
+from utils.common import RecipeError
 from utils.lora import merge_lora, merge_loras, read_lora
 
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils import lora_files
-from utils.benchmark_utils import RecipeError
+from utils.common import RecipeError
 from utils.lora import read_lora
 from utils.safetensors_header import read_header
 

@@ -15,12 +15,13 @@ from accelerate import PartialState
 from conftest import pretend_launched
 from torch._inductor import codecache, exc
 
-from utils import machine, many_prompts, pipeline_utils, random_weights, start, techniques
-from utils.benchmark_utils import RecipeError
-from utils.checks import check_args
-from utils.machine import available_memory, check_cpu_memory, kernel_cache, launched, use_kernel_cache
+from utils import machine, many_prompts, memory, pipeline_utils, plan, random_weights, start
+from utils.benchmark_utils import check_args
+from utils.common import RecipeError
+from utils.machine import available_memory, kernel_cache, launched, use_kernel_cache
+from utils.memory import check_cpu_memory
 from utils.pipeline_utils import load_pipeline
-from utils.techniques import Hardware, plan
+from utils.plan import Hardware, make_plan
 
 ROOT = Path(__file__).parent.parent
 TINY = random_weights.architecture("tiny-flux")
@@ -142,18 +143,18 @@ def test_settle_compilers_sets_working_ones_and_notes_each_change(program, monke
     monkeypatch.setenv("CXX", "bad")
     start.settle_compilers()
     assert "CXX" not in os.environ and machine.cpp_compiler() is None
-    assert techniques._compiler_obstacle(CPU)
+    assert plan._compiler_obstacle(CPU)
 
 
 def test_plan_without_python_h_has_packages_and_no_torch_compile(make_args, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
-    assert plan(make_args(), TINY, CPU).compile_mode == "export_aoti"
-    chosen = plan(make_args("--vae_tiling"), TINY, CPU)
+    assert make_plan(make_args(), TINY, CPU).compile_mode == "export_aoti"
+    chosen = make_plan(make_args("--vae_tiling"), TINY, CPU)
     assert chosen.compile_mode == "disabled" and "Python.h" in chosen.decisions["compile"].how
     with pytest.raises(RecipeError, match=r"Python\.h"):
-        plan(make_args("--compile_export_mode", "compile"), TINY, CPU)
+        make_plan(make_args("--compile_export_mode", "compile"), TINY, CPU)
 
 
 @pytest.mark.parametrize("error", [
@@ -185,20 +186,20 @@ def test_plan_folders_mounted_noexec_are_not_compiled_into(make_args, tmp_path, 
     monkeypatch.setattr(machine.os, "statvfs", lambda path: SimpleNamespace(
         f_flag=os.ST_NOEXEC if Path(path) in forbidden else 0))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
+    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
     monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
     cache = ["--cache-dir", str(kernels / "a" / "b")]
-    decision = plan(make_args(*cache), TINY, CPU).decisions["compile"]
+    decision = make_plan(make_args(*cache), TINY, CPU).decisions["compile"]
     assert not decision.on and "noexec" in decision.how and "--cache-dir" in decision.how
     for mode in ("compile", "export_aoti"):
         with pytest.raises(RecipeError, match=r"noexec.*--cache-dir"):
-            plan(make_args(*cache, "--compile_export_mode", mode), TINY, CPU)
-    assert plan(make_args(*cache, "--use-cached-model"), TINY, CPU).compile_mode == "export_aoti"
+            make_plan(make_args(*cache, "--compile_export_mode", mode), TINY, CPU)
+    assert make_plan(make_args(*cache, "--use-cached-model"), TINY, CPU).compile_mode == "export_aoti"
     forbidden[:] = [temporary]
-    chosen = plan(make_args(*cache), TINY, CPU)
+    chosen = make_plan(make_args(*cache), TINY, CPU)
     assert chosen.compile_mode == "compile" and "TMPDIR" in chosen.decisions["compile"].how
     with pytest.raises(RecipeError, match=r"--use-cached-model.*noexec.*TMPDIR"):
-        plan(make_args(*cache, "--use-cached-model"), TINY, CPU)
+        make_plan(make_args(*cache, "--use-cached-model"), TINY, CPU)
 
 
 # --- folders ---
@@ -358,7 +359,7 @@ def test_available_memory_is_the_least_of_all_control_groups_above(tmp_path, ver
 def test_load_pipeline_of_a_model_that_does_not_fit_loads_nothing(make_args, monkeypatch):
     for module, name in ((random_weights, "build"), (pipeline_utils.DiffusionPipeline, "from_pretrained")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were loaded first"))
-    monkeypatch.setattr(machine, "available_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(memory, "available_memory", lambda: 16 * 2**30)
     with pytest.raises(RecipeError, match=r"31\.4 GiB.*16\.0 GiB"):
         load_pipeline(make_args("--random_weights", "--ckpt", "FLUX.1-dev"))
 
@@ -367,10 +368,10 @@ def test_check_cpu_memory_refuses_one_byte_too_few(build, monkeypatch):
     pipeline = build("tiny-flux", torch.bfloat16)
     held = sum(p.numel() * p.itemsize for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
                for p in getattr(pipeline, name).parameters())
-    monkeypatch.setattr(machine, "available_memory", lambda: held)
+    monkeypatch.setattr(memory, "available_memory", lambda: held)
     check_cpu_memory(TINY, torch.bfloat16)
     for left, dtype in ((held - 1, torch.bfloat16), (held, torch.float32)):
-        monkeypatch.setattr(machine, "available_memory", lambda left=left: left)
+        monkeypatch.setattr(memory, "available_memory", lambda left=left: left)
         with pytest.raises(RecipeError):
             check_cpu_memory(TINY, dtype)
 

@@ -19,10 +19,10 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 import gen_image
-from tiny_flux import presets
-from utils import images, many_prompts, pipeline_utils, step_cache
-from utils.benchmark_utils import RecipeError
-from utils.checks import images_per_call
+from utils import images, many_prompts, pipeline_utils, tiny_presets
+from utils.benchmark_utils import images_per_call
+from utils.cache import dbcache
+from utils.common import RecipeError
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs
@@ -253,8 +253,8 @@ def test_step_cache_averages_residuals_only_over_processes_that_share_an_image(b
                            ("get_rank", lambda *_: 0), ("all_reduce", lambda *_, **__: asked.append(True))):
         monkeypatch.setattr(torch.distributed, name, function)
     pipeline = build("tiny-flux-dev")
-    options = step_cache.CacheOptions(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
-    step_cache.enable(pipeline, options, separate_cfg=False, shared=shared)
+    options = dbcache.CacheOptions(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
+    dbcache.enable(pipeline, options, separate_cfg=False, shared=shared)
     pipeline(**call_kwargs(pipeline, make_args("--ckpt", "tiny-flux-dev", "--num_inference_steps", "3")))
     assert bool(asked) == shared
 
@@ -361,7 +361,7 @@ def test_is_made_of_a_cut_file_is_false(tmp_path, suffix):
 @pytest.mark.slow
 def test_make_images_with_another_lora_of_the_same_name_makes_them_again(folder, run):
     (folder / "prompts.txt").write_text("\n".join(TEXTS[:2]))
-    config = json.loads((presets.CHECKPOINT / "transformer/config.json").read_text())
+    config = json.loads((tiny_presets.CHECKPOINT / "transformer/config.json").read_text())
     width = config["num_attention_heads"] * config["attention_head_dim"]
     a, b = torch.randn(4, width), torch.randn(width, 4)
 

@@ -18,7 +18,7 @@ from conftest import exit_code_of
 import gen_image
 import run_benchmark
 from utils import outputs
-from utils.benchmark_utils import RecipeError
+from utils.common import RecipeError
 from utils.images import read_parameters, save_image
 from utils.many_prompts import image_paths
 from utils.output_checks import check_output, check_outputs

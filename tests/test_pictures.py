@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny_flux import pictures
-from utils.benchmark_utils import RecipeError
+from utils.common import RecipeError
 
 PLAIN = ["--device", "cpu", "--compile_export_mode", "disabled", "--disable_quant", "--num_inference_steps", "2"]
 

@@ -10,10 +10,14 @@ import torch
 from conftest import relative, skip_without_float8_products
 from torch._dynamo.utils import counters
 
-from utils import aoti, attention, pipeline_utils, random_weights, step_cache, techniques
-from utils.aoti_compile import write_package
-from utils.benchmark_utils import StageLog, create_parser
+from bench.quality import capture_step, latent_recorder
+from utils import attention, pipeline_utils, plan, random_weights
+from utils.aoti import export
+from utils.aoti.inductor import write_package
+from utils.benchmark_utils import create_parser
+from utils.cache import dbcache
 from utils.checkpoint import configs_of
+from utils.common import StageLog
 from utils.pipeline_utils import (
     TUNING_FLAGS,
     call_kwargs,
@@ -22,8 +26,7 @@ from utils.pipeline_utils import (
     optimize,
     use_packages,
 )
-from utils.quality import capture_step, latent_recorder
-from utils.techniques import Decision
+from utils.plan import Decision
 
 NAMES = ["tiny-flux", "tiny-flux-dev", "tiny-kontext"]
 LAYERS = "1+2"  # of the models on which switches meet each other
@@ -110,7 +113,7 @@ def test_optimize_each_pair_of_switches_is_close_to_the_plain_pipeline(
     if kind:
         argv += ["--quant_dtype", kind]
         # int8 is refused uncompiled because it would be slow, not because it would be wrong.
-        monkeypatch.setattr(techniques, "_compiler_obstacle", lambda hardware: None)
+        monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
         monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
     else:
         argv += ["--compile_export_mode", "disabled"]
@@ -159,7 +162,7 @@ def test_optimize_each_pair_of_extras_goes_together(build, args_for, monkeypatch
                         callback_on_step_end=latent_recorder(steps)).images
     found, expected = steps[-1], plain_latents(name, "cfg" in extras, args)
     if "cache" in extras:
-        assert step_cache.cached_steps(pipeline) and not torch.equal(found, expected)
+        assert dbcache.cached_steps(pipeline) and not torch.equal(found, expected)
     else:
         assert relative(found, expected) < 0.012  # as above: int8 without the decoder
     if "tiling" in extras:
@@ -196,16 +199,16 @@ def test_optimize_patches_no_method_of_the_models(build, args_for, tmp_path, mon
     """The predecessors replaced `forward` and `decode` on instances and kept the weights twice. Nothing is compiled
     here: each package's code is the module itself."""
     monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
-    monkeypatch.setattr(aoti, "machine", lambda device: {})
-    monkeypatch.setattr(aoti, "export", lambda *_, **__: None)
-    monkeypatch.setattr(aoti, "load_code", lambda unit, module, *_: module)
+    monkeypatch.setattr(export, "machine", lambda device: {})
+    monkeypatch.setattr(export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(export, "load_code", lambda unit, module, *_: module)
     args = args_for("tiny-flux", "--compile_export_mode", mode, "--cache-dir", str(tmp_path))
     pipeline = optimize(build("tiny-flux", torch.bfloat16), args)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         for module in getattr(pipeline, name).modules():
             assert not {"forward", "decode", "encode"} & set(module.__dict__), name
     for module in (pipeline.transformer.transformer_blocks[0], pipeline.vae.decoder):
-        assert isinstance(module, aoti.PackagedModule) == (mode == "export_aoti")
+        assert isinstance(module, export.PackagedModule) == (mode == "export_aoti")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -301,13 +304,13 @@ def test_compile_pipeline_leaves_a_t5_whose_weights_travel(build, tmp_path, monk
 def test_use_packages_tunes_the_blocks_alone(build, args_for, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     units, compiled = [], {}
-    monkeypatch.setattr(aoti, "use_packages", lambda pipeline, given, *_: units.extend(given))
+    monkeypatch.setattr(export, "use_packages", lambda pipeline, given, *_: units.extend(given))
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path, inductor_configs:
                         compiled.update({package_path: inductor_configs}))
     for flags, tuned in ((["--disable_inductor_tuning_flags"], set()), ([], {"double", "single"})):
         units.clear()
         args, pipeline = args_for("tiny-flux", *flags), build("tiny-flux", layers="1+1")
-        chosen = techniques.plan(args, configs_of(pipeline), techniques.Hardware("cpu"))
+        chosen = plan.make_plan(args, configs_of(pipeline), plan.Hardware("cpu"))
         chosen.decisions["inductor flags"] = Decision(not flags, "as on a GPU")
         use_packages(pipeline, args, chosen, StageLog(quiet=True))
         assert {unit.name for unit in units if unit.settings} == tuned

@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from utils.benchmark_utils import RecipeError
+from utils.common import RecipeError
 from utils.prompts_file import read_prompts
 
 TEXTS = ["3d frog on a navy background", 'a "café", 猫 and 🐸', "# is a hash", "flat avocado"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from utils.pipeline_utils import call_kwargs
-from utils.quality import (
+from bench.profiling import StageTimes, in_regions
+from bench.quality import (
     broken_share,
     capture_step,
     float32_step,
@@ -19,10 +19,10 @@ from utils.quality import (
     latent_recorder,
     perceptual,
     picture_drift,
-    relative_error,
     ssim,
 )
-from utils.regions import StageTimes, in_regions
+from utils.fp8_check import relative_error
+from utils.pipeline_utils import call_kwargs
 
 
 def test_float32_step_is_the_model_in_float32(build, make_args):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from report import charts, tables
+from bench.report import charts, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = tables.pages()
@@ -35,7 +35,8 @@ def test_page_starts_only_programs_that_exist(page):
     modules = [module for module in re.findall(r"(?:python3?|nproc_per_node=\d) -m ([\w.]+)", text)
                if module.partition(".")[0] in ours]
     scripts = re.findall(r"(?:python3?|launch|nproc_per_node=\d) ([\w/]+\.py)", text)
-    files = [*scripts, *(f"{module.replace('.', '/')}.py" for module in modules)]
+    paths = [module.replace(".", "/") for module in modules]
+    files = [*scripts, *(f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py" for path in paths)]
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import ImageCms
 
 from utils import reference_image
-from utils.benchmark_utils import RecipeError
+from utils.common import RecipeError
 from utils.reference_image import decode, load_reference, reference_size, scheme_of
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)

@@ -8,7 +8,7 @@ import xml.etree.ElementTree
 import PIL.Image
 import pytest
 
-from report import charts, records, tables
+from bench.report import charts, records, tables
 
 
 def cells_of(table: str) -> list[list[str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from report import tables
+from bench.report import tables
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,11 +6,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import ceilings
-from utils.benchmark_utils import RecipeError
+from bench.quality import capture_step
+from bench.roofline import step_flops, watching_tokens
+from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs
-from utils.quality import capture_step
 from utils.random_weights import architecture
-from utils.roofline import step_flops, watching_tokens
 
 ONE_OF_EACH = dict(num_layers=1, num_single_layers=1, attention_head_dim=1, num_attention_heads=2, in_channels=3,
                    joint_attention_dim=5, pooled_projection_dim=7, guidance_embeds=False)

@@ -16,11 +16,11 @@ import torch
 
 import gen_image
 import run_benchmark
-from utils.benchmark_utils import RecipeError, spare_the_garbage_collector
+from bench.quality import capture_step
+from utils.cache.dbcache import preset
+from utils.common import RecipeError, spare_the_garbage_collector
 from utils.images import read_parameters
 from utils.pipeline_utils import call_kwargs
-from utils.quality import capture_step
-from utils.step_cache import preset
 
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bench.profiling import in_regions
 from utils.pipeline_utils import call_kwargs
-from utils.regions import in_regions
 from utils.text_encoding import (
     MAX_EMBEDDINGS,
     compile_text_encoder,

@@ -6,9 +6,10 @@ import torch
 from conftest import relative
 from diffusers import FluxKontextPipeline
 
-from tiny_flux import judge, presets
-from tiny_flux.data import COLOUR_NAMES, STYLES
+from tiny_flux import judge
 from tiny_flux.judge import Judge, Wanted, background, draw_pictures, edits_of, held_out_captions, training_captions
+from tiny_flux.training.data import COLOUR_NAMES, STYLES
+from utils import tiny_presets
 from utils.checkpoint import configs_of, identify, read_configs
 from utils.pipeline_utils import call_kwargs, load_pipeline
 
@@ -59,19 +60,20 @@ def test_captions_of_training_and_held_out_combinations_are_disjoint():
 def test_as_preset_forms_of_one_checkpoint_agree(build):
     """The folded form is what the other gives at that guidance; Kontext's has the same weights."""
     dev = build("tiny-flux-dev")
-    folded, kontext = presets.as_preset(dev, "tiny-flux"), presets.as_preset(dev, "tiny-kontext")
+    folded, kontext = tiny_presets.as_preset(dev, "tiny-flux"), tiny_presets.as_preset(dev, "tiny-kontext")
     inputs = dict(prompt="a cat", height=128, width=128, num_inference_steps=2, max_sequence_length=32,
                   output_type="latent", sigmas=[1.0, 0.4])
     dev.scheduler = folded.scheduler
     found, expected = (pipe(**inputs, guidance_scale=scale, generator=torch.Generator().manual_seed(0)).images
-                       for pipe, scale in ((folded, 0.0), (dev, presets.FOLDED_GUIDANCE)))
+                       for pipe, scale in ((folded, 0.0), (dev, tiny_presets.FOLDED_GUIDANCE)))
     assert relative(found, expected) < 1e-5
     assert type(kontext) is FluxKontextPipeline and kontext.transformer is dev.transformer
-    for name, form in (("schnell", folded), ("dev", presets.as_preset(dev, "tiny-flux-dev")), ("kontext", kontext)):
+    forms = {"schnell": folded, "dev": tiny_presets.as_preset(dev, "tiny-flux-dev"), "kontext": kontext}
+    for name, form in forms.items():
         assert identify(configs_of(form)).name == name
 
 
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", tiny_presets.NAMES)
 def test_read_configs_of_a_preset_are_those_of_its_pipeline(make_args, name, tmp_path):
     PIL.Image.new("RGB", (128, 128)).save(tmp_path / "x.png")
     edit = ["--image", str(tmp_path / "x.png")] if name == "tiny-kontext" else []
@@ -81,7 +83,7 @@ def test_read_configs_of_a_preset_are_those_of_its_pipeline(make_args, name, tmp
     for key in ("guidance_embeds", "num_layers", "num_single_layers", "attention_head_dim"):
         assert before["transformer"][key] == after["transformer"][key]
     kwargs = call_kwargs(pipeline, make_args("--ckpt", name, *edit))
-    assert kwargs["height"] == kwargs["width"] == 128 and kwargs["max_sequence_length"] == presets.TRAINED_LENGTH
+    assert kwargs["height"] == kwargs["width"] == 128 and kwargs["max_sequence_length"] == tiny_presets.TRAINED_LENGTH
     assert kwargs["num_inference_steps"] == (4 if name == "tiny-flux" else 28)
 
 
@@ -97,7 +99,7 @@ def ask(dev, the_judge):
 
     def call(form, steps, wanted, texts=None, images=None):
         texts = texts or [judge.caption(names[one.emoji], one.style, one.colour) for one in wanted]
-        pictures = draw_pictures(presets.as_preset(dev, form), texts, steps, images)
+        pictures = draw_pictures(tiny_presets.as_preset(dev, form), texts, steps, images)
         return pictures, the_judge.verdicts(pictures, wanted)
     return call
 
@@ -112,8 +114,8 @@ def test_checkpoint_draws_and_edits_what_it_is_asked_for(dev, ask):
     pictures, found = ask("tiny-flux", 4, on(["white"], training_captions(200))[:4])
     assert found["top5"] >= 0.75 and found["background"] >= 0.75, found
     colours = ["blue", "green"]
-    edits = draw_pictures(presets.as_preset(dev, "tiny-kontext"), [judge.instruction(None, name) for name in colours],
-                          8, pictures[:2])
+    edits = draw_pictures(tiny_presets.as_preset(dev, "tiny-kontext"),
+                          [judge.instruction(None, name) for name in colours], 8, pictures[:2])
     assert [background(image) for image in edits] == colours
 
 

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxTransformer2DM
 from safetensors.torch import load_file
 from transformers import T5TokenizerFast
 
-from tiny_flux import batches, data, loop, presets, train
+from tiny_flux.training import batches, data, loop, train
+from utils import tiny_presets
 
 NAMES = ["red heart", "avocado", "cat face", "dog", "egg", "fish", "goat", "house"]
 
@@ -184,7 +185,7 @@ def test_ema_and_learning_rate_equal_their_definitions():
 def test_fold_guidance_gives_the_model_at_that_guidance(seeded):
     torch.manual_seed(0)
     whole = FluxTransformer2DModel(**train.TRANSFORMER | dict(num_layers=1, num_single_layers=1)).eval()
-    folded = presets.fold_guidance(whole, 3.5)
+    folded = tiny_presets.fold_guidance(whole, 3.5)
     inputs = dict(hidden_states=torch.randn(2, 64, 64), encoder_hidden_states=torch.randn(2, 16, 128),
                   pooled_projections=torch.randn(2, 128), timestep=torch.tensor([0.7, 0.1]), return_dict=False,
                   img_ids=train.sequence_ids(128, False, "cpu"), txt_ids=torch.zeros(16, 3))

@@ -9,6 +9,7 @@ from conftest import relative
 from torch import nn
 
 from bench import trained_like
+from bench.quality import capture_step, float32_step, picture_drift
 from bench.trained_like import (
     FAMILIES,
     MIXTURES,
@@ -19,9 +20,9 @@ from bench.trained_like import (
     reshape_text_encoder,
     step_inputs,
 )
-from utils.benchmark_utils import RecipeError
+from utils.common import RecipeError
+from utils.fp8_check import relative_error
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.quality import capture_step, float32_step, picture_drift, relative_error
 from utils.random_weights import architecture
 from utils.random_weights import build as random_pipeline
 

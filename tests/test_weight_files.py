@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny_flux import presets
-from utils import checkpoint, random_weights, weight_files
-from utils.benchmark_utils import RecipeError
+from utils import checkpoint, random_weights, tiny_presets, weight_files
 from utils.checkpoint import CONFIG_FILES, read_configs
+from utils.common import RecipeError
 from utils.pipeline_utils import load_checkpoint
 
 FILES = {"transformer": "transformer/diffusion_pytorch_model.safetensors",
@@ -29,7 +28,7 @@ def copy(tmp_path):
             os.link(source, target)
         except OSError:  # another file system
             shutil.copy(source, target)
-    return shutil.copytree(presets.CHECKPOINT, tmp_path / "copy", copy_function=link)
+    return shutil.copytree(tiny_presets.CHECKPOINT, tmp_path / "copy", copy_function=link)
 
 
 def rewrite(path, data):
@@ -59,7 +58,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def reference():
-    return loaded(presets.CHECKPOINT)
+    return loaded(tiny_presets.CHECKPOINT)
 
 
 def same(found, reference):
@@ -315,7 +314,7 @@ def test_load_checkpoint_of_saved_random_weights_is_the_same_model(tmp_path):
 
 def test_identity_follows_contents(copy):
     before = weight_files.identity(copy)
-    assert before == weight_files.identity(presets.CHECKPOINT)
+    assert before == weight_files.identity(tiny_presets.CHECKPOINT)
     change_weights(copy / FILES["vae"], lambda held: held | {"decoder.conv_in.bias": held["decoder.conv_in.bias"] + 1})
     assert weight_files.identity(copy) != before
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
-from tiny_flux.data import COLOUR_NAMES, COLOURS, STYLES, caption, held_out, instruction, load_pictures
-from tiny_flux.presets import CHECKPOINT, TRAINED_LENGTH, as_preset
-from utils.benchmark_utils import environment
+from bench.environment import environment
+from tiny_flux.training.data import COLOUR_NAMES, COLOURS, STYLES, caption, held_out, instruction, load_pictures
 from utils.outputs import write_json
+from utils.tiny_presets import CHECKPOINT, TRAINED_LENGTH, as_preset
 
 HERE = Path(__file__).parent
 CAPTIONS, REFERENCES = HERE / "captions.json", HERE / "references.webp"

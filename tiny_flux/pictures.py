@@ -23,20 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiny_flux import judge, presets
-from tiny_flux.data import caption
-from utils import step_cache, weight_files
-from utils.benchmark_utils import (
-    SCHEMA_VERSION,
-    RecipeError,
-    create_parser,
-    environment,
-    exit_with_reason,
-)
-from utils.checks import check_args
+from bench.environment import SCHEMA_VERSION, environment
+from bench.quality import broken_share, latent_drift, latent_recorder, picture_drift
+from tiny_flux import judge
+from tiny_flux.training.data import caption
+from utils import tiny_presets, weight_files
+from utils.benchmark_utils import check_args, create_parser
+from utils.cache import dbcache
+from utils.common import RecipeError, exit_with_reason
 from utils.outputs import replacing, write_json
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
-from utils.quality import broken_share, latent_drift, latent_recorder, picture_drift
 
 SHOWN, SIDE = 4, 80  # pictures on a sheet, and their pixels
 
@@ -69,9 +65,9 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
                            callback_on_step_end=latent_recorder(steps)).images
         latents.append(torch.cat(steps))
         if pipeline.techniques["step cache"].on:
-            cached.append(step_cache.cached_steps(pipeline))
-            compared.append(step_cache.residual_diffs(pipeline))
-            computed.append(step_cache.last_image_steps(pipeline, len(steps)))
+            cached.append(dbcache.cached_steps(pipeline))
+            compared.append(dbcache.residual_diffs(pipeline))
+            computed.append(dbcache.last_image_steps(pipeline, len(steps)))
     seconds = time.perf_counter() - start
     facts = {"seconds": seconds, "cached_steps": sum(map(len, cached)) / len(cached) if cached else None,
              "computed_steps": sum(computed) / len(computed) if computed else None,
@@ -102,7 +98,7 @@ def origin(argv: list[str], count: int, device: str) -> dict:
     """What pictures must have in common to be compared, and the flags that made them."""
     found = environment(device)
     return {"argv": argv, "prompts": count, "gpu": found.get("gpu"), "packages": found["packages"],
-            "weights": weight_files.identity(presets.CHECKPOINT)}
+            "weights": weight_files.identity(tiny_presets.CHECKPOINT)}
 
 
 def keep(drawn: Drawn, path: Path) -> None:

@@ -117,7 +117,7 @@ def two_launches(tokens: int, heads: int, units: int) -> tuple[int, int]:
     A tile of queries of one head takes one of `units` multiprocessors as long as any other, so that few tiles beyond a
     whole number of rounds take a round of their own in which the others idle: schnell's 34 x 24 tiles are 6.2 rounds of
     132 and take seven. The queries of those few are left to a second launch, in which several multiprocessors share
-    each tile's keys. So with Kontext's 12.4 rounds; dev's 6.5 stay as they are. (results/kernels.py times attention.)
+    each tile's keys. So with Kontext's 12.4 rounds; dev's 6.5 stay as they are. (bench/kernels.py times attention.)
 
     Args:
         heads: of all batch items together.

@@ -1,89 +1,20 @@
-"""What both scripts share: the command line, how they end, and what a measurement records. Nothing here touches a
-model."""
+"""The command line: flags, and the arguments that they alone show to be wrong."""
 
 import argparse
-import atexit
-import gc
-import math
-import os
-import platform
-import re
-import statistics
-import subprocess
 import sys
-import time
-import traceback
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from utils import start
+from utils.common import RecipeError, finite_float
+from utils.machine import launched
+from utils.reference_image import scheme_of
 
-SCHEMA_VERSION = 1
 DEFAULT_CACHE_DIR = str(start.default_cache_dir())
 DEFAULT_CKPT = "black-forest-labs/FLUX.1-schnell"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 STEP_CACHES = ("safe", "balanced", "fast", "extreme", "taylorseer", "f12b12")  # --step_cache's names
-
-
-class RecipeError(Exception):
-    """Something the user can put right. The scripts print its text as one paragraph and exit with `exit_code`."""
-
-    exit_code = 2
-
-
-class BrokenResult(RecipeError):
-    """The pipeline ran, but its result is not a picture: NaN, or a single colour."""
-
-    exit_code = 3
-
-
-@contextmanager
-def reading(what: str, cure: str):
-    """The one boundary around code that reads somebody's file: whatever a library raises there becomes one paragraph.
-
-    Args:
-        what: the flag and the file, such as "--ckpt me/model: transformer/config.json".
-        cure: a sentence that says what to do about it.
-
-    Raises:
-        RecipeError: in the place of every exception but another RecipeError and a lack of GPU memory.
-    """
-    try:
-        yield
-    except (RecipeError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise RecipeError(f"{what}: {reason_of(error)}. {cure}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """An exception in one line: its text, or its text behind its class where the text alone says nothing."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # torch's and transformers' first line is often a heading, which ends in a colon.
-    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
-    if isinstance(error, (KeyError, IndexError, AttributeError, TypeError, AssertionError)) or " " not in text:
-        text = f"{type(error).__name__} {text}".strip()
-    return text[:300]
-
-
-def finite_float(text: str) -> float:
-    """A number for argparse. Python's own `float` also takes nan and inf.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is no number, or not a finite one.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
-    return value
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -273,169 +204,134 @@ def _add_measurement_flags(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
 
 
-def exit_with_reason(main):
-    """Runs a script's main. Whatever goes wrong becomes one paragraph and an exit code: 2 for what the user can put
-    right, 3 for a broken result, 130 for Ctrl-C, 1 for a fault of this program. Tracebacks are for --debug."""
-    code = 2
-    try:
-        start.hand_over()
-        try:
-            main()
-        except SystemExit:  # argparse's, of --help
-            sys.stdout.flush()
-            raise
-        sys.stdout.flush()  # here, where it may fail
-        code = 0
-    except RecipeError as error:
-        _explain(error, str(error))
-        code = error.exit_code
-    except torch.OutOfMemoryError as error:
-        _explain(error, f"out of GPU memory ({reason_of(error)}). What helps, in this order: "
-                 "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
-                 "--height and --width, --offload text, --offload group.")
-    except KeyboardInterrupt:
-        start.take_back()
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and start.reader_has_gone():
-            os._exit(141)  # of `| head`: as a program that SIGPIPE ends
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        _explain(error, f"{type(error).__name__}: {reason_of(error)} ({Path(frame.filename).name}:{frame.lineno}). "
-                 "This is a fault of the program: --debug prints the traceback, which belongs into a report.")
-        code = 1
-    if torch.distributed.is_initialized():
-        _end_among_others(code)
-    if code:
-        sys.exit(code)
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses what the arguments alone show to be wrong, but for the files that a run writes: see `check_outputs`.
 
-
-def _explain(error: Exception, text: str) -> None:
-    if "--debug" in sys.argv:
-        traceback.print_exception(error)
-    print(f"error: {text}", file=sys.stderr)
-
-
-def _end_among_others(code: int) -> None:
-    """Ends this process of several. Not the usual way, which waits: for the CUDA graphs that hold NCCL's communicator,
-    and, after an error, for processes that wait for this one. torchrun sees the code and ends them."""
-    if code == 0:
-        torch.distributed.barrier()  # what others still read from this GPU stays until then
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def spare_the_garbage_collector() -> None:
-    """Takes everything that exists by now out of Python's garbage collection, for processes that keep their pipeline.
-
-    Half a million objects of modules and compilers never become garbage, and one full look at them takes 0.25 s.
-    Python's share of a 1024x1024 image, all models replaced by stubs, fell from 14.7 to 9.6 ms (median, one CPU core).
+    Raises:
+        RecipeError: names the value, the choices and the way out.
     """
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # or Triton 3.9 takes its own types for leaked, and says so at the end
+    def refuse(wrong, text):
+        if wrong:
+            raise RecipeError(text)
+
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        refuse(size is not None and (size <= 0 or size % 16),
+               f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
+               f"The nearest that works: {max(16, round((size or 0) / 16) * 16)}.")
+    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1),
+                        ("taylorseer_interval", 2), ("taylorseer_order", 0)):
+        value = getattr(args, name)
+        refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
+    refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed}: it must be from 0 to 2^63 - 1.")
+    refuse(args.true_cfg_scale < 1, f"--true_cfg_scale {args.true_cfg_scale}: it must be 1 (off) or more.")
+
+    refuse(args.device == "cuda" and not torch.cuda.is_available(),
+           "--device cuda, but PyTorch sees no GPU here. Use --device cpu, or install a CUDA or ROCm build of torch.")
+    refuse(args.device == "cpu" and args.offload != "none",
+           f"--offload {args.offload} moves weights between CPU and GPU; with --device cpu there is nothing to move.")
+    refuse(args.gpu_memory_limit is not None and (args.device == "cpu" or args.gpu_memory_limit <= 0),
+           "--gpu_memory_limit takes a positive number of GiB and needs --device cuda.")
+
+    refuse(args.negative_prompt is not None and args.true_cfg_scale <= 1,
+           "--negative_prompt has no effect without true classifier-free guidance: add --true_cfg_scale, e.g. 4.0.")
+    refuse(args.true_cfg_scale > 1 and args.negative_prompt is None,
+           f"--true_cfg_scale {args.true_cfg_scale} needs --negative_prompt ('' will do).")
+    refuse(args.batch_size is not None and not args.prompts_file,
+           f"--batch_size {args.batch_size} is how many prompts of a file go into one call: add --prompts-file. "
+           "Several images of one prompt: --num_images_per_prompt.")
+
+    refuse(args.disable_quant and (args.quant_dtype != "auto" or args.quant_granularity),
+           "--disable_quant contradicts --quant_dtype and --quant_granularity: drop one or the other.")
+    refuse(args.quant_dtype == "int8" and args.quant_granularity == "tensor",
+           "--quant_granularity tensor is for float8; int8 is quantised per row. Drop one of the two flags.")
+    refuse(args.quant_granularity == "row" and args.disable_bf16,
+           "--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
+           "drop --disable_bf16 or use --quant_granularity tensor.")
+    refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
+           f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
+    asked, unpackaged = packages_asked_for(args), unpackaged_by_choice(args)
+    refuse(asked and args.compile_export_mode in ("compile", "disabled"),
+           f"{asked} is about exported packages, which --compile_export_mode {args.compile_export_mode} neither makes "
+           "nor loads: drop one of the two.")
+    refuse(args.re_export and (args.use_cached_model or args.package_from),
+           "--use-cached-model and --package-from never export, --re-export always does.")
+    refuse(asked and unpackaged, f"{asked} does not go with {' '.join(unpackaged or ())}: drop one of the two.")
+    refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
+           "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
+    refuse(args.compile_scope == "whole" and moves_transformer(args),
+           f"--offload {args.offload} hooks into the transformer, which then cannot be compiled as one whole: use "
+           "--compile_scope blocks.")
+    cache, decides = args.step_cache, args.step_cache not in (None, "taylorseer")
+    refuse(decides and cache not in STEP_CACHES and not Path(cache).expanduser().is_file(),
+           f"--step_cache {cache}: there is no such file. Give a yaml file, or one of {', '.join(STEP_CACHES)}.")
+    refuse(cache != "taylorseer" and (args.taylorseer_interval is not None or args.taylorseer_order is not None),
+           "--taylorseer_interval and --taylorseer_order are about --step_cache taylorseer: add it.")
+    refuse(args.force_cache and not decides,
+           "--force_cache ignores residuals, by which the caches but taylorseer decide: add --step_cache fast, say.")
+    refuse(args.offload == "model" and cache,
+           "--offload model takes its hooks off after each image, and the step cache with them: use --offload text or "
+           "--offload group.")
+    refuse(args.compile_scope == "whole" and decides,
+           "a step cache decides in Python between blocks, so the transformer cannot be compiled as one whole: "
+           f"use --compile_scope blocks with --step_cache {cache}.")
+    not_on_hub = args.random_weights or args.ckpt.startswith("tiny-") or Path(args.ckpt).expanduser().is_dir()
+    refuse(args.revision and not_on_hub,
+           f"--revision {args.revision} is of a checkpoint on the Hub: drop it, or give a Hub id as --ckpt.")
+    refuse(args.random_weights and args.lora,
+           "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
+
+    processes = launched()
+    refuse(processes > 1 and not (args.prompts_file or args.context_parallel),
+           f"{processes} processes for one prompt: give many with --prompts-file, let them share one image with "
+           "--context_parallel auto, or start one process, without accelerate launch and torchrun.")
+    if args.context_parallel:
+        parallel = f"--context_parallel {args.context_parallel}"
+        refuse(args.prompts_file, f"{parallel} shares one image among GPUs, --prompts-file gives each GPU images of "
+               "its own: drop one of the two.")
+        refuse(processes == 1, f"{parallel} needs a process for each GPU: torchrun --nproc_per_node=2 "
+               f"{Path(sys.argv[0]).name} {parallel} ...")
+        for flag, given in ((f"--offload {args.offload}", args.offload != "none"),
+                            ("--compile_scope whole", args.compile_scope == "whole")):
+            refuse(given, f"{flag} does not go with {parallel}: drop one of the two.")
+
+    refuse(args.prompts_file and not Path(args.prompts_file).expanduser().is_file(),
+           f"--prompts_file {args.prompts_file}: there is no such file.")
+    is_path = args.image and not scheme_of(args.image)
+    refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
 
 
-class StageLog:
-    """One line per stage with its seconds, on stderr; the seconds go into the JSON as well."""
-
-    def __init__(self, quiet: bool = False):
-        self.quiet = quiet
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self.line(f"{name:<12} {self.seconds[name]:8.2f} s")
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+def moves_transformer(args: argparse.Namespace) -> bool:
+    """Whether the transformer's weights move between CPU and GPU, and not T5's alone."""
+    return args.offload in ("model", "group")
 
 
-def summarize(seconds: list[float]) -> dict:
-    """Mean, variance (of the sample), median, min, max and the raw list, in seconds."""
-    return {
-        "mean": statistics.fmean(seconds),
-        "variance": statistics.variance(seconds) if len(seconds) > 1 else 0.0,
-        "median": statistics.median(seconds),
-        "min": min(seconds),
-        "max": max(seconds),
-        "raw": seconds,
-    }
+def t5_stays(args: argparse.Namespace) -> bool:
+    """Whether T5's weights stay on the GPU, where they can be compiled, exported and recorded."""
+    return args.offload == "none"
 
 
-def environment(device: str) -> dict:
-    """Machine, driver, package versions, commit and command line: what a figure of `device` must be read with."""
-    packages = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "accelerate", "fa3-fwd",
-                "flash-attn-3", "amd-aiter")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
-              "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
-              "commit": current_commit(),
-              "processes": processes, "argv": list(map(_without_folder, sys.argv[1:])),
-              "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        # By its UUID: nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES.
-        uuid = str(getattr(properties, "uuid", ""))
-        smi = _output_of("nvidia-smi", f"--id=GPU-{uuid}",
-                         "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
-        driver, _, power = (smi or "").partition(", ")
-        record |= {"gpu": properties.name, "gpu_uuid": uuid or None, "gpu_memory_gib": properties.total_memory / 2**30,
-                   "compute_capability": f"{properties.major}.{properties.minor}",
-                   "driver": driver or None, "power_limit": power or None}
-    return record
+def packages_asked_for(args: argparse.Namespace) -> str | None:
+    """The flag that asks for exported packages by name. Without it they are the default where they can be."""
+    given = {"--compile_export_mode export_aoti": args.compile_export_mode == "export_aoti",
+             "--use-cached-model": args.use_cached_model, "--re-export": args.re_export,
+             "--package-from": args.package_from}
+    return next((flag for flag, is_given in given.items() if is_given), None)
 
 
-def _without_folder(arg: str) -> str:
-    """An absolute path, or --flag=PATH, by its file's name: folders are of one machine."""
-    return re.sub(r"^([^/]*=)?/.*/", r"\1", arg)
+def unpackaged_by_choice(args: argparse.Namespace) -> tuple[str, str] | None:
+    """The flag that exported packages do not go with, and why."""
+    backend = args.attention_backend or "native"
+    given = {("--compile_scope whole", "(a package is of one kind of block)"): args.compile_scope == "whole",
+             (f"--offload {args.offload}", "(it moves weights, whose addresses exported code holds)"):
+                 moves_transformer(args),
+             (f"--context_parallel {args.context_parallel}", "(its exchanges are not exported)"): args.context_parallel,
+             # Exported with _native_math on torch 2.13, a package called the flash kernel.
+             (f"--attention_backend {backend}", "(torch.export forgets which of PyTorch's kernels was chosen)"):
+                 backend != "native" and not backend.startswith(("fa3", "aiter"))}
+    return next((flag for flag, is_given in given.items() if is_given), None)
 
 
-def current_commit() -> str | None:
-    """$GIT_COMMIT, or git's, with "-dirty" where files differ from it, but for what measurements and reports write
-    below results/."""
-    if given := os.environ.get("GIT_COMMIT"):
-        return given
-    git, written = ("git", "-C", str(Path(__file__).parent.parent)), (":!results/*/*",)
-    commit = _output_of(*git, "describe", "--always")
-    changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
-    return f"{commit}-dirty" if commit and changed else commit
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-class PeakMemory:
-    """Peak GPU memory in GiB of each phase: what tensors took, and what the allocator held for them."""
-
-    def __init__(self):
-        self.phases: dict[str, dict[str, float]] = {}
-        self._reset()
-
-    @staticmethod
-    def _reset():
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def end_of(self, phase: str) -> None:
-        """Records the peak since the last phase ended."""
-        if torch.cuda.is_available():
-            self.phases[phase] = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-                                  "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
-            self._reset()
+def images_per_call(args: argparse.Namespace) -> int:
+    """The batch of one pipeline call."""
+    return (args.batch_size or 1) * args.num_images_per_prompt

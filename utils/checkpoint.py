@@ -21,9 +21,8 @@ from huggingface_hub.errors import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from tiny_flux import presets
-from utils import random_weights
-from utils.benchmark_utils import RecipeError, reading
+from utils import random_weights, tiny_presets
+from utils.common import RecipeError, reading
 
 CLASSES = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
            "text_encoder_2": "T5EncoderModel", "tokenizer": None, "tokenizer_2": None, "scheduler": None}
@@ -99,8 +98,8 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
     """
     if random_layers:
         return random_weights.architecture(ckpt, random_layers)
-    if ckpt in presets.NAMES:
-        return presets.configs_for(ckpt, read_configs(str(presets.CHECKPOINT)))
+    if ckpt in tiny_presets.NAMES:
+        return tiny_presets.configs_for(ckpt, read_configs(str(tiny_presets.CHECKPOINT)))
     _refuse_what_is_no_folder(ckpt)
     index = _read_json(ckpt, "model_index.json", revision)
     if str(index.get("_class_name")) not in random_weights.PIPELINES:
@@ -272,7 +271,7 @@ class hub_errors:
         raise RecipeError(text) from error
 
 
-def _meta_models(configs: dict) -> dict[str, torch.nn.Module]:
+def meta_models(configs: dict) -> dict[str, torch.nn.Module]:
     """The components with weights, on the meta device: no memory, 0.3 s for 17 B parameters. Do not change them."""
     return _meta_models_of(json.dumps({name: configs[name] for name in ("transformer", "vae", "text_encoder",
                                                                         "text_encoder_2")}, sort_keys=True))
@@ -294,17 +293,4 @@ def _meta_models_of(text: str) -> dict[str, torch.nn.Module]:
 def model_shapes(configs: dict) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shape of each parameter of each component, by its name."""
     return {name: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
-            for name, module in _meta_models(configs).items()}
-
-
-def weight_counts(configs: dict) -> dict[str, int]:
-    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantises; and
-    of those among them that int8 leaves alone ("modulation"). Counted from the configs.
-    """
-    modules = _meta_models(configs)
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    in_blocks = {name: part.weight.numel() for name, part in modules["transformer"].named_modules()
-                 if isinstance(part, torch.nn.Linear) and "transformer_blocks." in name}
-    counts["blocks"] = sum(in_blocks.values())
-    counts["modulation"] = sum(size for name, size in in_blocks.items() if ".norm" in name)
-    return counts
+            for name, module in meta_models(configs).items()}

@@ -3,7 +3,7 @@
 import PIL.Image
 import torch
 
-from utils.benchmark_utils import BrokenResult, RecipeError
+from utils.common import BrokenResult, RecipeError
 
 SHOWN = 3
 

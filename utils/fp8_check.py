@@ -12,8 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from utils.benchmark_utils import RecipeError
-from utils.quality import relative_error, run_step
+from utils.common import RecipeError
 
 # On full-width weights shaped as trained ones are (bench/trained_like.py), a step differs by 1 to 12 % where a recipe
 # holds: results/h200/fp8_error. Fused scales of a whole tensor, from bounds, failed with 21 to 34 %. tiny-flux has
@@ -121,3 +120,16 @@ class Fp8Check:
             raise RecipeError(f"--strict: {text}")
         stars = "*" * 80
         print(f"{stars}\nWARNING: {text}\n{stars}", file=sys.stderr, flush=True)
+
+
+@torch.no_grad()
+def run_step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
+    """The output (B, S, C) of a captured step, outside a denoising loop. Fused blocks need their modulations first."""
+    if hasattr(transformer.time_text_embed, "prepare"):
+        transformer.time_text_embed.prepare(inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"])
+    return transformer(**inputs)[0]
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """||found - reference|| / ||reference||, in float64; NaN if anything is NaN."""
+    return ((found.double() - reference.double()).norm() / reference.double().norm()).item()

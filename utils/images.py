@@ -10,7 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL.PngImagePlugin import PngInfo
 
-from utils.benchmark_utils import BrokenResult, RecipeError
+from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, raise_errors
 from utils.outputs import as_path, free_name, replacing, write_or_rescue
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from utils.benchmark_utils import RecipeError, reading
+from utils.common import RecipeError, reading
 from utils.lora_files import CONFIG, contents, locate, split
 from utils.lora_names import Rows, find, looks_like, spellings
 from utils.safetensors_header import Tensor, read_header

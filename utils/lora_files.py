@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from utils.benchmark_utils import RecipeError, reading
 from utils.checkpoint import hub_errors
+from utils.common import RecipeError, reading
 
 CONFIG = "adapter_config.json"  # peft's, beside the weights
 DEFAULTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and peft's

@@ -12,11 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from utils.benchmark_utils import RecipeError, reason_of
-from utils.checkpoint import weight_counts
+from utils.common import RecipeError, reason_of
 from utils.start import GIVEN, can_write, compiler_of, nearest_parent
-
-GIB = 2**30
 
 # --- processes ---
 
@@ -231,22 +228,3 @@ def _left_in(group: Path, limit: str, usage: str, reclaimable: str) -> list[int]
         return [most - used + int(stat.get(reclaimable, 0))]
     except (OSError, ValueError):  # not there, or "max"
         return []
-
-
-def check_cpu_memory(configs: dict, dtype: torch.dtype) -> None:
-    """Refuses a model whose weights do not fit into CPU memory, before any is read: the system would kill this process.
-    Weights alone are counted, so that nothing is refused that might fit.
-
-    Raises:
-        RecipeError: with both numbers and what helps.
-    """
-    count = weight_counts(configs)
-    parts = {name: count[name] * dtype.itemsize for name in ("transformer", "text_encoder_2", "text_encoder", "vae")}
-    needed, available = sum(parts.values()), available_memory()
-    if needed > available:
-        of_each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        half = " without --disable_bf16 half as much," if dtype == torch.float32 else ""
-        raise RecipeError(f"not enough CPU memory: the weights take {needed / GIB:.1f} GiB ({of_each}), and "
-                          f"{available / GIB:.1f} GiB are available. What helps:{half} a machine with more memory, a "
-                          "GPU that holds the model, --ckpt tiny-flux to try things out. Quantisation does not help, "
-                          "since it comes after loading.")

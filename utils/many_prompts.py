@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from tiny_flux import presets
-from utils.benchmark_utils import BrokenResult, RecipeError, reason_of
-from utils.checks import images_per_call
+from utils import tiny_presets
+from utils.benchmark_utils import images_per_call
+from utils.common import BrokenResult, RecipeError, reason_of
 from utils.flaws import raise_errors
 from utils.images import decode, image_parameters, keep_image, numbered_path, read_parameters
 from utils.machine import forget_launchers, launched, own_gpu
@@ -92,7 +92,7 @@ def _of_the_picture(parameters: dict) -> dict:
     techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()
                   if name != "fp8 check"}
     names = {"revision", "lora", "image"} if parameters.get("contents") else set()
-    if names and not parameters["random_weights"] and parameters["model"] not in presets.NAMES:
+    if names and not parameters["random_weights"] and parameters["model"] not in tiny_presets.NAMES:
         names.add("model")  # one checkpoint of several names otherwise
     return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in names}
                                  | {"techniques": techniques}))

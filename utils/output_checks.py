@@ -11,8 +11,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from utils.benchmark_utils import IMAGE_SUFFIXES, STEP_CACHES, RecipeError, reason_of
-from utils.checks import images_per_call
+from utils.benchmark_utils import IMAGE_SUFFIXES, STEP_CACHES, images_per_call
+from utils.common import RecipeError, reason_of
 from utils.images import is_our_image, read_parameters, write_picture
 from utils.outputs import as_path, is_manifest, is_record, is_trace, manifest_path, refuse_foreign, temporary_beside
 

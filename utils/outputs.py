@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.benchmark_utils import RecipeError, reason_of
+from utils.common import RecipeError, reason_of
 
 try:
     import fcntl

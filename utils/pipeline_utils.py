@@ -11,20 +11,22 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from tiny_flux import presets
-from utils import aoti, attention, parallel, random_weights, step_cache, weight_files
-from utils.benchmark_utils import RecipeError, StageLog, reading
+from utils import attention, context_parallel, random_weights, tiny_presets, weight_files
+from utils.aoti import export
+from utils.benchmark_utils import images_per_call, moves_transformer, t5_stays
+from utils.cache import dbcache
+from utils.cache.taylorseer import Extrapolated
 from utils.checkpoint import configs_of, identify, image_settings, model_shapes, read_configs
-from utils.checks import images_per_call, moves_transformer, t5_stays
+from utils.common import RecipeError, StageLog, reading
 from utils.cuda_graph import CUDAGraphed
-from utils.extrapolation import Extrapolated
 from utils.fp8_check import Fp8Check
 from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.lora import merge_loras, read_loras
-from utils.machine import check_cpu_memory, compiling, use_kernel_cache
+from utils.machine import compiling, use_kernel_cache
+from utils.memory import GIB, bf16_modulations_fit, check_cpu_memory, where_to_build
+from utils.plan import Decision, detect, make_plan
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
-from utils.techniques import GIB, Decision, bf16_modulations_fit, detect, plan, where_to_build
 from utils.text_encoding import (
     compile_text_encoder,
     encode_without_waiting,
@@ -57,7 +59,7 @@ def load_pipeline(args):
         disable_progress_bars()
     configs = read_configs(args.ckpt, args.revision, args.random_weights)
     hardware = detect(args.device, args.gpu_memory_limit)
-    chosen = plan(args, configs, hardware)
+    chosen = make_plan(args, configs, hardware)
     device = where_to_build(args, configs, hardware, chosen)
     if device == "cpu":
         check_cpu_memory(configs, chosen.dtype)
@@ -68,12 +70,12 @@ def load_pipeline(args):
     reference = load_reference(args.image) if args.image else None
     if chosen.context_parallel:
         width, height = chosen.settings.width, chosen.settings.height
-        parallel.check_tokens(chosen.settings.max_sequence_length, width * height // 256,
+        context_parallel.check_tokens(chosen.settings.max_sequence_length, width * height // 256,
                               reference_tokens(reference, width * height) if reference else 0)
     files, contents = None, None
     if not args.random_weights:
-        preset = args.ckpt in presets.NAMES
-        folder = presets.CHECKPOINT if preset else Path(args.ckpt).expanduser()
+        preset = args.ckpt in tiny_presets.NAMES
+        folder = tiny_presets.CHECKPOINT if preset else Path(args.ckpt).expanduser()
         files = weight_files.find_checkpoint(args.ckpt, folder, args.revision,
                                              read_configs(str(folder)) if preset else configs)
         contents = weight_files.identity(files.folder)
@@ -89,8 +91,8 @@ def load_pipeline(args):
         pipeline = load_checkpoint(files, chosen.dtype)
         pipeline.to(device)
         weight_files.refuse_non_finite(args.ckpt, pipeline)
-        if args.ckpt in presets.NAMES:
-            pipeline = presets.as_preset(pipeline, args.ckpt)
+        if args.ckpt in tiny_presets.NAMES:
+            pipeline = tiny_presets.as_preset(pipeline, args.ckpt)
     merge_loras(pipeline, loras, args.quiet)
     pipeline.contents = {"weights": contents, "lora": [[lora.sha256, lora.scale] for lora in loras]}
     show_progress(pipeline, not args.quiet)
@@ -117,7 +119,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     Returns `pipeline`, with `pipeline.techniques`: what each technique did, or why it is off.
     """
     log = log or StageLog(args.quiet)
-    chosen = plan(args, configs_of(pipeline), detect(args.device))
+    chosen = make_plan(args, configs_of(pipeline), detect(args.device))
     techniques = pipeline.techniques = chosen.decisions
     transformer, vae = pipeline.transformer, pipeline.vae
     device = torch.device(args.device)
@@ -131,7 +133,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.is_on("channels_last"):
         vae.to(memory_format=torch.channels_last)
     if chosen.is_on("fused VAE"):
-        from utils.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
+        from utils.kernels.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
         techniques["fused VAE"] = Decision(True, "{} norms, {} attentions, {} upsamplers".format(*fuse_vae(vae)))
     if args.vae_tiling:
         enable_tiling(vae)
@@ -139,10 +141,12 @@ def optimize(pipeline, args, log: StageLog | None = None):
     fused = chosen.is_on("fused kernels")
     if fused:
         # These need Triton, which CPU builds of torch lack.
-        from utils.fused_blocks import drop_unread, follow_schedule, fuse_blocks, leave_sums, share_attention
+        from utils.kernels.fused_blocks import drop_unread, fuse_blocks, leave_sums, share_attention
+        from utils.kernels.modulation import follow_schedule
     elif chosen.context_parallel:
         attention.use_attention_library(transformer, chosen.attention_backend,
-                                        parallel.ATTENTION[chosen.context_parallel], parallel.largest_of_all)
+                                        context_parallel.ATTENTION[chosen.context_parallel],
+                                        context_parallel.largest_of_all)
     elif chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
@@ -189,18 +193,18 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if chosen.is_on("CUDA graphs"):
         graphed = partial(CUDAGraphed, pool=torch.cuda.graph_pool_handle())
     if fused and chosen.context_parallel:
-        found = share_attention(transformer, chosen.context_parallel, parallel.launched(), pipeline.device)
+        found = share_attention(transformer, chosen.context_parallel, context_parallel.launched(), pipeline.device)
         techniques["context parallel"] = Decision(True, techniques["context parallel"].how + found)
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
     if chosen.cache:
-        step_cache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed,
+        dbcache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed,
                           shared=chosen.context_parallel is not None)
     if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
                          TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_stays(args))
     if chosen.context_parallel:  # inside the step's graph, if it has one, which records what moves between GPUs as well
-        pipeline.transformer = parallel.SharedTokens(pipeline.transformer)
+        pipeline.transformer = context_parallel.SharedTokens(pipeline.transformer)
     if graphed:
         # In a pool of its own, since it runs beside T5.
         pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, torch.cuda.graph_pool_handle())
@@ -211,8 +215,8 @@ def optimize(pipeline, args, log: StageLog | None = None):
         if not chosen.cache:
             pipeline.transformer = graphed(pipeline.transformer)
     if chosen.context_parallel:
-        vae.decoder = parallel.SharedBatch(vae.decoder)
-        parallel.end_when_stuck(pipeline.transformer)
+        vae.decoder = context_parallel.SharedBatch(vae.decoder)
+        context_parallel.end_when_stuck(pipeline.transformer)
     if fused:
         follow_schedule(pipeline)  # outside the graph
         if not chosen.context_parallel and (graphed or not chosen.cache):
@@ -245,7 +249,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
         pipeline.fp8_check = check.record()
         techniques["fp8 check"] = Decision(True, check.line())
         log.line(f"fp8 check: {check.line()}")
-        if parallel.is_first():
+        if context_parallel.is_first():
             on = {"fused": fused, "fp8 attention": chosen.attention_backend in ("fa3", "fa3_unscaled"),
                   "float8": chosen.quant and chosen.quant[0] == "float8"}
             check.report({name for name, is_on in on.items() if is_on}, args.strict)
@@ -348,10 +352,10 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     with_t5 = args.device == "cuda" and t5_stays(args)
     if with_t5:
         settle_masks(pipeline.text_encoder_2)
-    kinds = aoti.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
+    kinds = export.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
                           identify(configs_of(pipeline)).needs_image, with_t5)
     show_progress(pipeline, False)
-    units = aoti.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
+    units = export.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
                                                                                          num_inference_steps=1), {})))
     show_progress(pipeline, not args.quiet)
     if chosen.is_on("inductor flags"):
@@ -361,7 +365,7 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
-    return aoti.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+    return export.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
                              args.package_from, log.line)
 
 

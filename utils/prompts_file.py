@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.benchmark_utils import RecipeError, reading
+from utils.common import RecipeError, reading
 from utils.file_kinds import kind_of
 
 CURE = ('Give a text file of one prompt a line, in UTF-8, or JSON: lines or a list of {"prompt": "a cat", "seed": 42}, '

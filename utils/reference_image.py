@@ -16,8 +16,8 @@ import requests
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import ImageChops, ImageCms, ImageOps
 
-from utils import parallel
-from utils.benchmark_utils import RecipeError, reading, reason_of
+from utils import context_parallel
+from utils.common import RecipeError, reading, reason_of
 from utils.file_kinds import kind_of
 
 MEGAPIXEL = 1024 * 1024
@@ -67,7 +67,7 @@ def load_reference(path_or_url: str) -> PIL.Image.Image:
     if max(image.size) > LONGEST * min(image.size):
         raise RecipeError(f"{what}: {image.width}x{image.height} pixels, and a reference longer than {LONGEST}:1 would "
                           "reach the model distorted. Crop it.")
-    if parallel.is_first():
+    if context_parallel.is_first():
         for note in notes:
             print(f"{what}: {note}.", file=sys.stderr)
     return image

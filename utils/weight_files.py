@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from utils.benchmark_utils import RecipeError, reading
 from utils.checkpoint import hub_errors, model_shapes
+from utils.common import RecipeError, reading
 from utils.safetensors_header import Tensor, read_header
 
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",

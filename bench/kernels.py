@@ -1,0 +1,224 @@
+"""Times every kernel of the fused step at FLUX.1's shapes, and what else could do the same: results/NAME/kernels.json.
+
+    python -m bench.kernels h100    # on a Hopper GPU, about two minutes
+
+For each: median milliseconds, the FLOPs and bytes that the work takes at least, what that makes a second, and the
+relative error against float32. `alternative` rows are cuBLAS' GEMMs with the same operands, without what the fused
+ones do besides: utils/kernels/fused_blocks.py chooses between them by such a table. schnell's GEMMs and attention also
+`sustained`: one after the other for a second, with the clock and the power meanwhile.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from bench.environment import environment, watching_load
+from utils import attention
+from utils.fp8_check import relative_error
+from utils.kernels import fused_kernels
+from utils.outputs import write_json
+
+ROOT = Path(__file__).parent.parent
+WIDTH, HEADS, MLP = 3072, 24, 12288
+TOKENS = {"schnell": (256, 4096), "dev": (512, 4096), "kontext": (512, 8192)}  # text, image, at 1024x1024
+
+
+def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, device: str) -> dict:
+    """What the kernels of one block are given, batch 1, of normal values: never zeros, which take less power."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    def weights(rows, columns):
+        return *fused_kernels.quantize_rows(0.02 * normal(rows, columns)), (0.1 * normal(rows)).bfloat16()
+
+    tokens = text + image
+    x, x_scale = fused_kernels.quantize_rows(normal(1, tokens, width))
+    lengths = x_scale * x.float().norm(dim=-1)
+    angle = 6 * normal(tokens, width // heads // 2)
+    table = 0.3 * normal(1, 12 * width)
+    for scale in (1, 4, 7, 10):
+        table[:, scale * width:(scale + 1) * width] += 1
+    return {
+        "text": normal(1, text, width).bfloat16(), "image": normal(1, image, width).bfloat16(),
+        "y": normal(1, tokens, width).bfloat16(), "y_scale": 1 + 0.1 * normal(1, tokens),
+        "bias": normal(2, width).bfloat16(), "table": table.bfloat16(),
+        "offsets": torch.tensor([0, 6 * width], device=device),
+        "gates": torch.tensor([2 * width, 8 * width], device=device),
+        # |w| of random weights, so that scales are what they are in a block.
+        "bounds": torch.full((2, 2 + 2 * heads), 0.02 * width**0.5, device=device),
+        "qk_scale": torch.tensor([0.03, 0.03], device=device),
+        "x": x, "x_scale": x_scale, "lengths": lengths, "cos": angle.cos().half(), "sin": angle.sin().half(),
+        "scale": 0.02 * width**0.5 * (1 + lengths) / fused_kernels.E4M3_MAX,
+        "columns": torch.exp2(0.5 * normal(2 * mlp)), "one": torch.ones((), device=device),
+        "norms": torch.ones(2, 3, width // heads, device=device),
+        "descale": torch.full((1, 3, heads), 0.03, device=device),
+        "qkv": weights(6 * width, width), "up": weights(2 * mlp, width), "attention's out": weights(2 * width, width),
+        "down": weights(2 * width, mlp), "single out": weights(width, width + mlp),
+        "hidden": fused_kernels.quantize_rows(normal(1, tokens, mlp))[0],
+        "wide": fused_kernels.quantize_rows(normal(1, tokens, width + mlp))[0],
+        "q": fused_kernels.quantize_rows(normal(3, 1, tokens, heads, width // heads))[0],
+    }
+
+
+def calls(given: dict) -> list[dict]:
+    """Every kernel: its name, the block that it is of, the call, FLOPs and least bytes, and its reference's call. Calls
+    give lists of results, `hidden` with them where it is written into."""
+    k, x, hidden, wide = fused_kernels, given["x"], given["hidden"], given["wide"]
+    both, rope = (given["text"], given["image"]), (given["cos"], given["sin"], given["qk_scale"])
+    modulation = given["table"], given["offsets"], given["bounds"]
+    t, width, mlp, plane = given["text"].shape[1], x.shape[2], hidden.shape[2], x.numel()
+    found = []
+
+    def results(function, args, named):
+        made = function(*args, **named)
+        made = made if isinstance(made, tuple) else () if made is None else (made,)
+        return [*made, *(named[name] for name in named if name == "hidden")]
+
+    def add(name, block, op, args, flops, size, **named):
+        if "hidden" in named:
+            named["hidden"] = torch.zeros_like(named["hidden"])
+        reference = getattr(k, f"{op._name}_reference")
+        again = {name: x.clone() if name == "hidden" else x for name, x in named.items()}
+        found.append({"kernel": name, "block": block, "flops": flops, "bytes": size,
+                      "call": lambda: results(op, args, named), "reference": lambda: results(reference, args, again)})
+
+    def product(name, block, x, w, streams):
+        add(f"fp8_gemm, {name}", block, k.fp8_gemm, (x, w, given["one"], t, streams), 2 * plane * x.shape[2],
+            x.numel() + 2 * plane + w.numel())
+
+    for block, streams in (("single", 1), ("double", 2)):
+        qkv, up = ([part[-streams * rows:] for part in given[name]] for name, rows in (("qkv", 3 * width), ("up", mlp)))
+        deferred = given["y"], given["y_scale"], given["bias"][:streams].expand(2, -1), given["gates"]
+        if block == "single":
+            add("residual_adaln", block, k.residual_adaln, (*both, *deferred, *modulation, 0, 1), 0, 7 * plane)
+        else:
+            add("adaln", block, k.adaln, (*both, *modulation, 0, 1), 0, 3 * plane)
+        add("qkv_gemm", block, k.qkv_gemm,
+            (x, given["x_scale"], *qkv, given["norms"][-streams:], *rope, given["lengths"], modulation[2], t, streams),
+            6 * plane * width, 4 * plane + qkv[0].numel())
+        if block == "single":
+            add("place_attention", block, k.place_attention, (given["y"], given["scale"]), 0, 3 * plane, hidden=wide)
+        else:
+            add("cast_attention", block, k.cast_attention, (given["y"],), 0, 3 * plane)
+            product("attention's out", block, x, given["attention's out"][0], 2)
+            add("residual_adaln", block, k.residual_adaln, (*both, *deferred, *modulation, 3, 4), 0, 7 * plane)
+        add("gelu_gemm", block, k.gelu_gemm,
+            (x, given["x_scale"], *up, given["columns"][-streams * mlp:], given["scale"]), 2 * plane * mlp,
+            plane + hidden.numel() + up[0].numel(), hidden=wide if block == "single" else hidden, text_tokens=t,
+            streams=streams)
+        if block == "single":
+            product("out", block, wide, given["single out"][0], 1)
+        else:
+            product("MLP's down", block, hidden, given["down"][0], 2)
+        add("gated_residual", block, k.gated_residual, (*both, *deferred, given["table"]), 0, 6 * plane)
+    q, key, v = given["q"]
+    descale = given["descale"].unbind(1)
+    found.append({"kernel": "attention", "block": "both", "flops": 4 * x.shape[1] * plane, "bytes": 5 * plane,
+                  "call": lambda: [attention.attention(q, key, v, *descale, "fa3")],
+                  "reference": lambda: [attention.reference_attention(q, key, v, *descale)]})
+    return found
+
+
+def alternatives(given: dict) -> list[dict]:
+    """cuBLAS' products of the same shapes, by row and by tensor, with a bias, bf16 results and nothing besides."""
+    rows, one = given["x"].shape[1], given["one"]
+    shapes = {"qkv": "x", "up": "x", "down": "hidden", "attention's out": "x", "single out": "wide"}
+    found = []
+
+    def add(name, kind, x, w, scales, bias):
+        found.append({
+            "kernel": f"cuBLAS by {kind}, {name}", "block": "alternative", "flops": 2 * rows * w.numel(),
+            "bytes": x.numel() + w.numel() + 2 * rows * len(w), "reference": None,
+            "call": lambda: torch._scaled_mm(x, w.t(), *scales, bias=bias, out_dtype=torch.bfloat16,
+                                             use_fast_accum=True)})
+
+    for name, x in shapes.items():
+        x, (w, _, bias) = given[x].flatten(0, 1), given[name]
+        if name != "single out":
+            w, bias = w.chunk(2)[1], bias.chunk(2)[1]  # the image's
+        add(name, "tensor", x, w, (one, one), bias)
+        add(name, "row", x, w, (one.expand(rows, 1).contiguous(), one.expand(1, len(w)).contiguous()), bias)
+    return found
+
+
+def error_of(call: dict) -> float | None:
+    """The largest relative error of any of a kernel's results against the reference's, in float32."""
+    if call["reference"] is None:
+        return None
+    return max(relative_error(a.float(), b.float()) for a, b in zip(call["call"](), call["reference"](), strict=True))
+
+
+def under_load(call, calls: int = 20) -> dict:
+    """Milliseconds of one of many calls in a row, for 0.7 s after half a second of them; clock and power meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+
+    def replayed(seconds: float) -> int:
+        count, end = 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(4):
+                graph.replay()
+            count += 4
+            torch.cuda.synchronize()
+        return count
+
+    replayed(0.5)
+    with watching_load("cuda") as load:
+        replayed(0.1)  # after nvidia-smi's start
+        start = time.perf_counter()
+        count = replayed(0.7)
+        took = time.perf_counter() - start
+    return {"ms": took / count / calls * 1e3} | load
+
+
+def measure(call: dict, milliseconds, loaded: bool = False) -> dict:
+    """The row of one kernel; `milliseconds` times a function. `loaded`: under load as well."""
+    row = {name: call[name] for name in ("kernel", "block", "flops", "bytes")} | {"error": error_of(call)}
+    row["ms"] = milliseconds(call["call"])
+    if loaded and call["flops"]:
+        row["sustained"] = under_load(call["call"])
+    return row | {"tflops_per_s": row["flops"] / row["ms"] / 1e9, "tbytes_per_s": row["bytes"] / row["ms"] / 1e9}
+
+
+def folder_of_arguments(doc: str) -> Path:
+    """The folder below results/ that the command line names; ends the program where the fused kernels cannot run."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("gpu", help="name of the folder below results/, such as h100")
+    args = parser.parse_args()
+    function, where = attention.find_library("fa3")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or function is None:
+        parser.error(f"needs a Hopper GPU and FlashAttention-3 ({where or 'PyTorch sees no GPU'}).")
+    attention.register_library("fa3", function)
+    folder = ROOT / "results" / args.gpu
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def main():
+    folder = folder_of_arguments(__doc__)
+    fused_kernels.use_torch_memory(torch.device("cuda"))
+    # In a CUDA graph, as in the step: launched one by one the small ones would take as long as Python takes.
+    from triton.testing import do_bench_cudagraph
+
+    models = {}
+    for model, (text, image) in TOKENS.items():
+        given = random_inputs(text, image, WIDTH, HEADS, MLP, "cuda")
+        models[model] = []
+        for call in calls(given) + alternatives(given):
+            row = measure(call, lambda function: do_bench_cudagraph(function, rep=100, return_mode="median"),
+                          loaded=model == "schnell")
+            models[model].append(row)
+            print(f"{model:8} {row['block']:12} {row['kernel']:32} {row['ms']:.4f} ms "
+                  f"{row['tflops_per_s']:7.0f} TFLOP/s {row['tbytes_per_s']:5.2f} TB/s error {row['error']} "
+                  f"{row.get('sustained', '')}", flush=True)
+    write_json(str(folder / "kernels.json"), {"tokens": TOKENS, "kernels": models, "environment": environment("cuda")})
+
+
+if __name__ == "__main__":
+    main()

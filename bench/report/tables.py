@@ -1,0 +1,475 @@
+"""The tables of the repository's pages, from the JSON files in results/: no figure in them is typed by hand.
+
+`python experiments.py report` rewrites everything between a marker, such as `<!-- results:h100/dev -->`, and the next
+`<!-- end -->`, in README.md, KERNELS.md, tiny_flux/README.md and docs/*.md.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from bench.report.records import RESULTS, ROOT, attempts, beside, newest
+
+MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+NAMES = {
+    "1_eager": "bf16, eager (diffusers)",
+    "2_compile": "+ compile, CUDA graphs, GPU postprocess",
+    "3_projections": "+ fused projections",
+    "4_channels_last": "+ channels_last",
+    "5_fa3": "+ FA3, fp8 scaled",
+    "6_float8": "+ float8, one scale a row",
+    "7_flags": "+ inductor flags",
+    "8_fused": "float8 as above, + fused VAE, fused kernels (default)",
+    "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
+    "memory_16gib": "and T5 streamed from CPU memory, tiled VAE, 16 GiB",
+    "memory_8gib": "bf16, not compiled, every layer streamed, tiled VAE, 8 GiB",
+    "memory_4gib": "float8 and T5 in int8, not compiled, every layer streamed, tiled VAE, 4 GiB",
+    "memory_24gib_unfused": "float8 and T5 in int8, 24 GiB, without what needs Hopper",
+    "memory_16gib_unfused": "and T5 streamed from CPU memory, tiled VAE, 16 GiB, without what needs Hopper",
+}
+
+CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}
+TAYLORSEER = {interval: f"TaylorSeer over whole steps, every {which} computed"
+              for interval, which in ((2, "second"), (3, "third"), (4, "fourth"))}
+
+# Rows beside the ladder, each group after what it is compared with.
+FULL = {"8_fused": "default"}
+GROUPS = {
+    "ladder": NAMES,
+    "without": FULL | {
+        "without_compile": "without compile",
+        "without_cudagraphs": "without CUDA graphs",
+        "without_gpu_postprocess": "without GPU postprocess",
+        "without_channels_last": "without channels_last, and so without fused VAE",
+        "without_fused_vae": "without fused VAE",
+        "without_projections": "without fused projections, and so without fused kernels",
+        "without_fa3": "without fp8 attention, and so without fused kernels",
+        "without_quant": "without float8, and so without fused kernels",
+        "without_fused_kernels": "without fused kernels",
+    },
+    "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
+        "cache_taylorseer_2": TAYLORSEER[2], "cache_taylorseer": TAYLORSEER[3], "cache_taylorseer_4": TAYLORSEER[4],
+        "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs",
+        "gpus_2_taylorseer": "TaylorSeer, two GPUs", "gpus_4_taylorseer": "TaylorSeer, four GPUs"},
+    "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
+    "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
+                  "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
+    "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)} | {
+        f"eager_batch_{n}": f"batch {n}, bf16, eager" for n in (2, 4, 8)},
+    "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring",
+                    "gpus_4_ulysses": "four GPUs, Ulysses"},
+    "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
+}
+
+STARTS = {"start_compile": "compile, first start", "start_compile_again": "compile, kernels there",
+          "start_export": "export, first start", "start_packages": "packages there"}
+
+
+def table(where: str) -> str:
+    """The markdown table of the ladder of results/<gpu>/<suite>/, `where` being <gpu>/<suite>. Ratios are to its eager
+    row, if any."""
+    found = _rows(where, NAMES)
+    eager = newest(RESULTS / where, "1_eager")
+    lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
+    for link, record in found:
+        stages, error = record["stages_ms"], record["step_relative_error"]
+        lines.append("| " + " | ".join([
+            link, _seconds(record), _ratio(eager and eager[1], record),
+            *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
+            "–" if error is None else f"{error * 100:.2f} %", _gib(record)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# A suite's name, and the rows that are shown of it before all others.
+GLANCE = {
+    "schnell": ("schnell, 4 steps", {"8_fused": "every step"}),
+    "dev": ("dev, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
+                              "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`",
+                              "cache_taylorseer": "step cache `taylorseer`", "cache_fast": "step cache `fast`"}),
+    "kontext": ("Kontext, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
+                                      "gpus_4_ulysses": "on four GPUs", "cache_balanced": "step cache `balanced`",
+                                      "cache_taylorseer": "step cache `taylorseer`"}),
+}
+
+
+def glance_table(gpu: str) -> str:
+    """The markdown table of the figures that matter most, against diffusers' own pipeline in bf16."""
+    lines = ["| FLUX.1 | diffusers, bf16 | here | × |", "|---" * 4 + "|"]
+    for suite, (title, names) in GLANCE.items():
+        eager_path, eager = newest(RESULTS / gpu / suite, "1_eager")
+        before = f"{title} | [{eager['seconds']['median']:.3f}](results/{gpu}/{suite}/{eager_path.name})"
+        found = finished(RESULTS / gpu / suite, {"1_eager": "", **names})
+        for row, name in names.items():
+            if row in found:
+                path, record = found[row]
+                lines.append(f"| {before} | [**{record['seconds']['median']:.3f}**](results/{gpu}/{suite}/{path.name}) "
+                             f"{name} | {_ratio(eager, record)} |")
+                before = " | "
+    return "\n".join(lines) + "\n"
+
+
+def beside_table(where: str) -> str:
+    """The markdown table of a group of rows beside the ladder, `where` being <gpu>/<suite>/<group>, with ratios to its
+    first row too, as it was measured beside each; without columns in which next to nothing stands."""
+    gpu, suite, group = where.split("/")
+    found, eager = _rows(f"{gpu}/{suite}", GROUPS[group]), newest(RESULTS / gpu / suite, "1_eager")
+    first = next(iter(GROUPS[group]))
+    head, rows = ["", "seconds (min–max)", "× eager", "× first row", "step", "steps cached", "step error", "GiB"], []
+    for link, record in found:
+        cached, error = record["cached_steps"], record["step_relative_error"]
+        base = beside(RESULTS / gpu / suite, first, [record])
+        rows.append([
+            link, _seconds(record), _ratio(eager and eager[1], record),
+            _ratio(base and base[1], record),
+            "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
+            f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–",
+            "–" if error is None else f"{error * 100:.2f} %", _gib(record)])
+    # Of the first row alone a figure is compared with nothing.
+    kept = [i for i in range(len(head)) if i < 2 or any(row[i] != "–" for row in rows[1:])]
+    lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(kept) + "|", *lines[1:]]) + "\n"
+
+
+# Of each batch the rows of diffusers' own pipeline and of the full recipe.
+BATCHES = {1: ("1_eager", "8_fused")} | {n: (f"eager_batch_{n}", f"batch_{n}") for n in (2, 4, 8)}
+
+
+def images_a_minute_table(where: str) -> str:
+    """The markdown table of images a minute against batch size, `where` being <gpu>/<suite>."""
+    lines = ["| batch | bf16, eager: images a minute | GiB | full recipe: images a minute | GiB | × |",
+             "|---" * 6 + "|"]
+    batches = [found[1] for _, row in BATCHES.values() if row not in FULL and (found := newest(RESULTS / where, row))]
+    for batch, rows in BATCHES.items():
+        eager, full = (beside(RESULTS / where, row, batches) if row in FULL else newest(RESULTS / where, row)
+                       for row in rows)
+        cells = [cell for row, found in zip(rows, (eager, full), strict=True)
+                 for cell in _images_a_minute(where, row, found)]
+        lines.append(f"| {batch} | {' | '.join(cells)} | {_ratio(eager and eager[1], full[1]) if full else '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _images_a_minute(where: str, row: str, found: tuple[Path, dict] | None) -> tuple[str, str]:
+    """Images a minute and GiB; what did not fit is told from what was not measured."""
+    if found:
+        path, record = found
+        images = 60 * record["settings"]["num_images_per_prompt"] / record["seconds"]["median"]
+        return f"[{images:.1f}](results/{where}/{path.name})", _gib(record)
+    for path in attempts(RESULTS / where, row)[-1:]:
+        if json.loads(path.read_text())["error"] == "out of memory":
+            return f"[out of memory](results/{where}/{path.name})", "–"
+    return "–", "–"
+
+
+def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
+    """A link to each finished row, with its name, and its record."""
+    return [(f"[{names[row]}](results/{where}/{path.name})", record)
+            for row, (path, record) in finished(RESULTS / where, names).items()]
+
+
+def finished(folder: Path, names: dict[str, str]) -> dict[str, tuple[Path, dict]]:
+    """File and record of each finished row: the newest, but of the default the one measured beside what it is compared
+    with: the eager row, or most of the others."""
+    found = {row: one for row in names if (one := newest(folder, row))}
+    if found.keys() >= FULL.keys():
+        others = [found["1_eager"]] if "1_eager" in found else [one for row, one in found.items() if row not in FULL]
+        found |= {row: beside(folder, row, [record for _, record in others]) for row in FULL}
+    return found
+
+
+def _seconds(record: dict) -> str:
+    seconds = record["seconds"]
+    return f"**{seconds['median']:.3f}** ({seconds['min']:.3f}–{seconds['max']:.3f})"
+
+
+def _ratio(base: dict | None, record: dict) -> str:
+    return f"{ratio:.2f}" if base and (ratio := speed_up(base, record)) else "–"
+
+
+def _gib(record: dict) -> str:
+    return f"{record['peak_memory']['image']['reserved_gib']:.1f}"
+
+
+def speed_up(eager: dict, record: dict) -> float | None:
+    """How many times as many images a second as eager; None for images of another size."""
+    if any(eager["settings"][name] != record["settings"][name] for name in ("height", "width")):
+        return None
+    images = record["settings"]["num_images_per_prompt"] / eager["settings"]["num_images_per_prompt"]
+    return images * eager["seconds"]["median"] / record["seconds"]["median"]
+
+
+QUALITY = {
+    "float32": "float32",
+    "compile": "compile",
+    "export": "exported packages",
+    "projections": "fused projections",
+    "channels_last": "channels_last",
+    "fused_vae": "channels_last and fused VAE",
+    "cudagraphs": "CUDA graphs",
+    "int8": "int8, compiled",
+    "float8_row": "float8, one scale a row, compiled",
+    "float8_tensor": "float8, one scale a tensor, compiled",
+    "fa3_bf16": "FA3, bf16",
+    "fa3_fp8": "FA3, fp8 scaled",
+    "fa3_fp8_unscaled": "FA3, fp8 unscaled",
+    "text_encoder_quant": "T5 in int8",
+    "cache": "step cache, F2B2",
+    "cache_defaults": "all defaults and the step cache",
+    "cache_yaml": "step cache of cache_config.yaml",
+    "cache_safe": CACHES["cache_safe"],
+    "steps_24": "24 steps",
+    "cache_balanced": CACHES["cache_balanced"],
+    "steps_20": "20 steps",
+    "cache_fast": CACHES["cache_fast"],
+    "steps_16": "16 steps",
+    "steps_14": "14 steps",
+    "cache_extreme": CACHES["cache_extreme"],
+    "steps_13": "13 steps",
+    "taylorseer_2": TAYLORSEER[2],
+    "taylorseer_3": TAYLORSEER[3],
+    "taylorseer_4": TAYLORSEER[4],
+    "unfused": "float8 row + FA3 fp8",
+    "fused": "the same on fused kernels",
+    "all_defaults": "all defaults",
+    "other_seed": "another seed: the floor",
+}
+
+
+def quality_table(machine: str) -> str:
+    """The markdown table of results/<machine>/tiny/*.json, in the order of `QUALITY`."""
+    lines = ["| against eager bf16 | steps | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | "
+             "judge, top 5 |", "|---" * 6 + "|"]
+    for stem, name in QUALITY.items():
+        if not (result := newest(RESULTS / machine / "tiny", stem)):
+            continue
+        path, record = result
+        given, left_open = record["given"], record["open"]
+        lines.append("| " + " | ".join([
+            f"[{name}](results/{machine}/tiny/{path.name})", computed_steps(record),
+            *("the same" if part["identical"] == 1 else f"{part['psnr_mean']:.1f} ({part['psnr_min']:.1f})"
+              for part in (given, left_open)),
+            f"{(given['ssim'] + left_open['ssim']) / 2:.3f}", f"{record['judge']['top5'] * 100:.0f} %"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def computed_steps(record: dict) -> str:
+    """The blocks computed for a picture of tiny-flux-dev, in steps that compute them all."""
+    if record.get("computed_steps") is not None:
+        return f"{record['computed_steps']:.1f}"
+    if record.get("cached_steps") is not None:
+        return "–"  # measured before it was recorded
+    argv = record["argv"]
+    return argv[argv.index("--num_inference_steps") + 1] if "--num_inference_steps" in argv else "28"
+
+
+def judge_table(machine: str) -> str:
+    """The markdown table of results/<machine>/tiny/judge.json."""
+    verdicts = json.loads((RESULTS / machine / "tiny" / "judge.json").read_text())["verdicts"]
+    names = {"top1": "the emoji, nearest of all", "top5": "among the nearest five", "style": "style",
+             "background": "background"}
+    lines = ["| | pictures | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
+    lines += [f"| {what} | {one['pictures']} | " + " | ".join(f"{one[name] * 100:.1f} %" for name in names) + " |"
+              for what, one in verdicts.items()]
+    return "\n".join(lines) + "\n"
+
+
+# What a kernel's name begins with or holds.
+KINDS = {"matrix products": ("nvjet", "_gemm_kernel", "_product_kernel"), "attention": ("flash::",)}
+
+
+def kernel_table(where: str) -> str:
+    """The markdown table of the kernels of one step, without and with the fused kernels: `where` is <gpu>/<suite>."""
+    unfused = newest(RESULTS / where, "kernels_unfused")
+    files = {"unfused": unfused, "fused": beside(RESULTS / where, "8_fused", [unfused[1]])}
+    rows = {kind: [] for kind in [*KINDS, "everything else", "all"]}
+    for _, record in files.values():
+        kernels = record["step_kernels"]
+        for kind, column in rows.items():
+            own = [kernel for kernel in kernels if kind in ("all", _kind(kernel["name"]))]
+            column.append(f"{sum(kernel['ms'] for kernel in own):.1f} ({sum(kernel['launches'] for kernel in own)})")
+    heads = [f"[{name}](results/{where}/{path.name})" for name, (path, _) in files.items()]
+    lines = ["| milliseconds (launches) | " + " | ".join(heads) + " |", "|---" * 3 + "|"]
+    return "\n".join(lines + [f"| {kind} | " + " | ".join(column) + " |" for kind, column in rows.items()]) + "\n"
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "everything else")
+
+
+# The GEMM of the same shape in bench/kernels.py's `alternative` rows. Records of older commits say product.
+GEMMS = {"qkv_gemm": "qkv", "gelu_gemm": "up", "fp8_gemm, out": "single out",
+         "fp8_gemm, attention's out": "attention's out", "fp8_gemm, MLP's down": "down"}
+GEMMS |= {name.replace("fp8_gemm", "products").replace("_gemm", "_product"): shape for name, shape in GEMMS.items()}
+
+
+def roofline_table(where: str) -> str:
+    """The markdown table of results/<gpu>/kernels.json for one model, `where` being <gpu>/<model>: what each kernel of
+    the fused blocks reaches, and cuBLAS with the same factors and nothing besides."""
+    gpu, model = where.split("/")
+    rows = json.loads((RESULTS / gpu / "kernels.json").read_text())["kernels"][model]
+    cublas = {row["kernel"].removeprefix("cuBLAS by ").replace(", ", ":", 1): row for row in rows
+              if row["block"] == "alternative"}
+    lines = ["| kernel | block | ms | TFLOP/s | TB/s | error | under load: ms | MHz | cuBLAS by tensor, by row: ms | "
+             "under load |", "|---" * 10 + "|"]
+    for row in rows:
+        if row["block"] == "alternative":
+            continue
+        work = f"{row['tflops_per_s']:.0f}" if row["flops"] else "–"
+        load = row.get("sustained")
+        loaded = f"{load['ms']:.3f} | {load['sm_clock_mhz']:.0f}" if load else "– | –"
+        gemm = GEMMS.get(row["kernel"])
+        others = [cublas[f"{kind}:{gemm}"] for kind in ("tensor", "row")] if gemm else []
+        other, other_loaded = (", ".join(f"{one['ms']:.3f}" for one in found) or "–" for found in (
+            others, [one["sustained"] for one in others if "sustained" in one]))
+        lines.append(f"| {row['kernel']} | {row['block']} | {row['ms']:.3f} | {work} | {row['tbytes_per_s']:.2f} | "
+                     f"{row['error'] * 100:.2f} % | {loaded} | {other} | {other_loaded} |")
+    return "\n".join(lines) + "\n"
+
+
+def last_block_table(gpu: str) -> str:
+    """The markdown table of results/<gpu>/last_block.json: one double and the last single block with and without what
+    the pipeline does not read."""
+    record = json.loads((RESULTS / gpu / "last_block.json").read_text())
+    lines = ["| tokens: text, image | all, ms | what is read alone, ms | saved, ms | change of what is read |",
+             "|---" * 5 + "|"]
+    for model, found in record["models"].items():
+        every, read = ([one["ms"] for one in found[name]] for name in ("all", "read"))
+        text, image = record["tokens"][model]
+        shown = [", ".join(f"{ms:.3f}" for ms in part) for part in (every, read)]
+        lines.append(f"| {text}, {image} ({model}) | {' | '.join(shown)} | "
+                     f"{statistics.mean(every) - statistics.mean(read):.2f} | "
+                     + (f"{found['error'] * 100:.2f} % |" if found["error"] else "none |"))
+    return "\n".join(lines) + "\n"
+
+
+def starts_table(where: str) -> str:
+    """The markdown table of what comes before the first image: `where` is <gpu>/<suite>."""
+    lines = ["| | imports | load weights | quantise | packages | compile, record | start to first image | step | GiB |",
+             "|---" * 9 + "|"]
+    for row, name in STARTS.items():
+        if found := newest(RESULTS / where, row):
+            path, record = found
+            spent = record["cold_start_s"] or {}  # null: prepared beside other rows
+            cells = [f"{spent[stage]:.1f}" if stage in spent else "–"
+                     for stage in ("imports", "load", "quantise", "packages")]
+            compiled = f"{spent.get('compile', 0) + spent.get('record', 0):.1f}" if spent else "–"
+            first = f"**{spent['process start to first image']:.1f}**" if spent else "–"
+            lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join([*cells, compiled, first])} | "
+                         f"{record['stages_ms']['denoising_step']:.1f} | "
+                         f"{record['peak_memory']['image']['reserved_gib']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+LOADED = {("schnell", "kernels_unfused"): "schnell, without the fused kernels", ("schnell", "8_fused"): "schnell",
+          ("dev", "8_fused"): "dev", ("kontext", "8_fused"): "Kontext"}
+
+
+def load_table(gpu: str) -> str:
+    """The markdown table of how steps lengthen within an image, and of the GPU's clock and power meanwhile."""
+    lines = ["| | first step, ms | median | longest | clock, MHz | power, W | its limit |", "|---" * 7 + "|"]
+    for (suite, row), name in LOADED.items():
+        path, record = newest(RESULTS / gpu / suite, row)
+        steps, load = record["steps_ms"], record["gpu_load"]
+        lines.append(f"| [{name}](results/{gpu}/{suite}/{path.name}) | {steps[0]:.1f} | "
+                     f"{statistics.median(steps):.1f} | {max(steps):.1f} | {load['sm_clock_mhz']:.0f} | "
+                     f"{load['power_w']:.0f} | {float(record['environment']['power_limit'].split()[0]):.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def expected_table(where: str) -> str:
+    """The markdown table of what a step should take on several GPUs with Ulysses, `where` being <gpu>/<suite>: from the
+    step on one, and from what results/<gpu>/gpus_<N>_link.json says of exchanges between as many, or fewer."""
+    from bench.link import bytes_sent, expected_step  # needs torch
+    from utils.random_weights import architecture
+
+    gpu = where.split("/")[0]
+    links = {n: json.loads(path.read_text()) for n in (2, 4, 8)
+             if (path := RESULTS / gpu / f"gpus_{n}_link.json").exists()}
+    measured = {gpus: newest(RESULTS / where, f"gpus_{gpus}_ulysses") for gpus in (2, 4, 8)}
+    _, one = beside(RESULTS / where, "8_fused", [record for _, record in filter(None, measured.values())])
+    step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
+    config = architecture(one["model"].rpartition("/")[2])["transformer"]
+    singles, blocks = config["num_single_layers"], config["num_layers"] + config["num_single_layers"]
+    lines = ["| GPUs | each sends a step | step expected | measured |", "|---" * 4 + "|",
+             f"| 1 | – | – | {step * 1e3:.1f} ms |"]
+    for gpus, found in measured.items():
+        ways = links[max(n for n in links if n <= gpus)]
+        through_memory = "peer memory" in ways
+        link = ways["peer memory" if through_memory else "nccl"]
+        # One rate for both exchanges; the way back has a latency of its own, since it needs no copy engine.
+        latency = link["nothing"]["ms"] / 1e3
+        rate = link["qkv"]["bytes"] / (link["qkv"]["ms"] / 1e3 - latency)
+        latency_back = link["back"]["ms"] / 1e3 - link["back"]["bytes"] / rate
+        # Through memory a single block's q, k and v, three bytes of four, move beside a product. Then the output.
+        hidden = singles if through_memory else 0
+        latencies = (blocks - hidden + 1) * latency + blocks * latency_back
+        sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
+        every = sum(sent.values())
+        waited_for = every - sent["attention"] * hidden / blocks * 3 / 4
+        expected = expected_step({"shared": step, "fixed": 0}, waited_for, gpus, rate, latencies)
+        lines.append(f"| {gpus} | {every / 1e6:.0f} MB | {expected * 1e3:.1f} ms | "
+                     + (f"{found[1]['stages_ms']['denoising_step']:.1f} ms |" if found else "– |"))
+    return "\n".join(lines) + "\n"
+
+
+# The cases of bench/fp8_error.py that are shown.
+FP8_CASES = {
+    "plain": "random weights",
+    "heavy_rows=0.4": "long-tailed weight rows",
+    "spread=0.9": "AdaLN scales spread over the channels",
+    "gates=8": "gates 8 times larger again",
+    "neuron=3000": "one strong neuron in each MLP",
+    "head=3000": "one strong head in each attention",
+    "massive=500,spread=0.5,neuron=300": "massive channels, spread scales, strong neurons",
+    "massive=2000,spread=0.9,neuron=3000,head=300": "the same, stronger, and strong heads",
+}
+FP8_RECIPES = {"bf16": "bf16", "float8_row": "float8 per row", "flux_fast": "flux-fast's", "fused": "fused (default)"}
+
+
+def fp8_error_table(where: str) -> str:
+    """The markdown table of results/<gpu>/fp8_error/<name>.json, `where` being <gpu>/<name>: each recipe's error of a
+    step in `FP8_CASES`."""
+    gpu, name = where.split("/")
+    rows = {row["case"]: row["errors"] for row in
+            json.loads((RESULTS / gpu / "fp8_error" / f"{name}.json").read_text())["rows"]}
+    lines = [f"| weights | {' | '.join(FP8_RECIPES.values())} |", "|---" * (1 + len(FP8_RECIPES)) + "|"]
+    lines += [f"| {meaning}: `{case}` | " + " | ".join(f"{rows[case][recipe] * 100:.2f} %" for recipe in FP8_RECIPES)
+              + " |" for case, meaning in FP8_CASES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def tried_table(gpu: str) -> str:
+    """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
+    def shown(values):
+        return ", ".join(f"{value:#.3g}" for value in values)
+
+    lines = ["| tried and not kept | of | ms with it | ms without |", "|---" * 4 + "|"]
+    lines += [f"| {one['what']} | {one['of']} | {shown(one['ms'])} | {shown(one['without_ms'])} |"
+              for one in json.loads((RESULTS / gpu / "tried.json").read_text())["tried"]]
+    return "\n".join(lines) + "\n"
+
+
+MAKERS = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
+          "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
+          "load": load_table, "last_block": last_block_table, "expected": expected_table, "tried": tried_table,
+          "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
+
+
+def pages() -> list[Path]:
+    """The pages whose tables are made here."""
+    return [path for path in (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md",
+                              *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+
+
+def with_tables(page: Path, text: str | None = None) -> str:
+    """The page's text, or the `text` given for it, with every marked part made anew. Its links start at the page."""
+    to_root = "../" * len(page.relative_to(ROOT).parts[:-1])
+    text = page.read_text() if text is None else text
+    return MARKERS.sub(lambda part: part[1] + MAKERS[part[2]](part[3]).replace("](results/", f"]({to_root}results/")
+                       + part[4], text)
+
+
+def stale() -> dict[Path, bytes]:
+    """The pages that are not what results/ says, with the content that they should have."""
+    return {page: text.encode() for page in pages() if (text := with_tables(page)) != page.read_text()}

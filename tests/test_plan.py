@@ -1,0 +1,411 @@
+"""Which techniques are on where: a table of machines against the decisions."""
+
+import argparse
+import os
+import re
+import sys
+from bisect import bisect_left
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pretend_launched
+
+from utils import attention, machine, plan
+from utils.benchmark_utils import create_parser
+from utils.common import RecipeError
+from utils.memory import GIB, bf16_modulations_fit, weight_counts, where_to_build
+from utils.plan import Hardware, make_plan
+from utils.random_weights import architecture
+
+H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
+L20 = Hardware("cuda", (8, 9), False, "NVIDIA L20", 44 * GIB)
+RTX4090 = Hardware("cuda", (8, 9), False, "NVIDIA GeForce RTX 4090", int(23.5 * GIB))
+RTX3090 = Hardware("cuda", (8, 6), False, "NVIDIA GeForce RTX 3090", int(23.5 * GIB))
+A100 = Hardware("cuda", (8, 0), False, "NVIDIA A100", 79 * GIB)
+T4 = Hardware("cuda", (7, 5), False, "Tesla T4", 15 * GIB)
+MI300 = Hardware("cuda", (9, 4), True, "AMD Instinct MI300X", 190 * GIB)
+CPU = Hardware("cpu")
+
+SCHNELL, DEV, SMALL_DEV = architecture("FLUX.1-schnell"), architecture("FLUX.1-dev"), architecture("FLUX.1-dev", "3+5")
+LIBSTDCXX_OBSTACLE = machine.libstdcxx_obstacle
+
+
+@pytest.fixture(autouse=True)
+def full_installation(monkeypatch):
+    """Attention libraries, Triton and compilers are there as far as `plan` asks; nothing is registered for real."""
+    monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, f"a stand-in for {library}"))
+    monkeypatch.setattr(attention, "register_library", lambda *_: None)
+    monkeypatch.setattr(plan, "find_spec", lambda name: True)
+    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
+    for name in ("libstdcxx_obstacle", "header_obstacle", "package_obstacle"):
+        monkeypatch.setattr(machine, name, lambda: None)
+    monkeypatch.setattr(machine, "code_obstacle", lambda cache_dir: None)
+
+
+def arguments(hardware, *argv):
+    return create_parser(measure=True).parse_args(["--device", hardware.device, *argv])
+
+
+def decide(hardware, *argv, configs=SCHNELL):
+    return make_plan(arguments(hardware, *argv), configs, hardware)
+
+
+def build_on(hardware, *argv):
+    args = arguments(hardware, *argv)
+    return where_to_build(args, SCHNELL, hardware, make_plan(args, SCHNELL, hardware))
+
+
+# --- the lines as `optimize` prints them, the one place that pins their wording ---
+
+GOLDEN = Path(__file__).parent / "golden_techniques.txt"
+FAST = ["--step_cache", "fast"]
+PRINTED = [
+    (H100, "schnell", []),
+    *((H100, "schnell", flags.split()) for flags in (
+        "--compile_export_mode compile", "--compile_export_mode disabled", "--compile_scope whole", "--disable_bf16",
+        "--disable_cudagraphs", "--disable_fa3", "--disable_fused_kernels", "--disable_quant", "--offload text",
+        "--offload model", "--offload group", "--text_encoder_quant", "--vae_tiling",
+        "--attention_backend fa3_bf16", "--attention_backend fa3_unscaled", "--attention_backend _native_cudnn",
+        "--context_parallel ulysses", "--disable_channels_last")),
+    *((H100, "dev", flags.split()) for flags in (
+        "--step_cache f12b12", "--step_cache safe", "--step_cache fast", "--step_cache fast --force_cache",
+        "--step_cache taylorseer --taylorseer_interval 4")),
+    *((H100, "small dev", flags.split()) for flags in ("--step_cache safe", "--step_cache f12b12")),
+    (L20, "schnell", []), (L20, "schnell", ["--compile_export_mode", "export_aoti"]),
+    (A100, "schnell", []), (A100, "schnell", ["--offload", "group"]), (A100, "schnell", ["--disable_bf16"]),
+    (T4, "schnell", []), (MI300, "schnell", []),
+    (CPU, "schnell", []), (CPU, "schnell", ["--compile_export_mode", "disabled"]), (CPU, "schnell", ["--vae_tiling"]),
+]
+
+
+def printed() -> str:
+    """All lines of a machine without flags, and with flags those that differ."""
+    configs, plain, text = {"schnell": SCHNELL, "dev": DEV, "small dev": SMALL_DEV}, {}, []
+    for hardware, model, argv in PRINTED:
+        on = decide(hardware, *argv, configs=configs[model]).decisions
+        width = max(map(len, on))
+        lines = [f"  {name:<{width}}  {'on ' if is_on else 'off'}  {how}" for name, (is_on, how) in on.items()]
+        text += [" ".join([hardware.name, model, *argv]),
+                 *(line for line in lines if line not in plain.get(hardware, []))]
+        plain.setdefault(hardware, lines)
+    return "\n".join(text) + "\n"
+
+
+def test_plan_lines_are_the_golden_ones(monkeypatch):
+    """After a change of wording: RENEW_GOLDEN=1 python -m pytest -n 0 tests/test_techniques.py -k golden"""
+    pretend_launched(monkeypatch, 2)
+    if os.environ.get("RENEW_GOLDEN"):
+        GOLDEN.write_text(printed())
+    assert printed() == GOLDEN.read_text()
+
+
+# --- what is on, by fields ---
+
+@pytest.mark.parametrize("hardware, backend, quant", [
+    (H100, "fa3", ("float8", "row")),
+    (L20, "native", ("float8", "row")),
+    (A100, "native", ("int8", "row")),
+    (MI300, "aiter", ("float8", "row")),
+    (CPU, "native", ("int8", "row")),
+], ids=str)
+def test_plan_without_flags_goes_by_the_machine(hardware, backend, quant):
+    chosen = decide(hardware)
+    assert (chosen.attention_backend, chosen.quant) == (backend, quant)
+    assert chosen.is_on("CUDA graphs") == (hardware.device == "cuda")
+
+
+@pytest.mark.parametrize("argv", [[], ["--attention_backend", "fa3"]], ids=" ".join)
+def test_plan_on_hopper_has_the_fused_kernels(argv):
+    assert decide(H100, *argv, "--strict").is_on("fused kernels")
+
+
+@pytest.mark.parametrize("flag", ["--disable_fused_kernels", "--quant_granularity row", "--disable_quant",
+                                  "--attention_backend fa3_bf16", "--offload model", "--offload group",
+                                  "--compile_scope whole", "--disable_bf16"])
+def test_plan_with_a_flag_against_the_fused_kernels_names_it_and_strict_lets_it_pass(flag):
+    """A flag that takes away what they need is no failure of the machine."""
+    chosen = decide(H100, *flag.split(), *(["--strict"] if "--offload" not in flag else []))
+    assert not chosen.is_on("fused kernels") and flag in chosen.decisions["fused kernels"].how
+
+
+@pytest.mark.parametrize("hardware", [L20, A100, MI300, CPU], ids=str)
+def test_plan_off_hopper_has_no_fused_kernels(hardware):
+    assert not decide(hardware).is_on("fused kernels")
+
+
+@pytest.mark.parametrize("hardware, on", [(H100, True), (L20, True), (A100, True), (MI300, False), (CPU, False)],
+                         ids=str)
+def test_plan_fused_vae_is_on_with_an_nvidia_gpu(hardware, on):
+    assert decide(hardware).is_on("fused VAE") == on
+
+
+@pytest.mark.parametrize("flag", ["--disable_fused_vae", "--disable_channels_last"])
+def test_plan_with_a_flag_against_the_fused_vae_names_it(flag):
+    chosen = decide(H100, flag, "--strict")
+    assert not chosen.is_on("fused VAE") and flag in chosen.decisions["fused VAE"].how
+
+
+def test_plan_disable_quant_quantises_nothing():
+    chosen = decide(H100, "--disable_quant")
+    assert chosen.quant is None and not chosen.is_on("quantisation")
+
+
+def test_plan_without_bf16_units_is_in_float32():
+    chosen = decide(T4)
+    assert chosen.dtype == torch.float32 and not chosen.is_on("bf16")
+
+
+def test_plan_in_float32_takes_one_scale_a_tensor():
+    assert decide(H100, "--disable_bf16").quant == ("float8", "tensor")
+
+
+@pytest.mark.parametrize("argv", [["--attention_backend", "fa3"], ["--attention_backend", "aiter"],
+                                  ["--quant_dtype", "float8"]], ids=" ".join)
+def test_plan_flag_that_an_a100_cannot_fulfil_is_refused(argv):
+    with pytest.raises(RecipeError, match=f"{' '.join(argv)}.*NVIDIA A100"):
+        decide(A100, *argv)
+
+
+def test_plan_backend_of_diffusers_is_checked_without_setting_it():
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+    before = registry.get_active_backend()
+    with pytest.raises(RecipeError, match="--attention_backend sage"):
+        decide(H100, "--attention_backend", "sage")
+    assert decide(H100, "--attention_backend", "_native_cudnn").attention_backend == "_native_cudnn"
+    assert registry.get_active_backend() == before
+
+
+@pytest.mark.parametrize("hardware, argv", [(A100, ["--quant_granularity", "tensor"]),
+                                            (H100, ["--quant_dtype", "int8", "--offload", "group"])], ids=str)
+def test_plan_quantisation_flag_without_effect_is_refused(hardware, argv):
+    with pytest.raises(RecipeError, match=argv[0]):
+        decide(hardware, *argv)
+
+
+def test_plan_without_an_attention_library_is_refused_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr(attention, "find_library", lambda library: (None, "pip install it"))
+    chosen = decide(H100)
+    assert chosen.attention_backend == "native" and not chosen.is_on("attention")
+    assert "pip install it" in chosen.decisions["attention"].how
+    for argv in (["--attention_backend", "fa3"], ["--strict"]):
+        with pytest.raises(RecipeError, match=f"{' '.join(argv)}.*pip install it"):
+            decide(H100, *argv)
+    assert not decide(H100, "--strict", "--disable_fa3").is_on("attention")
+
+
+# --- step caches ---
+
+def test_plan_step_cache_has_its_options_and_leaves_cuda_graphs_on():
+    assert decide(H100, configs=DEV).cache is None
+    chosen = decide(H100, "--step_cache", "f12b12", configs=DEV)
+    assert (chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks, chosen.cache.max_warmup_steps,
+            chosen.cache.max_cached_steps, chosen.cache.residual_diff_threshold) == (12, 12, 8, 8, 0.12)
+    assert chosen.is_on("step cache") and chosen.is_on("CUDA graphs")
+    fast = decide(H100, *FAST, configs=DEV).cache
+    assert (fast.Fn_compute_blocks, fast.Bn_compute_blocks, fast.max_warmup_steps, fast.max_cached_steps,
+            fast.residual_diff_threshold, fast.enable_taylorseer, fast.taylorseer_order, fast.steps_computation_mask,
+            fast.steps_computation_policy) == (1, 0, 6, -1, 0.2, True, 1, "1111110100010000100000100001", "dynamic")
+    forced = decide(H100, *FAST, "--force_cache", configs=DEV).cache
+    assert forced == replace(fast, steps_computation_policy="static")
+
+
+@pytest.mark.parametrize("name, blocks", [("f12b12", (2, 2)), ("safe", (1, 0))])
+def test_plan_step_cache_of_a_small_transformer_computes_fewer_blocks(name, blocks):
+    """12 and 8 of FLUX.1's 57 blocks, in proportion to 8."""
+    cache = decide(H100, "--step_cache", name, configs=SMALL_DEV).cache
+    assert (cache.Fn_compute_blocks, cache.Bn_compute_blocks) == blocks
+
+
+def test_plan_taylorseer_extrapolates_whole_steps():
+    chosen = decide(H100, "--step_cache", "taylorseer", "--taylorseer_interval", "4", configs=DEV)
+    assert (chosen.extrapolation.interval, chosen.extrapolation.order) == (4, 2)
+    assert chosen.extrapolation.mask(28) == "1111110100010001000100010001"
+    assert chosen.cache is None and chosen.is_on("step cache") and chosen.is_on("CUDA graphs")
+
+
+# --- memory ---
+
+def test_plan_offload_switches_off_what_cannot_follow_moving_weights():
+    assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
+    group = decide(H100, "--offload", "group", "--text_encoder_quant")
+    assert group.quant == ("float8", "row") and not group.is_on("compile") and not group.is_on("CUDA graphs")
+    assert decide(A100, "--offload", "group").quant is None  # int8, which pays only when compiled
+
+
+@pytest.mark.parametrize("argv", [[], ["--text_encoder_quant"], ["--vae_tiling"]], ids=" ".join)
+def test_plan_offload_text_changes_nothing_else(argv):
+    chosen, without = decide(H100, "--offload", "text", *argv), decide(H100, *argv)
+    assert {name for name in without.decisions if chosen.is_on(name) != without.is_on(name)} == {"offload"}
+    assert chosen.compile_mode == without.compile_mode and chosen.quant == without.quant
+
+
+def test_weight_counts_are_those_of_flux():
+    """Published sizes: 11.9 B transformer, 4.76 B T5 encoder, 84 M VAE, 123 M CLIP text model."""
+    counts = weight_counts(DEV)
+    assert [round(counts[name] / 1e6, -1) for name in ("transformer", "text_encoder_2", "vae", "text_encoder")] == [
+        11900, 4760, 80, 120]
+    assert 0.99 < counts["blocks"] / counts["transformer"] < 1
+
+
+def test_where_to_build_goes_by_free_memory():
+    assert build_on(H100) == "cuda"
+    assert build_on(RTX4090, "--text_encoder_quant") == "cpu"
+    assert build_on(H100, "--offload", "model") == "cpu"
+    # 16 GiB: with T5 alone off the GPU, but not with the VAE's whole working set besides.
+    card = replace(H100, free_bytes=16 * GIB)
+    assert build_on(card, "--offload", "text", "--vae_tiling") == "cpu"
+    with pytest.raises(RecipeError, match="--vae_tiling"):
+        build_on(card, "--offload", "text")
+    with pytest.raises(RecipeError, match=r"--offload text.*--offload group"):
+        build_on(card, "--text_encoder_quant", "--vae_tiling")
+
+
+def test_where_to_build_int8_keeps_the_modulation_in_bf16():
+    """3.2 B weights: an A100's or 3090's transformer takes 14 GiB, not 11."""
+    with pytest.raises(RecipeError, match=r"transformer 14\.\d"):
+        build_on(RTX3090, "--text_encoder_quant")
+    assert build_on(RTX3090, "--text_encoder_quant", "--vae_tiling") == "cpu"
+
+
+def test_where_to_build_without_enough_memory_names_sizes_and_flags():
+    with pytest.raises(RecipeError, match=r"(?s)transformer 11\.\d.*\b23\.5 GiB.*--text_encoder_quant"):
+        build_on(RTX4090)
+    with pytest.raises(RecipeError, match="--disable_quant"):
+        build_on(RTX4090, "--disable_quant", "--text_encoder_quant")
+
+
+@pytest.mark.parametrize("argv", [["--text_encoder_quant"], ["--offload", "text"], ["--offload", "model"]],
+                         ids=" ".join)
+def test_bf16_modulations_fit_where_3_gib_more_are_free(argv):
+    """Wherever the weights are built: offloading builds on the CPU beside a GPU that has room."""
+    args = arguments(H100, *argv)
+    chosen = make_plan(args, SCHNELL, H100)
+    assert bf16_modulations_fit(args, SCHNELL, H100, chosen)
+
+    def in_float8(card):
+        try:
+            return bool(where_to_build(args, SCHNELL, card, chosen))
+        except RecipeError:
+            return False
+
+    cards = [replace(H100, free_bytes=gib * GIB) for gib in range(80)]
+    least = bisect_left(cards, True, key=in_float8)
+    in_bf16 = bisect_left(cards, True, key=lambda card: bf16_modulations_fit(args, SCHNELL, card, chosen))
+    assert least > 0 and in_bf16 == least + 3
+
+
+def test_plan_leaves_the_namespace_alone():
+    args = arguments(H100)
+    before = argparse.Namespace(**vars(args))
+    make_plan(args, SCHNELL, H100)
+    assert args == before
+
+
+# --- packages, torch.compile, or neither ---
+
+EXPORT, COMPILE, DISABLED = (["--compile_export_mode", mode] for mode in ("export_aoti", "compile", "disabled"))
+# Machine, flags, and what stands against packages there.
+AGAINST_PACKAGES = [
+    (CPU, ["--compile_scope", "whole"], "--compile_scope whole"),
+    (H100, ["--offload", "model"], "--offload model"),
+    (H100, ["--context_parallel", "ulysses"], "--context_parallel ulysses"),
+    (CPU, ["--attention_backend", "_native_math"], "--attention_backend _native_math"),
+    (MI300, [], "AMD"),
+]
+
+
+@pytest.mark.parametrize("hardware, argv, mode", [
+    (CPU, [], "export_aoti"),
+    (H100, [], "export_aoti"),
+    (H100, COMPILE, "compile"),
+    (H100, ["--vae_tiling"], "compile"),
+    (H100, [*FAST, "--num_inference_steps", "28"], "export_aoti"),
+    (H100, ["--disable_fused_kernels"], "compile"),
+    (H100, ["--text_encoder_quant"], "compile"),
+    (L20, ["--text_encoder_quant"], "compile"),
+    (L20, COMPILE, "compile"),
+    (L20, EXPORT, "export_aoti"),
+    (H100, [*EXPORT, "--attention_backend", "fa3_bf16"], "export_aoti"),
+    (CPU, ["--attention_backend", "native"], "export_aoti"),
+    (CPU, ["--use-cached-model"], "export_aoti"),
+    (CPU, ["--re-export"], "export_aoti"),
+    (CPU, ["--package-from", "x"], "export_aoti"),
+    (CPU, ["--vae_tiling", "--re-export"], "export_aoti"),
+    (CPU, COMPILE, "compile"),
+    (MI300, COMPILE, "compile"),
+    (CPU, [*COMPILE, "--compile_scope", "whole"], "compile"),
+    (CPU, DISABLED, "disabled"),
+    (H100, ["--offload", "group"], "disabled"),
+    (CPU, ["--vae_tiling"], "compile"),
+], ids=str)
+def test_plan_compile_mode_is_packages_where_they_can_be(hardware, argv, mode):
+    chosen = decide(hardware, *argv)
+    assert chosen.compile_mode == mode and chosen.is_on("compile") == (mode != "disabled")
+
+
+@pytest.mark.parametrize("hardware, argv, why", AGAINST_PACKAGES, ids=str)
+def test_plan_without_packages_compiles_and_says_why(hardware, argv, why):
+    chosen = decide(hardware, *argv)
+    assert chosen.compile_mode == "compile" and why in chosen.decisions["compile"].how
+
+
+@pytest.mark.parametrize("flags", [EXPORT, ["--use-cached-model"], ["--re-export"], ["--package-from", "x"]],
+                         ids=" ".join)
+@pytest.mark.parametrize("hardware, argv, why", [*AGAINST_PACKAGES, (H100, ["--offload", "group"], "--offload group")],
+                         ids=str)
+def test_plan_packages_asked_for_that_cannot_be_are_refused(hardware, argv, why, flags):
+    with pytest.raises(RecipeError, match=f"^{re.escape(' '.join(flags[:1]))}.*{re.escape(why)}"):
+        decide(hardware, *argv, *flags)
+
+
+@pytest.mark.parametrize("argv, obstacle", [
+    *((argv, None) for argv in (["--compile_scope", "whole"], ["--vae_tiling"],
+                                ["--attention_backend", "_native_cudnn"])),
+    *((argv, "no libstdc++.so") for argv in (COMPILE, ["--disable_fused_kernels"], ["--text_encoder_quant"])),
+], ids=str)
+def test_plan_strict_lets_a_flag_take_packages_away(monkeypatch, argv, obstacle):
+    monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: obstacle)
+    assert decide(H100, *argv, "--strict").compile_mode == "compile"
+
+
+def test_plan_strict_without_what_packages_need_is_refused(monkeypatch):
+    assert decide(H100, "--strict", *EXPORT).compile_mode == "export_aoti"
+    monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: "no libstdc++.so")
+    with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
+        decide(H100, "--strict", *EXPORT)
+    for hardware, argv in ((H100, []), (CPU, ["--disable_fused_vae", "--disable_fa3", "--disable_fused_kernels"])):
+        with pytest.raises(RecipeError, match=r"--strict.*no libstdc\+\+\.so.*--compile_export_mode compile"):
+            decide(hardware, "--strict", *argv)
+    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: "no C++ compiler")
+    with pytest.raises(RecipeError, match=r"--strict.*no C\+\+ compiler.*--compile_export_mode disabled"):
+        decide(H100, "--strict")
+
+
+def test_plan_without_a_compiler_makes_nothing_and_loads_packages(monkeypatch):
+    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: "no C++ compiler")
+    assert decide(CPU).decisions["compile"] == (False, "no C++ compiler") and decide(CPU).compile_mode == "disabled"
+    for flags in (EXPORT, ["--re-export"]):
+        with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
+            decide(CPU, *flags)
+    for flags in (["--use-cached-model"], ["--package-from", "x"]):
+        assert decide(CPU, *flags).compile_mode == "export_aoti"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
+def test_plan_with_a_compiler_that_links_its_own_libstdcxx_makes_no_packages(tmp_path, monkeypatch):
+    """g++ names a library that it finds by its path, and one that it does not find by the name it was given."""
+    monkeypatch.setattr(machine, "libstdcxx_obstacle", LIBSTDCXX_OBSTACLE)
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for hardware in (CPU, H100):
+        with pytest.raises(RecipeError, match=r"--compile_export_mode export_aoti.*libstdc\+\+\.so.*apt install"):
+            decide(hardware, *EXPORT)
+        decide(hardware, *EXPORT, "--use-cached-model")
+    chosen = decide(CPU)
+    assert chosen.compile_mode == "compile" and "libstdc++.so" in chosen.decisions["compile"].how
+    compiler.write_text('#!/bin/sh\necho "/usr/lib/${1#-print-file-name=}"\n')
+    assert decide(CPU).compile_mode == "export_aoti"
