@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = tables.pages()
 SOURCES = [path for folder in (".", "bench", "report", "results", "tiny_flux", "utils")
            for path in sorted((ROOT / folder).glob("**/*.py" if folder != "." else "*.py"))]
-OF_LAUNCHERS = {"--multi_gpu", "--num_processes", "--cpu", "--nproc_per_node"}  # accelerate's and torchrun's
+OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--nproc_per_node", "--index-url"}  # accelerate, torchrun, pip
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
@@ -22,7 +22,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROO
 @each_page
 def test_page_names_only_flags_that_exist(page):
     declared = [found for path in SOURCES for found in re.findall(r"add_argument\(([^)]*)", path.read_text())]
-    known = {flag for text in declared for flag in re.findall(r'"(--[\w-]+)"', text)} | OF_LAUNCHERS
+    known = {flag for text in declared for flag in re.findall(r'"(--[\w-]+)"', text)} | OF_OTHERS
     known |= {flag.replace("_", "-") for flag in known} | {"--help"}
     named = re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text())
     assert sorted({flag for flag in named if flag not in known and flag.replace("_", "-") not in known}) == []

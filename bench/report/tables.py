@@ -1,7 +1,7 @@
 """The tables of the repository's pages, from the JSON files in results/: no figure in them is typed by hand.
 
 `python experiments.py report` rewrites everything between a marker, such as `<!-- results:h100/dev -->`, and the next
-`<!-- end -->`, in README.md, KERNELS.md, tiny_flux/README.md and docs/*.md.
+`<!-- end -->`, in README.md, tiny_flux/README.md and docs/*.md.
 """
 
 import json
@@ -458,7 +458,7 @@ MAKERS = {"glance": glance_table, "results": table, "beside": beside_table, "qua
 
 def pages() -> list[Path]:
     """The pages whose tables are made here."""
-    return [path for path in (ROOT / "README.md", ROOT / "KERNELS.md", ROOT / "tiny_flux" / "README.md",
+    return [path for path in (ROOT / "README.md", ROOT / "tiny_flux" / "README.md",
                               *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 
 
