@@ -177,7 +177,7 @@ ROWS = {
     "tiny": TINY,
 }
 
-# The float32 reference needs the unquantised model on the GPU and a step that computes every block, and takes time from
+# The float32 reference needs the unquantized model on the GPU and a step that computes every block, and takes time from
 # a start.
 WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
 

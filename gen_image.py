@@ -1,4 +1,4 @@
-"""One image, or one for each line of a file: parse, load, optimise, generate, save. The path to copy.
+"""One image, or one for each line of a file: parse, load, optimize, generate, save. The path to copy.
 
     python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
     torchrun --nproc_per_node=2 gen_image.py --context_parallel auto --prompt "A cat playing with a ball of yarn"
@@ -9,7 +9,7 @@ import sys
 from utils import context_parallel
 from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
-from utils.common import StageLog, exit_with_reason, spare_the_garbage_collector
+from utils.common import StageLog, freeze_gc, run_cli
 from utils.images import image_parameters, keep_images
 from utils.many_prompts import image_paths, join_processes, make_images
 from utils.output_checks import check_outputs
@@ -25,7 +25,7 @@ def main():
     paths = image_paths(args, prompts)
     check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])
     if args.context_parallel:
-        context_parallel.join(args)
+        context_parallel.init_distributed(args)
     processes = join_processes(args)
     for complaint in complaints:
         processes.print(complaint, file=sys.stderr)
@@ -34,17 +34,17 @@ def main():
     with log.stage("load"):
         pipeline = load_pipeline(args)
     pipeline = optimize(pipeline, args, log)
-    spare_the_garbage_collector()
+    freeze_gc()
     if prompts:
         return make_images(pipeline, args, prompts, processes, log)
 
     kwargs = call_kwargs(pipeline, args)
-    if context_parallel.is_first():
+    if context_parallel.is_main_process():
         given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
         warn_of_cut_prompts(pipeline, given, kwargs["max_sequence_length"])
     with log.stage("image"):
         images = pipeline(**kwargs).images
-    if not context_parallel.is_first():
+    if not context_parallel.is_main_process():
         return
     if pipeline.techniques["step cache"].on:
         log.line(dbcache.last_image(pipeline, kwargs["num_inference_steps"]))
@@ -53,4 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""How fast, and why: load, optimise, warm up, time, save the image, the result as JSON, and a trace on request.
+"""How fast, and why: load, optimize, warm up, time, save the image, the result as JSON, and a trace on request.
 
     python run_benchmark.py --random_weights --output-json result.json
     torchrun --nproc_per_node=2 run_benchmark.py --random_weights --context_parallel auto
@@ -19,20 +19,20 @@ import numpy as np
 import psutil
 import torch
 
-from bench.environment import SCHEMA_VERSION, PeakMemory, environment, summarize, watching_load
-from bench.profiling import StageTimes, in_regions
+from bench.environment import SCHEMA_VERSION, PeakMemory, environment, monitor_gpu, summarize
+from bench.profiling import StageTimes, annotate
 from bench.quality import capture_step, float32_step
-from bench.roofline import step_record, watching_tokens
+from bench.roofline import record_token_counts, step_record
 from utils import context_parallel, flaws
 from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
-from utils.common import RecipeError, StageLog, exit_with_reason, reason_of, spare_the_garbage_collector
+from utils.common import RecipeError, StageLog, freeze_gc, reason_of, run_cli
 from utils.cuda_graph import recording_is_an_error
 from utils.fp8_check import relative_error
 from utils.images import image_parameters, keep_image
 from utils.machine import kernel_cache
 from utils.output_checks import check_outputs
-from utils.outputs import as_path, is_record, is_trace, refuse_torn_trace, replacing, write_json, write_or_rescue
+from utils.outputs import as_path, atomic_write, is_record, is_trace, refuse_torn_trace, write_json, write_or_rescue
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
 from utils.text_encoding import warn_of_cut_prompts
 
@@ -50,10 +50,10 @@ def main():
     if args.kernels and args.device != "cuda":
         raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
     if args.step_error and (args.step_cache or args.offload != "none"):
-        raise RecipeError("--step_error calls the transformer by itself and needs it unquantised on the GPU: it does "
+        raise RecipeError("--step_error calls the transformer by itself and needs it unquantized on the GPU: it does "
                           "not go with step caches and --offload.")
     if args.context_parallel:
-        context_parallel.join(args)
+        context_parallel.init_distributed(args)
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
     if __name__ == "__main__":
@@ -68,11 +68,11 @@ def main():
             reference = float32_step(pipeline.transformer, step_inputs)
     memory.end_of("load")
     pipeline = optimize(pipeline, args, log)
-    spare_the_garbage_collector()
-    memory.end_of("optimise")
+    freeze_gc()
+    memory.end_of("optimize")
     show_progress(pipeline, False)
     error = step_error(pipeline, args, step_inputs, reference) if args.step_error else None
-    if context_parallel.is_first():
+    if context_parallel.is_main_process():
         given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
         warn_of_cut_prompts(pipeline, given, call_kwargs(pipeline, args)["max_sequence_length"])
 
@@ -88,10 +88,10 @@ def main():
         seconds, image = time_images(pipeline, args)
         is_finite = pipeline.image_processor.finite.tolist()[0]
         memory.end_of("image")
-        with watching_tokens(pipeline.transformer) as tokens, watching_load(args.device) as load:
+        with record_token_counts(pipeline.transformer) as tokens, monitor_gpu(args.device) as load:
             stages, steps = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
-    if not context_parallel.is_first():
+    if not context_parallel.is_main_process():
         if args.trace_file:  # of the first one, whose image takes all
             pipeline(**call_kwargs(pipeline, args))
         return
@@ -138,7 +138,7 @@ def synchronize(device: str) -> None:
 
 
 def step_error(pipeline, args, inputs: dict, reference) -> float:
-    """Relative error of one optimised step against float32, on inputs captured from a real call. Over the picture's own
+    """Relative error of one optimized step against float32, on inputs captured from a real call. Over the picture's own
     tokens: of those of Kontext's reference image, behind them, the pipelines drop the output."""
     kwargs = call_kwargs(pipeline, args)
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
@@ -167,7 +167,7 @@ def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
     step in turn, with --true_cfg_scale both of its calls: a GPU that meets its power limit slows down within an image.
     """
     times, images = StageTimes(args.device), min(3, args.runs)
-    with in_regions(pipeline, times.timer):
+    with annotate(pipeline, times.timer):
         for _ in range(images):
             pipeline(**call_kwargs(pipeline, args))
     spans = times.milliseconds()
@@ -195,7 +195,7 @@ def write_trace(pipeline, args) -> RecipeError | None:
     if args.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     kwargs = call_kwargs(pipeline, args)
-    with in_regions(pipeline, torch.profiler.record_function), torch.profiler.profile(activities=activities) as trace:
+    with annotate(pipeline, torch.profiler.record_function), torch.profiler.profile(activities=activities) as trace:
         pipeline(**kwargs)
         synchronize(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +212,7 @@ def write_trace(pipeline, args) -> RecipeError | None:
 def write_compressed(path: Path, source: Path) -> None:
     """Copies a file; for a path that ends in .gz, compressed."""
     opened = gzip.open if path.suffix == ".gz" else open
-    with replacing(path, is_trace) as temporary, open(source, "rb") as read, opened(temporary, "wb") as written:
+    with atomic_write(path, is_trace) as temporary, open(source, "rb") as read, opened(temporary, "wb") as written:
         shutil.copyfileobj(read, written)
 
 
@@ -242,4 +242,4 @@ def report(record: dict) -> None:
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.environment import SCHEMA_VERSION, environment
 from utils.attention import find_library
-from utils.common import RecipeError, exit_with_reason
+from utils.common import RecipeError, run_cli
 from utils.output_checks import check_output
 from utils.outputs import is_record, write_json, write_or_rescue
 from utils.plan import detect
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

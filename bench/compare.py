@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.common import RecipeError, exit_with_reason
+from utils.common import RecipeError, run_cli
 
 RESAMPLES, LEAST_RUNS = 10_000, 5
 
@@ -109,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

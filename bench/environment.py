@@ -107,7 +107,7 @@ class PeakMemory:
 
 
 @contextmanager
-def watching_load(device: str):
+def monitor_gpu(device: str):
     """Yields a dict that holds, once the block has ended, what nvidia-smi saw meanwhile: medians of `sm_clock_mhz` and
     `power_w`, the number of `samples`. It stays empty on a CPU, without nvidia-smi, and if that has nothing to say."""
     found, process = {}, None

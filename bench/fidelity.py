@@ -40,10 +40,10 @@ from tiny_flux import judge, pictures
 from utils import lora_files, tiny_presets, weight_files
 from utils.benchmark_utils import DEFAULT_CKPT, check_args, create_parser
 from utils.checkpoint import read_configs
-from utils.common import RecipeError, exit_with_reason
+from utils.common import RecipeError, run_cli
 from utils.images import numbered_path, read_parameters
 from utils.output_checks import check_output
-from utils.outputs import is_record, manifest_path, replacing, write_json
+from utils.outputs import atomic_write, is_record, manifest_path, write_json
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.plan import detect, make_plan
 from utils.prompts_file import Prompt, read_prompts
@@ -317,7 +317,7 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
 
         pipeline = load_pipeline(recipe)
         if pipeline.transformer.device.type != recipe.device:
-            return {"not_measured": "the unquantised model does not fit on this GPU"}
+            return {"not_measured": "the unquantized model does not fit on this GPU"}
         inputs = capture_step(pipeline, call_kwargs(pipeline, recipe, [prompt["prompt"]], [prompt["seed"]]))
         transformer = pipeline.transformer
         del pipeline
@@ -363,7 +363,7 @@ def table(record: dict) -> str:
     if "default" in rows:
         how = rows["default"]["techniques"]
         lines.append("- default on this machine: " + "; ".join(
-            f"{name}: {how.get(name, 'off')}" for name in ("attention", "quantisation", "fused kernels")))
+            f"{name}: {how.get(name, 'off')}" for name in ("attention", "quantization", "fused kernels")))
     lines += [f"- {name} skipped: {why}" for name, why in record["skipped"].items()]
     lines += [f"- {name} missing: {why}" for name, why in rows[REFERENCE]["not_available"].items()]
     lines += block_lines(record["blocks"])
@@ -397,14 +397,14 @@ def make_sheet(rows: dict[str, list[PIL.Image.Image]], labels: dict[str, str], p
 def write_report(record: dict, folder: Path) -> str:
     """Writes the table and the contact sheet; returns the table."""
     text, count = table(record), min(SHOWN, len(record["prompts"]))
-    with replacing(folder / "fidelity.md") as temporary:
+    with atomic_write(folder / "fidelity.md") as temporary:
         temporary.write_text(text)
     pictures_of = {name: open_all([folder / name / one["file"] for one in row["pictures"][:count]])
                    for name, row in record["rows"].items()}
     labels = {name: f"{name}\nPSNR {row['psnr_mean']:.1f} dB\nSSIM {row['ssim']:.3f}"
               for name, row in record["rows"].items()} | {REFERENCE: REFERENCE}
     sheet = make_sheet(pictures_of, labels, [one["prompt"] for one in record["prompts"][:count]])
-    with replacing(folder / "sheet.png") as temporary:
+    with atomic_write(folder / "sheet.png") as temporary:
         sheet.save(temporary)
     return text
 
@@ -490,4 +490,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

@@ -25,7 +25,7 @@ from tiny_flux import judge, pictures
 from utils import attention
 from utils.attention import use_attention_library
 from utils.benchmark_utils import create_parser
-from utils.common import RecipeError, exit_with_reason, finite_float, spare_the_garbage_collector
+from utils.common import RecipeError, finite_float, freeze_gc, run_cli
 from utils.fp8_check import relative_error, run_step
 from utils.output_checks import check_output
 from utils.outputs import is_record, write_json
@@ -54,10 +54,10 @@ def as_flux_fast(transformer: torch.nn.Module, device: torch.device) -> None:
 
 def as_fused(transformer: torch.nn.Module, device: torch.device, float8_modulations: bool = False) -> None:
     """The default on a Hopper GPU."""
-    from utils.kernels.fused_blocks import fuse_blocks, leave_sums  # Triton, which CPU builds of torch lack
+    from utils.kernels.fused_blocks import defer_residuals, fuse_blocks  # Triton, which CPU builds of torch lack
 
     fuse_blocks(transformer, device, float8_modulations)
-    leave_sums(transformer)
+    defer_residuals(transformer)
 
 
 def as_fused_float8_modulations(transformer: torch.nn.Module, device: torch.device) -> None:
@@ -85,8 +85,8 @@ def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], coun
     pipeline.transformer = transformer
     handles = [trained_like.attach(transformer, mixture)]
     if hasattr(transformer.time_text_embed, "prepare"):
-        from utils.kernels.modulation import follow_schedule
-        handles.append(follow_schedule(pipeline))
+        from utils.kernels.modulation import attach_modulation_hook
+        handles.append(attach_modulation_hook(pipeline))
     try:
         return judge.draw_pictures(pipeline, pictures.prompts(count)[0], steps)
     finally:
@@ -99,7 +99,7 @@ def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str
     """{"errors": {recipe: relative error}, "psnr": {recipe: dB}} of one case.
 
     Args:
-        pipeline: with an unquantised transformer, whose projections are not fused; it stays as it is.
+        pipeline: with an unquantized transformer, whose projections are not fused; it stays as it is.
         inputs: of one step; tokens: how many of the output's rows the pipeline reads.
         count: how many pictures to draw, in `steps` steps; of bf16 and of each recipe.
     """
@@ -159,7 +159,7 @@ def main():
     kwargs = call_kwargs(pipeline, recipe)
     inputs = capture_step(pipeline, kwargs)
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
-    spare_the_garbage_collector()  # or each look for what a recipe leaves takes 0.25 s
+    freeze_gc()  # or each look for what a recipe leaves takes 0.25 s
     record = {"model": recipe.ckpt, "random_weights": recipe.random_weights, "pictures": args.pictures, "rows": [],
               "gates": args.gates if args.gates is not None else RANDOM_GATES if recipe.random_weights else 1.0,
               "environment": environment(recipe.device)}
@@ -177,4 +177,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

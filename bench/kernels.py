@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import environment, watching_load
+from bench.environment import environment, monitor_gpu
 from utils import attention
 from utils.fp8_check import relative_error
 from utils.kernels import fused_kernels
@@ -169,7 +169,7 @@ def under_load(call, calls: int = 20) -> dict:
         return count
 
     replayed(0.5)
-    with watching_load("cuda") as load:
+    with monitor_gpu("cuda") as load:
         replayed(0.1)  # after nvidia-smi's start
         start = time.perf_counter()
         count = replayed(0.7)

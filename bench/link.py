@@ -10,9 +10,9 @@ import statistics
 import torch
 import torch.distributed as dist
 
-from utils.common import RecipeError, exit_with_reason
-from utils.context_parallel import _pass_on, exchange, is_first, join
-from utils.machine import launched
+from utils.common import RecipeError, run_cli
+from utils.context_parallel import _pass_on, all_to_all, init_distributed, is_main_process
+from utils.machine import world_size
 
 
 def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpus: int, batch: int = 1,
@@ -63,7 +63,7 @@ def measure() -> dict:
                           for size in (keys[0].numel() * 3 // gpus, keys[0].numel() // gpus, 16))
     sizes = {"qkv": qkv.numel() - qkv[0].numel(), "back": back.numel() - back[0].numel(), "nothing": 16 * (gpus - 1)}
     calls = {"nccl": {
-        "qkv": lambda: exchange(qkv), "back": lambda: exchange(back), "nothing": lambda: exchange(nothing),
+        "qkv": lambda: all_to_all(qkv), "back": lambda: all_to_all(back), "nothing": lambda: all_to_all(nothing),
         "ring": lambda: _pass_on(keys, torch.empty_like(keys)).wait()}}
     if boxes := mailboxes():
         attended = torch.randn(1, own * gpus, heads * head // gpus, dtype=torch.bfloat16, device="cuda")
@@ -102,13 +102,13 @@ def _replayed_ms(call, times: int = 100, replays: int = 11) -> float:
 
 
 def main() -> None:
-    if launched() == 1 or not torch.cuda.is_available():
+    if world_size() == 1 or not torch.cuda.is_available():
         raise RecipeError("this measures what moves between GPUs: torchrun --nproc_per_node=2 -m bench.link")
-    join(argparse.Namespace(device="cuda", quiet=True))
+    init_distributed(argparse.Namespace(device="cuda", quiet=True))
     found = measure()
-    if is_first():
+    if is_main_process():
         print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

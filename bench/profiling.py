@@ -7,7 +7,7 @@ import torch
 
 
 @contextmanager
-def in_regions(pipeline, region):
+def annotate(pipeline, region):
     """Within it, `pipeline` runs its stages inside `region(name)`; afterwards it is as it was.
 
     Args:
@@ -53,7 +53,7 @@ def in_regions(pipeline, region):
 class StageTimes:
     """Milliseconds of each stage, by GPU events where there is a GPU: they do not make the CPU wait.
 
-    `timer` is the `region` that `in_regions` wants; `milliseconds` is read once the GPU is done.
+    `timer` is the `region` that `annotate` wants; `milliseconds` is read once the GPU is done.
     """
 
     def __init__(self, device: str):

@@ -1,4 +1,4 @@
-"""How far an optimised transformer step is from float32, and pictures and latents from those of a reference."""
+"""How far an optimized transformer step is from float32, and pictures and latents from those of a reference."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def float32_step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
     """The transformer's output (B, S, C) in float32 arithmetic, from the very weights it has.
 
     One block at a time is widened to float32 and narrowed again, exactly, so that 12 B parameters need 24 GB and not
-    48. For a transformer as it was loaded: not quantised, not compiled. Timestep and guidance enter as the model
+    48. For a transformer as it was loaded: not quantized, not compiled. Timestep and guidance enter as the model
     rounds them (guidance 3.5 is 3504/1000 in bf16): that belongs to the model, it is no error of a technique.
     """
     def to_float32(module, args, kwargs):

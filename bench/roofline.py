@@ -30,7 +30,7 @@ def step_flops(config: dict, image_tokens: int, text_tokens: int, batch: int = 1
 
 
 @contextmanager
-def watching_tokens(transformer):
+def record_token_counts(transformer):
     """Yields a dictionary that holds, after a step, what it worked on: image_tokens, text_tokens, batch."""
     seen = {}
 

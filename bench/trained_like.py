@@ -117,7 +117,7 @@ def cases() -> list[tuple[str, dict[str, float]]]:
 @torch.no_grad()
 def reshape(transformer: FluxTransformer2DModel, mixture: dict[str, float], inputs: dict | None = None,
             seed: int = 1) -> None:
-    """Reshapes the weights in place. Call it before projections are fused and weights are quantised.
+    """Reshapes the weights in place. Call it before projections are fused and weights are quantized.
 
     Args:
         inputs: the arguments of one step, from `bench.quality.capture_step`. The families of neurons and of massive
@@ -125,12 +125,12 @@ def reshape(transformer: FluxTransformer2DModel, mixture: dict[str, float], inpu
         seed: of all random numbers. The CPU draws them, so that CPU and GPU agree.
 
     Raises:
-        RecipeError: as `parse`; also for weights that are fused or quantised, and for missing `inputs`.
+        RecipeError: as `parse`; also for weights that are fused or quantized, and for missing `inputs`.
     """
     _check(mixture)
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     if any(hasattr(block.attn, "to_qkv") or type(block.attn.to_q.weight.data) is not Tensor for block in blocks):
-        raise RecipeError("Weights that are fused or quantised cannot be reshaped: call reshape before optimize.")
+        raise RecipeError("Weights that are fused or quantized cannot be reshaped: call reshape before optimize.")
     if inputs is None and (measured := [name for name in mixture if name in MEASURED]):
         raise RecipeError(f"{' and '.join(measured)} need a step to measure: pass inputs=capture_step(pipeline, "
                           "kwargs), from bench.quality.")

@@ -7,7 +7,7 @@ import torchao.quantization.quant_api
 
 from utils import pipeline_utils, plan, random_weights, start
 from utils.benchmark_utils import create_parser
-from utils.common import exit_with_reason
+from utils.common import run_cli
 
 # Two OpenMP processes on two cores spin against each other: an image of 0.2 s can take 20.
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def float8_on_cpu(monkeypatch):
     monkeypatch.setattr(plan.Hardware, "has_float8", True)
 
 
-def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantisation", "fused kernels")):
+def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantization", "fused kernels")):
     """From now on `optimize` has these techniques on, as on a Hopper GPU; the kernels' references stand in for them."""
     def planned(*given):
         chosen = plan.make_plan(*given)
@@ -68,13 +68,13 @@ def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention
             chosen.decisions[name] = plan.Decision(True, "")
         if "attention" in names:
             chosen.attention_backend = "fa3"
-        if "quantisation" in names:
+        if "quantization" in names:
             chosen.quant = ("float8", "row")
         return chosen
 
     patch.setattr(pipeline_utils, "make_plan", planned)
     if "CUDA graphs" in names:
-        patch.setattr(pipeline_utils, "CUDAGraphed", lambda module, pool=None: module)
+        patch.setattr(pipeline_utils, "CUDAGraphModule", lambda module, pool=None: module)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
@@ -82,13 +82,13 @@ def exit_code_of(monkeypatch, script, *argv: str) -> int:
     """The exit code of gen_image or run_benchmark with these arguments, in this process."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *argv])
     try:
-        exit_with_reason(script.main)
+        run_cli(script.main)
     except SystemExit as end:
         return end.code
     return 0
 
 
-def pretend_launched(monkeypatch, processes: int, rank: int = 0) -> None:
+def pretend_world_size(monkeypatch, processes: int, rank: int = 0) -> None:
     """The variables that torchrun and accelerate launch set."""
     for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():

@@ -27,7 +27,7 @@ from conftest import pretend_hopper
 from utils import context_parallel
 from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
-from utils.common import exit_with_reason
+from utils.common import run_cli
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 
 
@@ -50,7 +50,7 @@ def draw(argv: list[str], fails_on: int | None = None, how: str = "") -> Drawn:
     args = create_parser(measure=True).parse_args(argv)
     check_args(args)
     if args.context_parallel and not torch.distributed.is_initialized():
-        context_parallel.join(args)
+        context_parallel.init_distributed(args)
     pipeline = load_pipeline(args)
     pipeline.vae.decoder.compile = lambda **_: None  # latents are all that counts here
     pipeline = optimize(pipeline, args)
@@ -94,14 +94,14 @@ def main() -> None:
         drawn = draw_case(**case)
         # Of the first process, for its own part if they did not share.
         out[name], out[name, "residuals"] = drawn.latents, drawn.residuals
-        if context_parallel.is_first():
+        if context_parallel.is_main_process():
             print(f"{name}: {drawn.context_parallel}", file=sys.stderr)
         gc.collect()
-    if context_parallel.is_first():
+    if context_parallel.is_main_process():
         torch.save(out, sys.argv[2])
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    exit_with_reason(main)
+    run_cli(main)

@@ -22,7 +22,7 @@ from utils.cache import dbcache
 from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.quantization import quantize_transformer
-from utils.text_encoding import settle_masks
+from utils.text_encoding import set_static_attention_mask
 
 O0 = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # half the time to compile the code around the kernels
 
@@ -282,7 +282,7 @@ def test_load_code_of_something_else_is_refused(cache, pipeline, tmp_path):
 def test_fields_of_other_inputs_switches_or_models_have_other_keys(build, pipeline, monkeypatch):
     monkeypatch.setattr(export, "machine", lambda device: {"cpu": ""})
     unit, batch = (export.Unit("linear", linears(pipeline), {"input": torch.randn(size, 4, 256)}) for size in (1, 2))
-    cases = [(pipeline, unit, {}), (pipeline, batch, {}), (pipeline, unit, {"quantisation": "int8"}),
+    cases = [(pipeline, unit, {}), (pipeline, batch, {}), (pipeline, unit, {"quantization": "int8"}),
              (build("tiny-flux-dev", layers="1+2"), unit, {})]
     keys = [store.key_of(export.fields_of(model, [unit], switches)) for model, unit, switches in cases * 2]
     assert len(set(keys)) == 4 and keys[:4] == keys[4:]
@@ -344,7 +344,7 @@ def test_packages_equal_eager_and_are_found_again(make_args, quick_compiler, tmp
 
     eager = copy.copy(args)
     eager.compile_export_mode = "compile"
-    with monkeypatch.context() as patch:  # quantised, cached, not compiled
+    with monkeypatch.context() as patch:  # quantized, cached, not compiled
         patch.setattr("utils.pipeline_utils.compile_pipeline", lambda *_: None)
         expected = draw(optimize(load_pipeline(eager), eager))
     bound = 1e-4 if args.disable_bf16 and args.disable_quant else 0.02
@@ -371,7 +371,7 @@ def test_packages_equal_eager_and_are_found_again(make_args, quick_compiler, tmp
 def test_packages_of_t5_equal_eager(build, quick_compiler, tmp_path):
     pipeline = build("tiny-flux")
     t5, ids = pipeline.text_encoder_2, torch.randint(0, 255, (2, 32))
-    settle_masks(t5)
+    set_static_attention_mask(t5)
     expected = t5(ids)[0]
     units = export.capture({"t5": list(t5.encoder.block)}, lambda: t5(ids))
     export.export(units, tmp_path, "k")
@@ -391,7 +391,7 @@ def assert_one_package_serves(modules, arguments, folder, bound):
 
 
 class Layer(torch.nn.Module):
-    """Named as a block's, so that it is quantised."""
+    """Named as a block's, so that it is quantized."""
 
     def __init__(self, size):
         super().__init__()

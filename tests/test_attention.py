@@ -112,9 +112,9 @@ def test_measured_scale_is_per_item_and_head_and_never_zero():
     for b in range(2):
         for h in range(4):
             assert scale[b, h] == max(x[b, :, h].abs().max() / 448, 1e-12 / 448)
-    quantised = quantize_per_head(x, scale)
-    assert quantised.dtype == torch.float8_e4m3fn and quantised.float().isfinite().all()
-    assert relative(quantised.float() * scale[:, None, :, None], x) < 0.04
+    quantized = quantize_per_head(x, scale)
+    assert quantized.dtype == torch.float8_e4m3fn and quantized.float().isfinite().all()
+    assert relative(quantized.float() * scale[:, None, :, None], x) < 0.04
 
 
 @pytest.mark.parametrize("descale", [True, False])
@@ -170,21 +170,21 @@ def fa3_tuple(q, k, v, q_descale=None, k_descale=None, v_descale=None, causal=Fa
     return fa3_tensor(q, k, v, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale), torch.zeros(2, 4, 10)
 
 
-@pytest.mark.parametrize("function, quantised", [(aiter_fp8, False), (aiter_fp8_v3, False), (fa3_tensor, True),
+@pytest.mark.parametrize("function, quantized", [(aiter_fp8, False), (aiter_fp8_v3, False), (fa3_tensor, True),
                                                  (fa3_tuple, True)], ids=lambda x: getattr(x, "__name__", ""))
-def test_register_library_calls_each_by_its_own_convention(monkeypatch, function, quantised):
+def test_register_library_calls_each_by_its_own_convention(monkeypatch, function, quantized):
     monkeypatch.setitem(attention._functions, "stand-in", None)
     attention.register_library("stand-in", function)
     q, k, v = (torch.randn(2, 10, 4, 16) for _ in range(3))
     reference = sdpa(q, k, v)
-    if quantised:
+    if quantized:
         scales = [measured_scale(x) for x in (q, k, v)]
         found = call_registered("stand-in", *(quantize_per_head(x, s) for x, s in zip((q, k, v), scales, strict=True)),
                                 *scales)
     else:
         found = call_registered("stand-in", q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert found.shape == (2, 10, 4, 16) and found.dtype == torch.bfloat16 and found.is_contiguous()
-    assert relative(found, reference) < (0.08 if quantised else 0.01)
+    assert relative(found, reference) < (0.08 if quantized else 0.01)
 
 
 def test_register_library_asks_for_the_log_sum_exp_where_it_is_an_option(monkeypatch):

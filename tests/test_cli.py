@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import exit_code_of, pretend_launched
+from conftest import exit_code_of, pretend_world_size
 
 import gen_image
 import run_benchmark
@@ -192,7 +192,7 @@ def test_check_args_offload_text_goes_with_flags_that_offload_model_excludes(mak
     if argv != ["--text_encoder_quant"]:
         with pytest.raises(RecipeError, match="--offload"):
             check_args(make_args("--device", "cuda", "--offload", "model", *argv))
-    pretend_launched(monkeypatch, 2)
+    pretend_world_size(monkeypatch, 2)
     with pytest.raises(RecipeError, match=r"--offload text.*--context_parallel"):
         check_args(make_args("--device", "cuda", "--offload", "text", "--context_parallel", "auto"))
 

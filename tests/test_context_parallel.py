@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import pretend_hopper, pretend_launched, relative
+from conftest import pretend_hopper, pretend_world_size, relative
 from shared_image import draw, draw_case
 
 from bench import link
@@ -36,7 +36,7 @@ from utils.reference_image import reference_tokens
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--quiet", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
 FLOAT32 = [*EAGER, "--disable_bf16"]
-FUSED = ["attention", "quantisation", "fused kernels"]
+FUSED = ["attention", "quantization", "fused kernels"]
 # The trained checkpoint has 3 heads, which two processes cannot divide; with random weights it has 4.
 SCHNELL = ["--ckpt", "tiny-flux", "--random_weights"]
 DEV = ["--ckpt", "tiny-flux-dev", "--random_weights"]
@@ -200,7 +200,7 @@ def test_two_threads_draw_the_picture_of_one(name, files, monkeypatch):
     case, _ = CASES[name]
     argv = [part for a in case["argv"] for part in ([a, "1+1"] if a == "--random_weights" else [files.get(a, a)])]
     with monkeypatch.context() as patch:
-        pretend_launched(patch, 2)
+        pretend_world_size(patch, 2)
         pretend_hopper(patch, case.get("as_on_hopper", ()))
         first, second = Threads(2, patch).run(draw, argv)
     assert torch.equal(first.latents, second.latents) and "2 processes" in first.context_parallel
@@ -304,13 +304,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("argv, processes, text", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_check_args_context_parallel_with_what_it_excludes_is_refused(make_args, monkeypatch, argv, processes, text):
-    pretend_launched(monkeypatch, processes)
+    pretend_world_size(monkeypatch, processes)
     with pytest.raises(RecipeError, match=f"(?s){text}"):
         check_args(make_args("--context_parallel", "auto", *argv))
 
 
 def test_check_args_several_processes_without_work_to_share_are_refused(make_args, monkeypatch):
-    pretend_launched(monkeypatch, 2)
+    pretend_world_size(monkeypatch, 2)
     with pytest.raises(RecipeError, match=r"\b2 .*--prompts-file.*--context_parallel auto"):
         check_args(make_args())
     check_args(make_args("--context_parallel", "auto"))
@@ -331,18 +331,18 @@ def test_check_args_several_processes_without_work_to_share_are_refused(make_arg
 def test_load_pipeline_indivisible_tokens_or_heads_are_refused(make_args, monkeypatch, files, argv, processes, text):
     for module, name in ((random_weights, "build"), (pipeline_utils.DiffusionPipeline, "from_pretrained")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were loaded first"))
-    pretend_launched(monkeypatch, processes)
+    pretend_world_size(monkeypatch, processes)
     with pytest.raises(RecipeError, match=f"(?s){text}"):
         load_pipeline(make_args(*[files.get(a, a) for a in argv]))
 
 
 def test_join_more_processes_than_gpus_is_refused(make_args, monkeypatch):
-    pretend_launched(monkeypatch, 4, rank=2)
+    pretend_world_size(monkeypatch, 4, rank=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = make_args("--context_parallel", "auto")
     args.device = "cuda"
     with pytest.raises(RecipeError, match=r"\b4 .*\b2 "):
-        context_parallel.join(args)
+        context_parallel.init_distributed(args)
 
 
 @pytest.mark.parametrize("size", [(60, 90), (1024, 1024), (1000, 700)])
@@ -366,7 +366,7 @@ def alone():
 def test_ops_on_one_process_keep_their_contracts(alone):
     x = torch.randn(1, 2, 8, 3, 4, 16)
     q, k, v = x[0].unbind(2)
-    for op, args in ((context_parallel.exchange, (x,)), (context_parallel.largest_of_all, (x,)),
+    for op, args in ((context_parallel.all_to_all, (x,)), (context_parallel.all_reduce_max, (x,)),
                      (context_parallel.ring, (q, torch.stack([k, v]), None, None, None, "sdpa"))):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     expected = torch.nn.functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v)))
@@ -399,7 +399,7 @@ class Exchanges:
 @pytest.mark.parametrize("as_on_hopper, sizes", [(FUSED, (1, 1)), (["attention"], (1, 2)), ([], (4, 4))])
 @torch.no_grad()
 def test_bytes_sent_are_those_that_a_step_sends(make_args, monkeypatch, kind, gpus, as_on_hopper, sizes):
-    pretend_launched(monkeypatch, gpus)
+    pretend_world_size(monkeypatch, gpus)
     seen = Exchanges(gpus, monkeypatch)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)  # a number a head
@@ -427,7 +427,7 @@ def test_end_when_stuck_each_step_starts_the_timeout_anew(monkeypatch):
     """A real timeout, in a process of its own, is in `test_dead_process_ends_all_others`."""
     armed, transformer = [], torch.nn.Identity()
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append((seconds, exit)))
-    context_parallel.end_when_stuck(transformer)
+    context_parallel.start_watchdog(transformer)
     assert not armed
     for _ in range(2):
         transformer(torch.zeros(1))

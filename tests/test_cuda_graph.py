@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.cuda_graph import CUDAGraphed, recording_is_an_error, signature
+from utils.cuda_graph import CUDAGraphModule, recording_is_an_error, signature
 
 X = torch.randn(2, 3)
 
@@ -43,7 +43,7 @@ def test_signature_unhashable_argument_is_refused():
 def test_cuda_graphed_attributes_are_the_modules():
     module = torch.nn.Linear(4, 3)
     module.config = {"a": 1}
-    wrapped = CUDAGraphed(module)
+    wrapped = CUDAGraphModule(module)
     assert wrapped.config == {"a": 1} and wrapped.weight is module.weight and wrapped.in_features == 4
     assert wrapped.device == module.weight.device and wrapped.dtype == torch.float32
     assert list(wrapped.modules()) == [wrapped]
@@ -52,11 +52,11 @@ def test_cuda_graphed_attributes_are_the_modules():
 
 
 def test_cuda_graphed_module_of_buffers_alone_has_their_dtype():
-    assert CUDAGraphed(torch.nn.BatchNorm1d(3, affine=False)).dtype == torch.float32
+    assert CUDAGraphModule(torch.nn.BatchNorm1d(3, affine=False)).dtype == torch.float32
 
 
 def test_recording_is_an_error_unknown_input_names_the_module():
-    wrapped = CUDAGraphed(torch.nn.Linear(4, 3))
+    wrapped = CUDAGraphModule(torch.nn.Linear(4, 3))
     with recording_is_an_error(), pytest.raises(RuntimeError, match="Linear"):
         wrapped(torch.zeros(2, 4))
-    assert CUDAGraphed.may_record
+    assert CUDAGraphModule.may_record

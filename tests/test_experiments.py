@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import pretend_launched
+from conftest import pretend_world_size
 
 import experiments
 from bench.report import records, tables
@@ -27,7 +27,7 @@ def test_commands_of_every_row_pass_the_checks_and_differ(tmp_path, monkeypatch)
                  line[line.index("run_benchmark.py") + 1:])
         processes = line[line.index("--nproc_per_node") + 1] if "torch.distributed.run" in line else "1"
         assert processes == (row.split("_")[1] if row.startswith("gpus_") else "1")
-        pretend_launched(monkeypatch, processes)
+        pretend_world_size(monkeypatch, processes)
         args = create_parser(measure=True).parse_args(["--device", "cuda", *flags])
         check_args(args)
         seen.add((len(before), processes, str(sorted(vars(args).items(), key=str))))

@@ -24,7 +24,7 @@ H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
 RTX4090 = Hardware("cuda", (8, 9), False, "NVIDIA GeForce RTX 4090", 23 * GIB)
 A100 = Hardware("cuda", (8, 0), False, "NVIDIA A100", 79 * GIB)
 MI300 = Hardware("cuda", (9, 4), True, "AMD Instinct MI300X", 190 * GIB)
-LOSSY = ("attention", "quantisation", "fused kernels", "text encoder quant", "step cache")
+LOSSY = ("attention", "quantization", "fused kernels", "text encoder quant", "step cache")
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def decide(monkeypatch):
 
 
 @pytest.mark.parametrize("row, lossy", [
-    ("reference", []), ("compile", []), ("fp8_attention", ["attention"]), ("float8_row", ["quantisation"]),
-    ("float8_tensor", ["quantisation"]),
-    ("int8", ["quantisation"]), ("text_encoder_quant", ["text encoder quant"]),
-    ("fused", ["attention", "quantisation", "fused kernels"]),
-    ("default", ["attention", "quantisation", "fused kernels"]),
-    ("default_balanced", ["attention", "quantisation", "fused kernels", "step cache"]),
-    ("default_fast", ["attention", "quantisation", "fused kernels", "step cache"]),
-    ("default_taylorseer", ["attention", "quantisation", "fused kernels", "step cache"]),
+    ("reference", []), ("compile", []), ("fp8_attention", ["attention"]), ("float8_row", ["quantization"]),
+    ("float8_tensor", ["quantization"]),
+    ("int8", ["quantization"]), ("text_encoder_quant", ["text encoder quant"]),
+    ("fused", ["attention", "quantization", "fused kernels"]),
+    ("default", ["attention", "quantization", "fused kernels"]),
+    ("default_balanced", ["attention", "quantization", "fused kernels", "step cache"]),
+    ("default_fast", ["attention", "quantization", "fused kernels", "step cache"]),
+    ("default_taylorseer", ["attention", "quantization", "fused kernels", "step cache"]),
 ])
 def test_row_on_an_h100_has_its_lossy_switches_alone(decide, row, lossy):
     assert [name for name in LOSSY if decide(row, H100).is_on(name)] == lossy
@@ -411,7 +411,7 @@ def test_program_draws_a_deleted_picture_again_and_no_other(tmp_path):
     assert first["rows"]["reference"]["identical"] == 1 and len(before) == 4
     row = first["rows"]["text_encoder_quant"]
     assert 20 < row["psnr_min"] <= row["psnr_mean"] < 100 and 0.7 < row["ssim"] < 1 and row["seconds_per_image"] > 0
-    assert "text encoder quant" in row["techniques"] and "quantisation" not in row["techniques"]
+    assert "text encoder quant" in row["techniques"] and "quantization" not in row["techniques"]
 
     deleted = Path("out/text_encoder_quant/image_001_43.png")
     (tmp_path / deleted).unlink()

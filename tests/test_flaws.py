@@ -24,7 +24,7 @@ EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "dis
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """A script's exit code, with `damage` done to its pipeline once it is optimised."""
+    """A script's exit code, with `damage` done to its pipeline once it is optimized."""
     def call(script, damage, *argv):
         optimize = script.optimize
 
@@ -145,7 +145,7 @@ def test_flaw_of_a_picture_of_one_colour_is_found(channels, is_flawed):
 def test_non_finite_weights_are_named_with_the_cure(build):
     pipeline = build()
     assert non_finite_weights(pipeline) == []
-    pipeline.techniques = {"bf16": Decision(True, ""), "quantisation": Decision(False, "")}
+    pipeline.techniques = {"bf16": Decision(True, ""), "quantization": Decision(False, "")}
     assert "--disable_bf16" in how_to_mend(pipeline) and "--disable_quant" not in how_to_mend(pipeline)
     proj = pipeline.transformer.proj_out
     bad = torch.full_like(proj.weight, 0.5)

@@ -18,8 +18,14 @@ from utils.cache import dbcache
 from utils.cuda_graph import signature
 from utils.fp8_check import relative_error
 from utils.kernels import fused_blocks, fused_kernels
-from utils.kernels.fused_blocks import FusedDoubleBlock, FusedSingleBlock, drop_unread, fuse_blocks, leave_sums
-from utils.kernels.modulation import Float8Linear, Modulations, follow_schedule
+from utils.kernels.fused_blocks import (
+    FusedDoubleBlock,
+    FusedSingleBlock,
+    defer_residuals,
+    fuse_blocks,
+    prune_unused_tokens,
+)
+from utils.kernels.modulation import Float8Linear, Modulations, attach_modulation_hook
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quantization import quantize_transformer
 
@@ -56,7 +62,7 @@ def load(make_args, picture):
 def fuse(pipeline):
     fuse_projections(pipeline.transformer)
     count = fuse_blocks(pipeline.transformer, CPU)
-    follow_schedule(pipeline)
+    attach_modulation_hook(pipeline)
     return count
 
 
@@ -112,7 +118,7 @@ def test_optimize_on_hopper_fuses_the_blocks(load, monkeypatch):
     assert all(type(block) is FusedDoubleBlock for block in pipeline.transformer.transformer_blocks)
     latents += [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
     assert 0.001 < relative(latents[1], latents[0]) < 0.2 and torch.equal(*latents[1:])
-    assert pipeline.techniques["quantisation"].on
+    assert pipeline.techniques["quantization"].on
 
 
 @torch.no_grad()
@@ -122,7 +128,7 @@ def test_leave_sums_to_the_next_block_keeps_the_output(load):
     fuse(pipeline)
     inputs = capture_step(pipeline, call_kwargs(pipeline, args))
     expected = pipeline.transformer(**inputs)[0]
-    leave_sums(pipeline.transformer)
+    defer_residuals(pipeline.transformer)
     left = []
     for block in [*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks]:
         block.register_forward_hook(lambda module, given, found: left.append(isinstance(found[0], tuple)))
@@ -140,7 +146,7 @@ def test_drop_unread_keeps_every_picture(load, argv):
     it makes all."""
     pipeline, args = load(*argv, "--num_inference_steps", "2")
     fuse(pipeline)
-    leave_sums(pipeline.transformer)
+    defer_residuals(pipeline.transformer)
     inputs = capture_step(pipeline, call_kwargs(pipeline, args))
     sizes = [{}, {"height": 80, "width": 48, **({"max_area": 80 * 48} if "tiny-kontext" in argv else {})}]
 
@@ -151,7 +157,7 @@ def test_drop_unread_keeps_every_picture(load, argv):
     made = []
     pipeline.transformer.single_transformer_blocks[-1].register_forward_hook(
         lambda module, given, found: made.append([x.shape[1] for x in found]))
-    drop_unread(pipeline)
+    prune_unused_tokens(pipeline)
     for size, picture in zip(sizes, expected, strict=True):
         assert relative(latents(size), picture) < 1e-3
         assert made == [[0, picture.shape[1]]] * (4 if GUIDED[0] in argv else 2)
@@ -166,7 +172,7 @@ def test_signature_tells_the_sizes_of_picture_and_reference_apart(load):
     """64 tokens of a picture before 16 of a reference are as many as 16 before 64: not the same CUDA graph."""
     pipeline, _ = load(*CASES["kontext"])
     fuse(pipeline)
-    drop_unread(pipeline)
+    prune_unused_tokens(pipeline)
     seen = []
     pipeline.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(signature(args, kwargs)),
                                                    with_kwargs=True)
@@ -186,8 +192,8 @@ def test_capture_of_fused_blocks_exports_each_of_their_graphs(load, cached, grap
     pipeline, args = load("--ckpt", "tiny-flux", "--num_inference_steps", "1")
     fuse_projections(pipeline.transformer)
     fuse_blocks(pipeline.transformer, CPU)
-    leave_sums(pipeline.transformer, *cached)
-    with follow_schedule(pipeline), torch.no_grad():
+    defer_residuals(pipeline.transformer, *cached)
+    with attach_modulation_hook(pipeline), torch.no_grad():
         units = export.capture(export.packaged(pipeline, True, False, False, False),
                              lambda: pipeline(**call_kwargs(pipeline, args)))
         assert [unit.name for unit in units] == graphs
@@ -348,7 +354,7 @@ def test_step_cache_on_fused_blocks_skips_them(load):
     options = dbcache.CacheOptions(Fn_compute_blocks=2, Bn_compute_blocks=0, max_warmup_steps=2,
                                       residual_diff_threshold=100.0)
     dbcache.enable(pipeline, options, separate_cfg=False)
-    follow_schedule(pipeline)
+    attach_modulation_hook(pipeline)
     pipeline(**call_kwargs(pipeline, args), output_type="latent")
     cached = dbcache.cached_steps(pipeline)
     assert cached and calls[0] == 8 and calls[-1] == 8 - len(cached)

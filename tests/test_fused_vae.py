@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from utils import random_weights
 from utils.kernels import fused_vae
-from utils.kernels.fused_vae import fuse_vae, group_norm, group_norm_reference, transposed
+from utils.kernels.fused_vae import fuse_upsample_conv, fuse_vae, group_norm, group_norm_reference
 from utils.pipeline_utils import fuse_projections
 
 DEVICES = (["interpreter"] if INTERPRETED else []) + [pytest.param("cuda", marks=[
@@ -57,7 +57,7 @@ def test_transposed_convolution_equals_upsampling_and_convolution(height, width,
     x = torch.randn(2, 6, height, width, dtype=dtype)
     large = torch.nn.functional.interpolate(x.double(), scale_factor=2.0, mode="nearest")
     expected = torch.nn.functional.conv2d(large, convolution.weight.double(), convolution.bias.double(), padding=1)
-    one = transposed(convolution)
+    one = fuse_upsample_conv(convolution)
     assert one.weight.dtype == dtype and one.weight.is_contiguous(memory_format=torch.channels_last)
     assert relative(one(x), expected) < bound
 

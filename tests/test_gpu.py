@@ -19,7 +19,7 @@ from utils.benchmark_utils import create_parser
 from utils.cache import dbcache
 from utils.checkpoint import read_configs
 from utils.common import RecipeError
-from utils.cuda_graph import CUDAGraphed, recording_is_an_error
+from utils.cuda_graph import CUDAGraphModule, recording_is_an_error
 from utils.fp8_check import relative_error
 from utils.images import GPUImageProcessor
 from utils.pipeline_utils import call_kwargs, load_checkpoint, load_pipeline, optimize
@@ -134,7 +134,7 @@ class Sum(torch.nn.Module):
 @torch.no_grad()
 def test_cuda_graphs_of_every_kind_of_input_equal_the_module():
     module = Sum()
-    graphed = CUDAGraphed(module, pool=torch.cuda.graph_pool_handle())
+    graphed = CUDAGraphModule(module, pool=torch.cuda.graph_pool_handle())
 
     def inputs():
         for shape in ((2, 4), (3, 4), (1, 5, 4)):
@@ -158,7 +158,7 @@ def test_cuda_graphs_of_every_kind_of_input_equal_the_module():
 @torch.no_grad()
 def test_cuda_graphs_beyond_the_cap_drop_the_oldest_with_a_note(capfd):
     module = Sum()
-    graphed = CUDAGraphed(module, max_graphs=2)
+    graphed = CUDAGraphModule(module, max_graphs=2)
     for size in (1, 2, 3, 1):
         x = torch.randn(size, 4, device="cuda")
         assert torch.equal(graphed(x)["sum"], module(x)["sum"])
@@ -302,7 +302,7 @@ def test_cuda_graphs_in_one_pool_do_not_overwrite_each_other():
     pool = torch.cuda.graph_pool_handle()
     modules = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).cuda()
                for _ in range(3)]
-    graphed = [CUDAGraphed(module, pool) for module in modules]
+    graphed = [CUDAGraphModule(module, pool) for module in modules]
     for order in ((0, 1, 2), (0, 2), (2, 1, 0, 1), (0, 1, 2)):
         x, kept = torch.randn(128, 64, device="cuda"), []
         for i in order:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import environment
-from bench.environment import medians, watching_load
+from bench.environment import medians, monitor_gpu
 
 
 def test_medians_of_lines_that_are_no_samples_are_without_them():
@@ -34,7 +34,7 @@ def smi(tmp_path, monkeypatch):
 def test_watching_load_of_a_short_block_waits_for_a_sample(smi):
     """However short it is: nvidia-smi is waited for, and what it says of the GPU before is left out."""
     asked = smi("sleep 0.5; echo 345, 70; while true; do sleep 0.02; echo 1400, 690.5; done")
-    with watching_load("cuda") as found:
+    with monitor_gpu("cuda") as found:
         assert found == {}
         time.sleep(0.2)
     assert found.pop("samples") >= 1 and found == {"sm_clock_mhz": 1400, "power_w": 690.5}
@@ -45,17 +45,17 @@ def test_watching_load_of_a_failing_block_ends_nvidia_smi(smi, monkeypatch):
     monkeypatch.setattr(environment, "START_S", 0.1)
     smi("exec sleep 1000")
     start = time.monotonic()
-    with pytest.raises(ZeroDivisionError), watching_load("cuda"):
+    with pytest.raises(ZeroDivisionError), monitor_gpu("cuda"):
         raise ZeroDivisionError
     assert time.monotonic() - start < 100
 
 
 def test_watching_load_without_an_answer_stays_empty(smi, monkeypatch):
     smi("echo 'Field is not a valid field to query.'; exit 2")
-    with watching_load("cuda") as found, watching_load("cpu") as none:
+    with monitor_gpu("cuda") as found, monitor_gpu("cpu") as none:
         pass
     assert found == none == {}
     monkeypatch.setenv("PATH", "")
-    with watching_load("cuda") as found:
+    with monitor_gpu("cuda") as found:
         pass
     assert found == {}

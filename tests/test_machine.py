@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import pretend_launched
+from conftest import pretend_world_size
 from torch._inductor import codecache, exc
 
 from utils import machine, many_prompts, memory, pipeline_utils, plan, random_weights, start
 from utils.benchmark_utils import check_args
 from utils.common import RecipeError
-from utils.machine import available_memory, kernel_cache, launched, use_kernel_cache
+from utils.machine import available_memory, kernel_cache, use_kernel_cache, world_size
 from utils.memory import check_cpu_memory
 from utils.pipeline_utils import load_pipeline
 from utils.plan import Hardware, make_plan
@@ -273,13 +273,13 @@ def test_private_folder_whose_name_is_taken_is_a_new_one(tmp_path, monkeypatch, 
 def test_launched_without_a_launcher_of_several_is_one(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launched() == 1
+    assert world_size() == 1
 
 
 def test_launched_by_torchrun_is_its_number_of_processes(monkeypatch):
-    pretend_launched(monkeypatch, 4, rank=3)
+    pretend_world_size(monkeypatch, 4, rank=3)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # `srun torchrun` on two hosts
-    assert launched() == 4
+    assert world_size() == 4
 
 
 @pytest.mark.parametrize("name, value", [
@@ -287,7 +287,7 @@ def test_launched_by_torchrun_is_its_number_of_processes(monkeypatch):
     ("RANK", "x"), ("LOCAL_RANK", "7"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "http"), ("MASTER_PORT", "70000"),
     ("RANK", ""), ("LOCAL_RANK", ""), ("MASTER_ADDR", ""), ("MASTER_PORT", "")])
 def test_check_args_impossible_variables_of_a_launcher_are_refused(make_args, monkeypatch, name, value):
-    pretend_launched(monkeypatch, 2)
+    pretend_world_size(monkeypatch, 2)
     monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=name):
         check_args(make_args())
@@ -319,7 +319,7 @@ def test_join_processes_of_one_process_ignores_other_launchers(make_args, monkey
 
 
 def test_join_processes_more_than_gpus_are_refused(make_args, monkeypatch):
-    pretend_launched(monkeypatch, 4, rank=2)
+    pretend_world_size(monkeypatch, 4, rank=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = make_args("--prompts-file", "README.md")
     args.device = "cuda"
@@ -423,7 +423,7 @@ def test_gen_image_help_without_a_home_and_output_without_a_reader_end_quietly(t
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"TMPDIR": str(tmp_path)}
     help_ = ("import pwd, runpy, sys; pwd.getpwuid = {}.__getitem__; sys.argv = ['gen_image.py', '--help'];"
              "runpy.run_path('gen_image.py', run_name='__main__')")
-    result = "from utils.benchmark_utils import exit_with_reason; exit_with_reason(lambda: print('x'))"
+    result = "from utils.benchmark_utils import run_cli; run_cli(lambda: print('x'))"
 
     def run(code, stdout):
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True,

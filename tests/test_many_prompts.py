@@ -236,7 +236,7 @@ def test_gen_image_launched_twice_shares_missing_images_and_manifest(folder, one
         "    open(f'by_{os.environ[\"RANK\"]}', 'a').write(f'{len(images)} ')\n"
         "    return write(images, *rest)\n"
         "many_prompts.write_images = noted\n"
-        "gen_image.exit_with_reason(gen_image.main)\n")
+        "gen_image.run_cli(gen_image.main)\n")
     done = launch("launched.py", "--ckpt", "tiny-flux", "--prompts-file", "prompts.txt", *EAGER, "--output-file",
                   "two/x.png", "--batch_size", "2")
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from utils.common import RecipeError
 from utils.images import read_parameters, save_image
 from utils.many_prompts import image_paths
 from utils.output_checks import check_output, check_outputs
-from utils.outputs import append_line, as_path, free_name, is_record, replacing, write_json, write_or_rescue
+from utils.outputs import append_line, as_path, atomic_write, free_name, is_record, write_json, write_or_rescue
 from utils.prompts_file import Prompt
 
 EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "1",
@@ -283,11 +283,11 @@ def test_check_output_foreign_record_is_refused(folder):
 def test_replacing_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 

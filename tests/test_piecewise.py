@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from utils import pipeline_utils
 from utils.cache import dbcache
 from utils.cache.dbcache import CacheOptions, forced, preset
-from utils.cache.piecewise import Segmented
-from utils.cuda_graph import InPlaceOf, signature
+from utils.cache.piecewise import PiecewiseTransformer
+from utils.cuda_graph import ModuleProxy, signature
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.plan import Decision
 
@@ -31,7 +31,7 @@ DYNAMIC = {
 }
 
 
-class Buffered(InPlaceOf):
+class Buffered(ModuleProxy):
     """`module` on copies of its inputs, as in a replay; counts its calls by kind of input."""
 
     def __init__(self, module):
@@ -83,8 +83,8 @@ def both_ways(load, options, *argv, prepare=lambda pipeline: None, ways=(None, B
         prepare(pipeline)
         dbcache.enable(pipeline, options, args.true_cfg_scale > 1, wrap)
         if hasattr(pipeline.transformer.time_text_embed, "prepare"):
-            from utils.kernels.modulation import follow_schedule
-            follow_schedule(pipeline)
+            from utils.kernels.modulation import attach_modulation_hook
+            attach_modulation_hook(pipeline)
         found.append(image(pipeline, args))
     assert all(same(one, found[0]) for one in found)
     return found[0], pipeline, args
@@ -153,7 +153,7 @@ def test_segmented_step_waits_only_to_compare_residuals(load, policy):
         ("F1B0, TaylorSeer", True, ["--num_images_per_prompt", "2", *TWO_CALLS])))])
 def test_fused_blocks_leave_their_sums_within_a_segment_alone(load, name, static, argv):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from utils.kernels.fused_blocks import fuse_blocks, leave_sums
+    from utils.kernels.fused_blocks import defer_residuals, fuse_blocks
 
     options = forced(DYNAMIC[name], STEPS) if static else DYNAMIC[name]
     first, last = options.Fn_compute_blocks, options.Bn_compute_blocks
@@ -164,8 +164,8 @@ def test_fused_blocks_leave_their_sums_within_a_segment_alone(load, name, static
         fuse_projections(transformer)
         fuse_blocks(transformer, torch.device("cpu"))
         if left:
-            leave_sums(transformer, first, last)
-        left.append([block.leaves_sum for block in [*transformer.transformer_blocks,
+            defer_residuals(transformer, first, last)
+        left.append([block.defers_residual for block in [*transformer.transformer_blocks,
                                                     *transformer.single_transformer_blocks]])
 
     (_, cached, _), pipeline, _ = both_ways(load, options, *SMALL, *argv, prepare=fuse, ways=(None, None, Buffered))
@@ -183,19 +183,19 @@ def test_fused_blocks_leave_their_sums_within_a_segment_alone(load, name, static
 def test_drop_unread_under_a_cache_leaves_the_picture(load, name, argv):
     """The last block makes the picture's tokens alone; the same steps are cached and the picture stays as it is."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from utils.kernels.fused_blocks import drop_unread, fuse_blocks, leave_sums
-    from utils.kernels.modulation import follow_schedule
+    from utils.kernels.fused_blocks import defer_residuals, fuse_blocks, prune_unused_tokens
+    from utils.kernels.modulation import attach_modulation_hook
 
     options, found, made = DYNAMIC[name], [], []
     for drop in (False, True):
         pipeline, args = load(*argv)
         fuse_projections(pipeline.transformer)
         fuse_blocks(pipeline.transformer, torch.device("cpu"))
-        leave_sums(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks)
+        defer_residuals(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks)
         dbcache.enable(pipeline, options, args.true_cfg_scale > 1, Buffered)
-        follow_schedule(pipeline)
+        attach_modulation_hook(pipeline)
         if drop:
-            drop_unread(pipeline)
+            prune_unused_tokens(pipeline)
             pipeline.transformer.single_transformer_blocks[-1].register_forward_hook(
                 lambda module, given, found: made.append([x.shape[1] for x in found]))
         found.append(image(pipeline, args))
@@ -240,7 +240,7 @@ def test_segmented_attributes_are_the_transformers(load):
     transformer = pipeline.transformer
     dbcache.enable(pipeline, DYNAMIC["F2B2"], False, Buffered)
     segmented = pipeline.transformer
-    assert type(segmented) is Segmented and segmented.config is transformer.config
+    assert type(segmented) is PiecewiseTransformer and segmented.config is transformer.config
     assert segmented.dtype == transformer.dtype and segmented.device == transformer.device
     assert transformer not in segmented.modules() and transformer.x_embedder not in segmented.modules()
     assert [len(segment.blocks.module.blocks) for segment in segmented.segments] == [2, 4, 2]
@@ -255,7 +255,7 @@ def test_optimize_with_cuda_graphs_segments_the_transformer(load, monkeypatch, f
     if fused:
         pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     make_plan, found = pipeline_utils.make_plan, []
-    monkeypatch.setattr(pipeline_utils, "CUDAGraphed", lambda module, pool: Buffered(module))
+    monkeypatch.setattr(pipeline_utils, "CUDAGraphModule", lambda module, pool: Buffered(module))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def on_a_gpu(args, *rest):
@@ -263,7 +263,7 @@ def test_optimize_with_cuda_graphs_segments_the_transformer(load, monkeypatch, f
         chosen.decisions["CUDA graphs"] = Decision(not args.disable_cudagraphs, "")
         if fused:
             chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
-            for name in ("attention", "quantisation", "fused kernels"):
+            for name in ("attention", "quantization", "fused kernels"):
                 chosen.decisions[name] = Decision(True, "")
         return chosen
 
@@ -271,7 +271,7 @@ def test_optimize_with_cuda_graphs_segments_the_transformer(load, monkeypatch, f
     for more in ([], ["--disable_cudagraphs"]):
         pipeline, args = load(*SMALL, "--compile_export_mode", "disabled", "--step_cache", "extreme", *more)
         pipeline = pipeline_utils.optimize(pipeline, args)
-        assert isinstance(pipeline.transformer, Segmented) == (not more)
+        assert isinstance(pipeline.transformer, PiecewiseTransformer) == (not more)
         assert isinstance(pipeline.text_encoder, Buffered) == (not more)
         found.append(image(pipeline, args))
         assert found[-1][1]

@@ -343,7 +343,7 @@ def plain(make_args):
 
 
 def test_load_pipeline_puts_a_lora_into_the_weights(plain, make_args, tmp_path):
-    """On a fused or quantised model a LoRA silently does nothing."""
+    """On a fused or quantized model a LoRA silently does nothing."""
     torch.manual_seed(3)
     updates, without = make_lora(plain(), tmp_path), plain()
     base = without.transformer.state_dict()
@@ -375,7 +375,7 @@ def test_load_pipeline_puts_a_text_encoders_lora_into_the_weights(plain, make_ar
 
 def test_optimize_uncompiled_fuses_projections_and_leaves_int8_off(build, args_for):
     pipeline = optimize(build("tiny-flux", torch.bfloat16), args_for("tiny-flux", "--compile_export_mode", "disabled"))
-    assert not pipeline.techniques["compile"].on and not pipeline.techniques["quantisation"].on
+    assert not pipeline.techniques["compile"].on and not pipeline.techniques["quantization"].on
     assert pipeline.techniques["fused projections"].on and pipeline.transformer.transformer_blocks[0].attn.to_qkv
 
 

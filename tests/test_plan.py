@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pretend_launched
+from conftest import pretend_world_size
 
 from utils import attention, machine, plan
 from utils.benchmark_utils import create_parser
 from utils.common import RecipeError
-from utils.memory import GIB, bf16_modulations_fit, weight_counts, where_to_build
+from utils.memory import GIB, bf16_modulations_fit, choose_load_device, weight_counts
 from utils.plan import Hardware, make_plan
 from utils.random_weights import architecture
 
@@ -54,7 +54,7 @@ def decide(hardware, *argv, configs=SCHNELL):
 
 def build_on(hardware, *argv):
     args = arguments(hardware, *argv)
-    return where_to_build(args, SCHNELL, hardware, make_plan(args, SCHNELL, hardware))
+    return choose_load_device(args, SCHNELL, hardware, make_plan(args, SCHNELL, hardware))
 
 
 # --- the lines as `optimize` prints them, the one place that pins their wording ---
@@ -95,7 +95,7 @@ def printed() -> str:
 
 def test_plan_lines_are_the_golden_ones(monkeypatch):
     """After a change of wording: RENEW_GOLDEN=1 python -m pytest -n 0 tests/test_techniques.py -k golden"""
-    pretend_launched(monkeypatch, 2)
+    pretend_world_size(monkeypatch, 2)
     if os.environ.get("RENEW_GOLDEN"):
         GOLDEN.write_text(printed())
     assert printed() == GOLDEN.read_text()
@@ -149,7 +149,7 @@ def test_plan_with_a_flag_against_the_fused_vae_names_it(flag):
 
 def test_plan_disable_quant_quantises_nothing():
     chosen = decide(H100, "--disable_quant")
-    assert chosen.quant is None and not chosen.is_on("quantisation")
+    assert chosen.quant is None and not chosen.is_on("quantization")
 
 
 def test_plan_without_bf16_units_is_in_float32():
@@ -286,7 +286,7 @@ def test_bf16_modulations_fit_where_3_gib_more_are_free(argv):
 
     def in_float8(card):
         try:
-            return bool(where_to_build(args, SCHNELL, card, chosen))
+            return bool(choose_load_device(args, SCHNELL, card, chosen))
         except RecipeError:
             return False
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from bench.profiling import StageTimes, in_regions
+from bench.profiling import StageTimes, annotate
 from bench.quality import (
     broken_share,
     capture_step,
@@ -64,7 +64,7 @@ def test_in_regions_enters_the_seeds_regions_and_leaves_no_trace(build, make_arg
 
     parts = (pipeline, pipeline.vae, pipeline.image_processor)
     before = [dict(part.__dict__) for part in parts]
-    with in_regions(pipeline, region):
+    with annotate(pipeline, region):
         annotated = pipeline(**kwargs).images[0]
     assert entered == ["prompt_encoding", *["denoising_step"] * 3, "decoding", "postprocessing", "pil_conversion"]
     assert set(entered) == set(SEED_REGIONS)
@@ -78,7 +78,7 @@ def test_in_regions_enters_the_seeds_regions_and_leaves_no_trace(build, make_arg
 def test_stage_times_count_every_span(build, make_args):
     pipeline = build("tiny-flux")
     times = StageTimes("cpu")
-    with in_regions(pipeline, times.timer):
+    with annotate(pipeline, times.timer):
         pipeline(**call_kwargs(pipeline, make_args()))
     found = times.milliseconds()
     assert len(found["denoising_step"]) == 4 and len(found["decoding"]) == 1

@@ -1,4 +1,4 @@
-"""Quantised Linears: which ones, how close, and what float8 makes of zeros."""
+"""Quantized Linears: which ones, how close, and what float8 makes of zeros."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ def speed(seconds: float, error: float) -> dict:
         "model": "black-forest-labs/FLUX.1-schnell", "random_weights": "full", "cached_steps": None,
         "settings": {"height": 1024, "width": 1024, "num_inference_steps": 4, "max_sequence_length": 256,
                      "num_images_per_prompt": 1},
-        "techniques": {"bf16": on, "quantisation": on | {"on": False}, "attention": on},
+        "techniques": {"bf16": on, "quantization": on | {"on": False}, "attention": on},
         "seconds": {"median": seconds, "min": seconds - 0.01, "max": seconds + 0.01},
         "stages_ms": {"prompt_encoding": 10.0, "denoising_step": 200 * seconds, "decoding": 40.0},
         "step_relative_error": error, "cold_start_s": {}, "peak_memory": {"image": {"reserved_gib": 26.6}},

@@ -32,6 +32,6 @@ def test_scripts_import_neither_each_other_nor_private_names(script):
 
 @pytest.mark.parametrize("flag", ["--disable_fa3", "--disable_quant", "--text_encoder_quant", "--step_cache"])
 def test_lossy_techniques_are_called_lossy(flag):
-    """flux-fast called all but quantisation lossless, its unscaled fp8 attention included."""
+    """flux-fast called all but quantization lossless, its unscaled fp8 attention included."""
     rows = [line for page in tables.pages() for line in page.read_text().splitlines() if line.startswith("|")]
     assert any(flag in row and "lossy" in row for row in rows)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import ceilings
 from bench.quality import capture_step
-from bench.roofline import step_flops, watching_tokens
+from bench.roofline import record_token_counts, step_flops
 from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs
 from utils.random_weights import architecture
@@ -28,7 +28,7 @@ def test_flops_by_hand():
 @pytest.mark.parametrize("name", ["tiny-flux", "tiny-flux-dev"])
 def test_flops_are_those_that_torch_counts(name, build, make_args):
     pipeline = build(name)
-    with watching_tokens(pipeline.transformer) as tokens:
+    with record_token_counts(pipeline.transformer) as tokens:
         inputs = capture_step(pipeline, call_kwargs(pipeline, make_args("--ckpt", name)))
     assert tokens == {"image_tokens": 64, "text_tokens": 64, "batch": 1}
     assert not pipeline.transformer._forward_pre_hooks

@@ -18,7 +18,7 @@ import gen_image
 import run_benchmark
 from bench.quality import capture_step
 from utils.cache.dbcache import preset
-from utils.common import RecipeError, spare_the_garbage_collector
+from utils.common import RecipeError, freeze_gc
 from utils.images import read_parameters
 from utils.pipeline_utils import call_kwargs
 
@@ -177,7 +177,7 @@ def test_step_error_leaves_out_the_tokens_of_the_reference_image(build, make_arg
 def test_spare_the_garbage_collector_gives_objects_back_at_exit(monkeypatch):
     at_exit = []
     monkeypatch.setattr(atexit, "register", at_exit.append)
-    spare_the_garbage_collector()
+    freeze_gc()
     assert gc.get_freeze_count() > 0
     at_exit[0]()
     assert gc.get_freeze_count() == 0
@@ -187,7 +187,7 @@ def test_spare_the_garbage_collector_gives_objects_back_at_exit(monkeypatch):
 def test_spare_the_garbage_collector_leaves_triton_nothing_to_report_as_leaked():
     """Triton's bindings look for leaks when Python ends."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    code = "import triton; from utils.benchmark_utils import spare_the_garbage_collector as spare; spare()"
+    code = "import triton; from utils.benchmark_utils import freeze_gc as spare; spare()"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "leaked" not in done.stderr

@@ -9,7 +9,7 @@ from diffusers import TaylorSeerCacheConfig
 from PIL import Image
 
 from utils.cache import dbcache
-from utils.cache.taylorseer import WARM_UP, Extrapolated, TaylorSeer
+from utils.cache.taylorseer import WARM_UP, TaylorSeer, TaylorSeerTransformer
 from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 
@@ -50,7 +50,7 @@ def test_extrapolated_image_is_that_of_diffusers_taylorseer(load, interval, orde
     pipeline, args = load("--step_cache", "taylorseer", "--taylorseer_interval", str(interval), "--taylorseer_order",
                           str(order), *argv)
     pipeline = optimize(pipeline, args)
-    assert isinstance(pipeline.transformer, Extrapolated)
+    assert isinstance(pipeline.transformer, TaylorSeerTransformer)
     found = latents(pipeline, args)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - plain).abs().max() > 1e-3
@@ -129,7 +129,7 @@ class Cube(torch.nn.Module):
 def steps_of(mask, order, prompts):
     """The results of each step's calls, one for each of its prompts, to which the prompt is added."""
     scheduler = SimpleNamespace(step_index=None)
-    transformer, found = Extrapolated(Cube(scheduler), scheduler, mask, order), []
+    transformer, found = TaylorSeerTransformer(Cube(scheduler), scheduler, mask, order), []
     for step, given in enumerate(prompts):
         scheduler.step_index = step or None
         found.append([transformer(hidden_states=prompt[None], encoder_hidden_states=prompt)[0].item()

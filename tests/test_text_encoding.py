@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from bench.profiling import in_regions
+from bench.profiling import annotate
 from utils.pipeline_utils import call_kwargs
 from utils.text_encoding import (
     MAX_EMBEDDINGS,
     compile_text_encoder,
-    encode_without_waiting,
+    overlap_text_encoders,
     warn_of_cut_prompts,
     with_embeddings,
 )
@@ -88,7 +88,7 @@ def test_encode_without_waiting_equals_diffusers(build, few_steps, argv, device)
              dict(prompt="a cat", prompt_2="a dog", device=torch.device(device)), dict(prompt="é" * 200)]
     with torch.no_grad():
         before = [pipeline.encode_prompt(**call) for call in calls], latents(pipeline, args)
-        encode_without_waiting(pipeline)
+        overlap_text_encoders(pipeline)
         after = [pipeline.encode_prompt(**call) for call in calls], latents(pipeline, args)
     for expected, found in zip(before[0], after[0], strict=True):
         assert [(x.dtype, x.device) for x in found] == [(x.dtype, x.device) for x in expected]
@@ -102,11 +102,11 @@ def test_encode_without_waiting_equals_diffusers(build, few_steps, argv, device)
 def test_encode_without_waiting_runs_t5_first_and_survives_regions(build):
     """T5 takes longest: CLIP is launched while it runs. Timing an image must not bring diffusers' way back."""
     pipeline, order = build("tiny-flux"), []
-    encode_without_waiting(pipeline)
+    overlap_text_encoders(pipeline)
     own = pipeline.encode_prompt
     for name in ("text_encoder", "text_encoder_2"):
         getattr(pipeline, name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    with in_regions(pipeline, torch.profiler.record_function):
+    with annotate(pipeline, torch.profiler.record_function):
         assert pipeline.encode_prompt is not own
         pipeline.encode_prompt("a cat")
     assert pipeline.encode_prompt is own and order == ["text_encoder_2", "text_encoder"]
@@ -118,7 +118,7 @@ def test_encode_without_waiting_runs_t5_first_and_survives_regions(build):
 def test_encode_without_waiting_returns_while_the_gpu_encodes(build):
     """A GPU that is still busy with T5 when the call has returned."""
     pipeline = build("tiny-flux").to("cuda")
-    encode_without_waiting(pipeline)
+    overlap_text_encoders(pipeline)
     pipeline.encode_prompt("a cat")
     t5 = pipeline.text_encoder_2
     t5.register_forward_hook(lambda *_: torch.cuda._sleep(2_000_000_000))  # about a second of T5

@@ -1,4 +1,4 @@
-"""tiny-flux's training on a made-up data folder: what it draws from, what it optimises, and that it goes on."""
+"""tiny-flux's training on a made-up data folder: what it draws from, what it optimizes, and that it goes on."""
 
 import io
 import json
@@ -149,7 +149,7 @@ def test_compose_places_a_picture_on_its_background(emoji):
     assert len(disc) == pytest.approx(np.pi * (50 * 2 * 0.8) ** 2, rel=0.01)
 
 
-# --- optimisation against slow references ---
+# --- optimization against slow references ---
 
 def test_muon_steps_equal_those_of_torch(seeded):
     shapes = [(12, 8), (8, 12), (8, 8), (12, 8)]

@@ -30,8 +30,8 @@ from tiny_flux.training.data import caption
 from utils import tiny_presets, weight_files
 from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
-from utils.common import RecipeError, exit_with_reason
-from utils.outputs import replacing, write_json
+from utils.common import RecipeError, run_cli
+from utils.outputs import atomic_write, write_json
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 
 SHOWN, SIDE = 4, 80  # pictures on a sheet, and their pixels
@@ -105,7 +105,7 @@ def keep(drawn: Drawn, path: Path) -> None:
     """Writes the pictures whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in drawn.images]))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({"pixels": pixels, "latents": drawn.latents}, temporary, metadata={"made": json.dumps(drawn.made)})
 
 
@@ -206,4 +206,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

@@ -11,7 +11,7 @@ NaN and the image black. Here
   anywhere between 2^-6 and 448, so a bound that is a few times too wide costs nothing, and no pass over the data.
 * v gets its measured maximum, per batch item and head.
 
-AITER quantises by itself and is handed q, k, v in high precision.
+AITER quantizes by itself and is handed q, k, v in high precision.
 """
 
 import importlib

@@ -8,7 +8,7 @@ import torch
 
 from utils import start
 from utils.common import RecipeError, finite_float
-from utils.machine import launched
+from utils.machine import world_size
 from utils.reference_image import scheme_of
 
 DEFAULT_CACHE_DIR = str(start.default_cache_dir())
@@ -73,7 +73,7 @@ def create_parser(measure: bool = False) -> argparse.ArgumentParser:
         formatter_class=DefaultsFormatter,
         allow_abbrev=False,
         epilog="Techniques are on by default where they run. Lossless but for rounding: bf16, fused projections, "
-        "channels_last, compile, CUDA graphs, GPU postprocess. Lossy: float8 and int8 quantisation, fp8 attention, "
+        "channels_last, compile, CUDA graphs, GPU postprocess. Lossy: float8 and int8 quantization, fp8 attention, "
         "cache-dit, --text_encoder_quant. Exit codes: 0, the result is there; 2, something to put right, said in one "
         "paragraph; 3, the result is broken (NaN, one colour) and kept under another name; 130, interrupted; 141, "
         "nobody reads the output any more; 1, a fault of this program.",
@@ -133,9 +133,9 @@ def create_parser(measure: bool = False) -> argparse.ArgumentParser:
                         "compare), aiter (default on ROCm: fp8), or a name of diffusers' dispatcher (native, "
                         "_native_cudnn, sage, ...; the *_hub ones download a binary)")
     recipe.add_argument("--disable_fa3", action="store_true", help="PyTorch's scaled_dot_product_attention")
-    recipe.add_argument("--disable_quant", action="store_true", help="no quantisation of the transformer (lossy)")
+    recipe.add_argument("--disable_quant", action="store_true", help="no quantization of the transformer (lossy)")
     recipe.add_argument("--quant_dtype", choices=["auto", "float8", "int8"], default="auto",
-                        help="dynamic quantisation: float8 from compute capability 8.9 and on MI300, else int8")
+                        help="dynamic quantization: float8 from compute capability 8.9 and on MI300, else int8")
     recipe.add_argument("--quant_granularity", choices=["row", "tensor"],
                         help="one float8 scale a row (better numerics; the default) or a tensor")
     recipe.add_argument("--disable_fused_kernels", action="store_true",
@@ -176,7 +176,7 @@ def create_parser(measure: bool = False) -> argparse.ArgumentParser:
     recipe.add_argument("--package-from", metavar="REPO@REVISION:SHA256",
                         help="download missing packages: native code that runs as you, from someone you trust")
     recipe.add_argument("--skip_fp8_check", action="store_true",
-                        help="skip the check at the start, which compares two quantised steps with bf16's")
+                        help="skip the check at the start, which compares two quantized steps with bf16's")
     recipe.add_argument("--strict", action="store_true",
                         help="fail if a default technique cannot run here, or if the fp8 check fails")
 
@@ -244,13 +244,13 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.disable_quant and (args.quant_dtype != "auto" or args.quant_granularity),
            "--disable_quant contradicts --quant_dtype and --quant_granularity: drop one or the other.")
     refuse(args.quant_dtype == "int8" and args.quant_granularity == "tensor",
-           "--quant_granularity tensor is for float8; int8 is quantised per row. Drop one of the two flags.")
+           "--quant_granularity tensor is for float8; int8 is quantized per row. Drop one of the two flags.")
     refuse(args.quant_granularity == "row" and args.disable_bf16,
            "--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
            "drop --disable_bf16 or use --quant_granularity tensor.")
     refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
            f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
-    asked, unpackaged = packages_asked_for(args), unpackaged_by_choice(args)
+    asked, unpackaged = packages_asked_for(args), unpackaged_by_flag(args)
     refuse(asked and args.compile_export_mode in ("compile", "disabled"),
            f"{asked} is about exported packages, which --compile_export_mode {args.compile_export_mode} neither makes "
            "nor loads: drop one of the two.")
@@ -259,7 +259,7 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(asked and unpackaged, f"{asked} does not go with {' '.join(unpackaged or ())}: drop one of the two.")
     refuse(args.compile_scope == "whole" and args.compile_export_mode == "disabled",
            "--compile_scope whole contradicts --compile_export_mode disabled: nothing is compiled.")
-    refuse(args.compile_scope == "whole" and moves_transformer(args),
+    refuse(args.compile_scope == "whole" and offloads_transformer(args),
            f"--offload {args.offload} hooks into the transformer, which then cannot be compiled as one whole: use "
            "--compile_scope blocks.")
     cache, decides = args.step_cache, args.step_cache not in (None, "taylorseer")
@@ -281,7 +281,7 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(args.random_weights and args.lora,
            "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
 
-    processes = launched()
+    processes = world_size()
     refuse(processes > 1 and not (args.prompts_file or args.context_parallel),
            f"{processes} processes for one prompt: give many with --prompts-file, let them share one image with "
            "--context_parallel auto, or start one process, without accelerate launch and torchrun.")
@@ -301,12 +301,12 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(is_path and not Path(args.image).expanduser().is_file(), f"--image {args.image}: there is no such file.")
 
 
-def moves_transformer(args: argparse.Namespace) -> bool:
+def offloads_transformer(args: argparse.Namespace) -> bool:
     """Whether the transformer's weights move between CPU and GPU, and not T5's alone."""
     return args.offload in ("model", "group")
 
 
-def t5_stays(args: argparse.Namespace) -> bool:
+def t5_on_gpu(args: argparse.Namespace) -> bool:
     """Whether T5's weights stay on the GPU, where they can be compiled, exported and recorded."""
     return args.offload == "none"
 
@@ -319,12 +319,12 @@ def packages_asked_for(args: argparse.Namespace) -> str | None:
     return next((flag for flag, is_given in given.items() if is_given), None)
 
 
-def unpackaged_by_choice(args: argparse.Namespace) -> tuple[str, str] | None:
+def unpackaged_by_flag(args: argparse.Namespace) -> tuple[str, str] | None:
     """The flag that exported packages do not go with, and why."""
     backend = args.attention_backend or "native"
     given = {("--compile_scope whole", "(a package is of one kind of block)"): args.compile_scope == "whole",
              (f"--offload {args.offload}", "(it moves weights, whose addresses exported code holds)"):
-                 moves_transformer(args),
+                 offloads_transformer(args),
              (f"--context_parallel {args.context_parallel}", "(its exchanges are not exported)"): args.context_parallel,
              # Exported with _native_math on torch 2.13, a package called the flash kernel.
              (f"--attention_backend {backend}", "(torch.export forgets which of PyTorch's kernels was chosen)"):

@@ -111,14 +111,14 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
         if not found or (expected and found != expected):
             raise RecipeError(f"--ckpt {ckpt}: model_index.json names {found or 'nothing'}"
                               f"{f' of {library}' if library else ''} as {name}; this recipe needs a "
-                              f"{expected or name} in bf16, and quantises by itself.")
+                              f"{expected or name} in bf16, and quantizes by itself.")
     configs = {name: _read_json(ckpt, path, revision) for name, path in CONFIG_FILES.items()}
     _require(ckpt, configs)
     for name, config in configs.items():
         if how := config.get("quantization_config"):
             method = how.get("quant_method") if isinstance(how, dict) else how
-            raise RecipeError(f"--ckpt {ckpt}: {name} is quantised by {method}. Give the checkpoint in bf16: this "
-                              "recipe quantises by itself.")
+            raise RecipeError(f"--ckpt {ckpt}: {name} is quantized by {method}. Give the checkpoint in bf16: this "
+                              "recipe quantizes by itself.")
         if name in DIFFUSERS_CLASSES:
             configs[name] = _with_defaults(f"--ckpt {ckpt}: {CONFIG_FILES[name]}", DIFFUSERS_CLASSES[name], config)
     _check_sizes(ckpt, configs)
@@ -141,7 +141,7 @@ def _require(ckpt: str, configs: dict) -> None:
 def _refuse_what_is_no_folder(ckpt: str) -> None:
     path = Path(ckpt).expanduser()
     if path.is_file():
-        kind = "a GGUF file, which is quantised" if path.suffix.lower() == ".gguf" else "a single file"
+        kind = "a GGUF file, which is quantized" if path.suffix.lower() == ".gguf" else "a single file"
         raise RecipeError(f"--ckpt {ckpt} is {kind}. Give a diffusers folder, which holds model_index.json. "
                           "diffusers' from_single_file and save_pretrained make one of a single .safetensors file.")
     if not path.exists() and (ckpt.startswith((".", "/", "~")) or ckpt.count("/") != 1 or "\\" in ckpt):

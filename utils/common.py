@@ -74,7 +74,7 @@ def finite_float(text: str) -> float:
     return value
 
 
-def exit_with_reason(main):
+def run_cli(main):
     """Runs a script's main. Whatever goes wrong becomes one paragraph and an exit code: 2 for what the user can put
     right, 3 for a broken result, 130 for Ctrl-C, 1 for a fault of this program. Tracebacks are for --debug."""
     code = 2
@@ -127,7 +127,7 @@ def _end_among_others(code: int) -> None:
     os._exit(code)
 
 
-def spare_the_garbage_collector() -> None:
+def freeze_gc() -> None:
     """Takes everything that exists by now out of Python's garbage collection, for processes that keep their pipeline.
 
     Half a million objects of modules and compilers never become garbage, and one full look at them takes 0.25 s.

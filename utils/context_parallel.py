@@ -1,8 +1,8 @@
 """One image on several GPUs: each has its part of the tokens, and they meet in attention.
 
 Everything but attention works on one token at a time, with weights that every GPU has. Of N GPUs each takes 1/N of the
-text's and of the image's tokens at the transformer's entrance (`SharedTokens`) and gives back the whole image's output,
-so that pipeline and scheduler see one transformer, on every GPU the same. For attention
+text's and of the image's tokens at the transformer's entrance (`SequenceParallel`), and gives back the whole image's
+output, so that pipeline and scheduler see one transformer, on every GPU the same. For attention
 
 * **Ulysses** exchanges tokens for heads: all tokens of H / N heads on each GPU, and back (DeepSpeed-Ulysses,
   arXiv 2309.14509). Nothing else changes: attention is each GPU's own, with the very numbers of one GPU.
@@ -13,7 +13,7 @@ so that pipeline and scheduler see one transformer, on every GPU the same. For a
 Attention has neither mask nor order, rotations being in q and k already: text and image of GPU 0, then those of GPU 1,
 are as good as text first. What is exchanged is what attention reads: e4m3 on the fused kernels. There the scales of v,
 and with Ulysses those of attention's result, follow from the longest row. Each block therefore takes the largest row
-lengths among all GPUs (`largest_of_all`, one small all-reduce), and every GPU has the same scales.
+lengths among all GPUs (`all_reduce_max`, one small all-reduce), and every GPU has the same scales.
 
 Processes are torchrun's, one a GPU, over NCCL, or over gloo on a CPU. An error ends its process at once, and torchrun
 then ends the others; one that is merely stuck ends itself after `TIMEOUT`.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from utils.attention import attention, attention_with_lse, sdpa
 from utils.common import RecipeError
-from utils.machine import launched, own_gpu
+from utils.machine import own_gpu, world_size
 
 TIMEOUT = timedelta(minutes=30)  # one process may compile for minutes while another waits for it
 BACKENDS = ("fa3", "fa3_unscaled", "fa3_bf16", "aiter", "native")
@@ -44,7 +44,7 @@ def choose(wanted: str, config: dict, backend: str) -> str:
     Raises:
         RecipeError: heads that cannot be divided, or an attention backend that cannot take part.
     """
-    heads, gpus = config["num_attention_heads"], launched()
+    heads, gpus = config["num_attention_heads"], world_size()
     if backend not in BACKENDS:
         raise RecipeError(f"--attention_backend {backend} does not go with --context_parallel, which attends through "
                           f"this recipe's own exchanges: choose from {', '.join(BACKENDS)}.")
@@ -60,7 +60,7 @@ def choose(wanted: str, config: dict, backend: str) -> str:
 
 def check_tokens(text_tokens: int, image_tokens: int, reference_tokens: int = 0) -> None:
     """RecipeError if text or image, Kontext's reference included, cannot be divided among the GPUs."""
-    gpus = launched()
+    gpus = world_size()
     if text_tokens % gpus:
         raise RecipeError(f"{text_tokens} text tokens cannot be divided among {gpus} GPUs: use another "
                           "--nproc_per_node, such as 2, 4 or 8.")
@@ -71,7 +71,7 @@ def check_tokens(text_tokens: int, image_tokens: int, reference_tokens: int = 0)
                           + (", or a reference of another aspect ratio." if reference_tokens else "."))
 
 
-def join(args) -> None:
+def init_distributed(args) -> None:
     """Joins torchrun's other processes, with a GPU of its own as the current one. Only the first one talks.
 
     Raises:
@@ -85,12 +85,12 @@ def join(args) -> None:
     args.quiet = args.quiet or rank > 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes: files, stdout."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def end_when_stuck(transformer: torch.nn.Module) -> None:
+def start_watchdog(transformer: torch.nn.Module) -> None:
     """Ends this process, with a traceback of each thread, `TIMEOUT` after its last step. NCCL's own timeout does not
     see what a CUDA graph launches."""
     transformer.register_forward_pre_hook(
@@ -99,8 +99,8 @@ def end_when_stuck(transformer: torch.nn.Module) -> None:
 
 # --- what moves ---
 
-@torch.library.custom_op("flux_faster::exchange", mutates_args=())
-def exchange(x: Tensor) -> Tensor:
+@torch.library.custom_op("flux_faster::all_to_all", mutates_args=())
+def all_to_all(x: Tensor) -> Tensor:
     """x (N, ...), of which part i is for GPU i: (N, ...), part i from GPU i. Bytes: any dtype."""
     x = x.contiguous()
     received = torch.empty_like(x)
@@ -108,30 +108,30 @@ def exchange(x: Tensor) -> Tensor:
     return received
 
 
-@exchange.register_fake
+@all_to_all.register_fake
 def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("flux_faster::largest_of_all", mutates_args=())
-def largest_of_all(x: Tensor) -> Tensor:
+@torch.library.custom_op("flux_faster::all_reduce_max", mutates_args=())
+def all_reduce_max(x: Tensor) -> Tensor:
     """The largest of each element of x, float32, among all GPUs."""
     x = x.clone()
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
 
-@largest_of_all.register_fake
+@all_reduce_max.register_fake
 def _(x):
     return torch.empty_like(x)
 
 
-def gathered(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """x of every GPU: (N, *x.shape). Next to what attention exchanges it is nothing, and no collective of its own."""
-    return exchange(x.expand(dist.get_world_size(), *x.shape))
+    return all_to_all(x.expand(dist.get_world_size(), *x.shape))
 
 
-def own_part(x: Tensor, dim: int) -> Tensor:
+def shard(x: Tensor, dim: int) -> Tensor:
     return x.chunk(dist.get_world_size(), dim)[dist.get_rank()]
 
 
@@ -151,13 +151,13 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None,
                       v_descale: Tensor | None, library: str) -> Tensor:
     # Laid out here, where compiled code does it as it casts.
     heads = torch.stack([q, k, v], dim=2).unflatten(3, (dist.get_world_size(), -1)).movedim(3, 0).contiguous()
-    own_q, own_k, own_v = all_tokens(exchange(heads)).unbind(2)
+    own_q, own_k, own_v = all_tokens(all_to_all(heads)).unbind(2)
     if library == "sdpa":
         attended = sdpa(own_q, own_k, own_v)
     else:
-        descale = (x if x is None else own_part(x, 1) for x in (q_descale, k_descale, v_descale))
+        descale = (x if x is None else shard(x, 1) for x in (q_descale, k_descale, v_descale))
         attended = attention(own_q, own_k, own_v, *descale, library)
-    return exchange(token_parts(attended.flatten(2))).permute(1, 2, 0, 3).reshape(q.shape)
+    return all_to_all(token_parts(attended.flatten(2))).permute(1, 2, 0, 3).reshape(q.shape)
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
@@ -210,7 +210,7 @@ def _(q, kv, q_descale, k_descale, v_descale, library):
 
 # --- what the pipeline sees ---
 
-class SharedTokens(torch.nn.Module):
+class SequenceParallel(torch.nn.Module):
     """A FluxTransformer2DModel that works on its GPU's part of the tokens; the others have theirs. Arguments and output
     are those of all tokens. Attributes that are not its own are the module's."""
 
@@ -220,10 +220,10 @@ class SharedTokens(torch.nn.Module):
 
     def forward(self, *, hidden_states: Tensor, encoder_hidden_states: Tensor, img_ids: Tensor, txt_ids: Tensor,
                 return_dict: bool = True, **kwargs):
-        out = self.module(hidden_states=own_part(hidden_states, 1),
-                          encoder_hidden_states=own_part(encoder_hidden_states, 1),
-                          img_ids=own_part(img_ids, 0), txt_ids=own_part(txt_ids, 0), return_dict=False, **kwargs)[0]
-        out = gathered(out).transpose(0, 1).flatten(1, 2)
+        out = self.module(hidden_states=shard(hidden_states, 1),
+                          encoder_hidden_states=shard(encoder_hidden_states, 1),
+                          img_ids=shard(img_ids, 0), txt_ids=shard(txt_ids, 0), return_dict=False, **kwargs)[0]
+        out = all_gather(out).transpose(0, 1).flatten(1, 2)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     def __getattr__(self, name):
@@ -233,7 +233,7 @@ class SharedTokens(torch.nn.Module):
             return getattr(super().__getattr__("module"), name)
 
 
-class SharedBatch(torch.nn.Module):
+class DataParallelDecoder(torch.nn.Module):
     """A VAE decoder that decodes its GPU's images of a batch. A batch that cannot be divided, such as one image, every
     GPU decodes by itself: GroupNorm and attention look at a whole image."""
 
@@ -244,4 +244,4 @@ class SharedBatch(torch.nn.Module):
     def forward(self, z: Tensor, *args, **kwargs) -> Tensor:
         if len(z) % dist.get_world_size():
             return self.module(z, *args, **kwargs)
-        return gathered(self.module(own_part(z, 0), *args, **kwargs)).flatten(0, 1)
+        return all_gather(self.module(shard(z, 0), *args, **kwargs)).flatten(0, 1)

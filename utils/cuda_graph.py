@@ -59,7 +59,7 @@ class _Recording:
         return tree_unflatten(copies, self.output_tree)
 
 
-class InPlaceOf(torch.nn.Module):
+class ModuleProxy(torch.nn.Module):
     """Stands in the place of `module`: attributes that are not its own (config, cache_context, ...) are the module's.
 
     The module is no registered submodule: diffusers walks through all modules of all models about ten times an image
@@ -69,7 +69,7 @@ class InPlaceOf(torch.nn.Module):
     def __init__(self, module: torch.nn.Module):
         super().__init__()
         object.__setattr__(self, "module", module)
-        weight = module if isinstance(module, InPlaceOf) else next(chain(module.parameters(), module.buffers()))
+        weight = module if isinstance(module, ModuleProxy) else next(chain(module.parameters(), module.buffers()))
         self.device, self.dtype = weight.device, weight.dtype
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
@@ -82,7 +82,7 @@ class InPlaceOf(torch.nn.Module):
             return getattr(self.__dict__["module"], name)
 
 
-class CUDAGraphed(InPlaceOf):
+class CUDAGraphModule(ModuleProxy):
     """`module` behind CUDA graphs, one for each `signature` that it is called with.
 
     Weights must stay where they are: a graph holds their addresses. Not for modules that wait for the GPU or decide by
@@ -123,10 +123,10 @@ class CUDAGraphed(InPlaceOf):
 
 @contextmanager
 def recording_is_an_error():
-    """Within it `CUDAGraphed` raises RuntimeError instead of recording, as `error_on_recompile` does for compilation:
-    what is timed was recorded before."""
-    CUDAGraphed.may_record = False
+    """Within it `CUDAGraphModule` raises RuntimeError instead of recording, as `error_on_recompile` does for
+    compilation: all that is timed was recorded before."""
+    CUDAGraphModule.may_record = False
     try:
         yield
     finally:
-        CUDAGraphed.may_record = True
+        CUDAGraphModule.may_record = True

@@ -34,7 +34,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     try:
         if not tensor.is_floating_point() or tensor.is_meta:
             return True
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # quantised
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # quantized
             tensor = tensor.dequantize()
         if tensor.element_size() == 1:  # float8 knows no arithmetic
             tensor = tensor.float()
@@ -50,7 +50,7 @@ def how_to_mend(pipeline) -> str:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return (f"Weights are not finite: {', '.join(names[:SHOWN])}{more}. Load another copy of --ckpt and --lora, or "
                 "give --lora a smaller scale.")
-    flags = [flag for name, flag in (("quantisation", "--disable_quant"), ("attention", "--disable_fa3"),
+    flags = [flag for name, flag in (("quantization", "--disable_quant"), ("attention", "--disable_fa3"),
                                      ("step cache", "no step cache"), ("bf16", "--disable_bf16"))
              if name in pipeline.techniques and pipeline.techniques[name].on]
     if getattr(pipeline, "contents", {}).get("lora"):

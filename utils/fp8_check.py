@@ -26,10 +26,10 @@ CURES = {"fused": "--disable_fused_kernels (per-row float8 by torchao)",
 
 
 class Fp8Check:
-    """The reference of a pipeline that is not quantised yet, and the errors found since.
+    """The reference of a pipeline that is not quantized yet, and the errors found since.
 
     Args:
-        pipeline: as loaded, its unquantised transformer on the GPU.
+        pipeline: as loaded, its unquantized transformer on the GPU.
         kwargs: of a call of it that makes one image.
     """
 
@@ -51,7 +51,7 @@ class Fp8Check:
         self.errors: dict[str, float] = {}
 
     def measure(self, transformer: torch.nn.Module) -> None:
-        """Both steps through a transformer that is quantised, and not compiled yet."""
+        """Both steps through a transformer that is quantized, and not compiled yet."""
         for name, (inputs, expected) in self.steps.items():
             self._compare(name, run_step(transformer, inputs), expected)
 

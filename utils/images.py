@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, raise_errors
-from utils.outputs import as_path, free_name, replacing, write_or_rescue
+from utils.outputs import as_path, atomic_write, free_name, write_or_rescue
 
 EXIF_IMAGE_DESCRIPTION = 0x010E
 
@@ -120,7 +120,7 @@ def save_image(image: PIL.Image.Image, path: str | Path, parameters: dict) -> No
     Raises:
         OSError: among others, for a file that is there and not an image of this program.
     """
-    with replacing(path, is_our_image) as temporary:
+    with atomic_write(path, is_our_image) as temporary:
         write_picture(image, temporary, parameters)
 
 

@@ -24,7 +24,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
-def launched() -> int:
+def world_size() -> int:
     """How many processes torchrun, or accelerate, has started.
 
     Raises:
@@ -66,7 +66,7 @@ def own_gpu() -> int:
     """
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
-        raise RecipeError(f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', launched())} processes here and "
+        raise RecipeError(f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', world_size())} processes here and "
                           f"PyTorch sees {torch.cuda.device_count()} GPUs: one process a GPU.")
     return local
 

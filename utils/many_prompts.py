@@ -23,7 +23,7 @@ from utils.benchmark_utils import images_per_call
 from utils.common import BrokenResult, RecipeError, reason_of
 from utils.flaws import raise_errors
 from utils.images import decode, image_parameters, keep_image, numbered_path, read_parameters
-from utils.machine import forget_launchers, launched, own_gpu
+from utils.machine import forget_launchers, own_gpu, world_size
 from utils.outputs import append_line, as_path, manifest_path
 from utils.pipeline_utils import call_kwargs, show_progress
 from utils.prompts_file import Prompt
@@ -43,7 +43,7 @@ def join_processes(args) -> PartialState | None:
     """
     if not args.prompts_file:
         return None
-    if launched() == 1:
+    if world_size() == 1:
         forget_launchers()
         # On several RTX 40 cards with an old driver accelerate refuses to start without these, for the sake of NCCL,
         # which a single process does not use. `accelerate launch` sets them itself.
@@ -159,7 +159,7 @@ def write_images(images: list, are_finite: list[bool], requests: list[Request], 
 
 
 def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, log) -> None:
-    """Makes what is missing of the images of `prompts`, this process its share, with an optimised pipeline.
+    """Makes what is missing of the images of `prompts`, this process its share, with an optimized pipeline.
 
     A batch that is not full is filled up with its last prompt and the surplus dropped: compiled code and CUDA graphs
     see the one shape that `optimize` warmed up. While a batch is computed, a thread writes the one before. Broken

@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def weight_counts(configs: dict) -> dict[str, int]:
-    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantises; and
+    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantizes; and
     of those among them that int8 leaves alone ("modulation"). Counted from the configs.
     """
     modules = meta_models(configs)
@@ -42,11 +42,11 @@ def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tup
     count = weight_counts(configs)
     plain = chosen.dtype.itemsize
     in_t5 = 1 if args.text_encoder_quant else plain
-    quantised = count["blocks"] if chosen.quant else 0
+    quantized = count["blocks"] if chosen.quant else 0
     if chosen.quant and chosen.quant[0] == "int8":
-        quantised -= count["modulation"]
+        quantized -= count["modulation"]
     needs = {
-        "transformer": quantised + (count["transformer"] - quantised) * plain,
+        "transformer": quantized + (count["transformer"] - quantized) * plain,
         "text encoders": count["text_encoder_2"] * in_t5 + count["text_encoder"] * plain,
         "VAE": count["vae"] * plain,
     }
@@ -58,8 +58,8 @@ def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tup
     return needs, resident, working
 
 
-def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
-    """The device to put unquantised weights on: the CPU if they fit on the GPU only once they are quantised.
+def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
+    """The device to put unquantized weights on: the CPU if they fit on the GPU only once they are quantized.
 
     Raises:
         RecipeError: even the finished recipe does not fit into the GPU's free memory; says by how much and what helps.
@@ -71,8 +71,8 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
         build_on = "cpu"
     else:
         count = weight_counts(configs)
-        unquantised = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae"))
-        build_on = "cpu" if unquantised * chosen.dtype.itemsize + working > hardware.free_bytes else "cuda"
+        unquantized = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae"))
+        build_on = "cpu" if unquantized * chosen.dtype.itemsize + working > hardware.free_bytes else "cuda"
     if resident + working > hardware.free_bytes:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),
@@ -80,7 +80,7 @@ def where_to_build(args: argparse.Namespace, configs: dict, hardware: Hardware, 
                                           ("--offload text", args.offload != "none"),
                                           ("--offload group", args.offload == "group")) if not given]
         if args.disable_quant:
-            helps.insert(0, "quantisation (drop --disable_quant)")
+            helps.insert(0, "quantization (drop --disable_quant)")
         raise RecipeError(
             f"not enough GPU memory: about {(resident + working) / GIB:.1f} GiB are needed ({parts}, working set "
             f"{working / GIB:.1f}), {hardware.free_bytes / GIB:.1f} GiB are free on {hardware.name}. What helps: "
@@ -103,5 +103,5 @@ def check_cpu_memory(configs: dict, dtype: torch.dtype) -> None:
         half = " without --disable_bf16 half as much," if dtype == torch.float32 else ""
         raise RecipeError(f"not enough CPU memory: the weights take {needed / GIB:.1f} GiB ({of_each}), and "
                           f"{available / GIB:.1f} GiB are available. What helps:{half} a machine with more memory, a "
-                          "GPU that holds the model, --ckpt tiny-flux to try things out. Quantisation does not help, "
+                          "GPU that holds the model, --ckpt tiny-flux to try things out. Quantization does not help, "
                           "since it comes after loading.")

@@ -96,7 +96,7 @@ def temporary_beside(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: str | Path, is_ours: Callable[[Path], bool] | None = None):
+def atomic_write(path: str | Path, is_ours: Callable[[Path], bool] | None = None):
     """Yields a temporary path beside `path` and renames it onto `path` on success: no half-written file stays.
 
     Args:
@@ -114,7 +114,7 @@ def replacing(path: str | Path, is_ours: Callable[[Path], bool] | None = None):
 
 
 def write_json(path: str | Path, record: dict, is_ours: Callable[[Path], bool] | None = None) -> None:
-    with replacing(path, is_ours) as temporary:
+    with atomic_write(path, is_ours) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -13,24 +13,24 @@ from transformers.utils import logging as transformers_logging
 
 from utils import attention, context_parallel, random_weights, tiny_presets, weight_files
 from utils.aoti import export
-from utils.benchmark_utils import images_per_call, moves_transformer, t5_stays
+from utils.benchmark_utils import images_per_call, offloads_transformer, t5_on_gpu
 from utils.cache import dbcache
-from utils.cache.taylorseer import Extrapolated
+from utils.cache.taylorseer import TaylorSeerTransformer
 from utils.checkpoint import configs_of, identify, image_settings, model_shapes, read_configs
 from utils.common import RecipeError, StageLog, reading
-from utils.cuda_graph import CUDAGraphed
+from utils.cuda_graph import CUDAGraphModule
 from utils.fp8_check import Fp8Check
 from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
-from utils.memory import GIB, bf16_modulations_fit, check_cpu_memory, where_to_build
+from utils.memory import GIB, bf16_modulations_fit, check_cpu_memory, choose_load_device
 from utils.plan import Decision, detect, make_plan
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
 from utils.text_encoding import (
     compile_text_encoder,
-    encode_without_waiting,
-    settle_masks,
+    overlap_text_encoders,
+    set_static_attention_mask,
     stream_text_encoder,
     with_embeddings,
 )
@@ -48,7 +48,7 @@ def load_pipeline(args):
     """The FluxPipeline or FluxKontextPipeline of `args`, LoRA fused, nothing else changed yet.
 
     Everything that can be refused is refused here, from configs of a few kB, before any weights load. Weights land on
-    the GPU, or on the CPU if they fit on the GPU only once `optimize` has quantised them.
+    the GPU, or on the CPU if they fit on the GPU only once `optimize` has quantized them.
 
     Raises:
         RecipeError: with what to do about it.
@@ -60,13 +60,13 @@ def load_pipeline(args):
     configs = read_configs(args.ckpt, args.revision, args.random_weights)
     hardware = detect(args.device, args.gpu_memory_limit)
     chosen = make_plan(args, configs, hardware)
-    device = where_to_build(args, configs, hardware, chosen)
+    device = choose_load_device(args, configs, hardware, chosen)
     if device == "cpu":
         check_cpu_memory(configs, chosen.dtype)
     if chosen.compile_mode != "disabled" or args.device == "cuda":  # Triton's kernels are compiled without it
         use_kernel_cache(args.cache_dir)
     if args.step_error and device != args.device:
-        raise RecipeError("--step_error needs the unquantised model on the GPU, and it does not fit there.")
+        raise RecipeError("--step_error needs the unquantized model on the GPU, and it does not fit there.")
     reference = load_reference(args.image) if args.image else None
     if chosen.context_parallel:
         width, height = chosen.settings.width, chosen.settings.height
@@ -125,7 +125,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     device = torch.device(args.device)
     check = begin_fp8_check(pipeline, args, chosen, log)
 
-    # Fusing concatenates weights, which quantised tensors cannot do: before quantisation, after LoRA.
+    # Fusing concatenates weights, which quantized tensors cannot do: before quantization, after LoRA.
     if chosen.is_on("fused projections"):
         fuse_projections(transformer)
         fuse_projections(vae)
@@ -141,32 +141,33 @@ def optimize(pipeline, args, log: StageLog | None = None):
     fused = chosen.is_on("fused kernels")
     if fused:
         # These need Triton, which CPU builds of torch lack.
-        from utils.kernels.fused_blocks import drop_unread, fuse_blocks, leave_sums, share_attention
-        from utils.kernels.modulation import follow_schedule
+        from utils.kernels.fused_blocks import defer_residuals, fuse_blocks, prune_unused_tokens, share_attention
+        from utils.kernels.modulation import attach_modulation_hook
     elif chosen.context_parallel:
         attention.use_attention_library(transformer, chosen.attention_backend,
                                         context_parallel.ATTENTION[chosen.context_parallel],
-                                        context_parallel.largest_of_all)
+                                        context_parallel.all_reduce_max)
     elif chosen.attention_backend in attention.BACKENDS:
         attention.use_attention_library(transformer, chosen.attention_backend)
     elif techniques["attention"].on:
         with diffusers_backend("native"):  # on leaving, the process-wide default is what it was
             transformer.set_attention_backend(chosen.attention_backend)
 
-    with log.stage("quantise") if chosen.quant or args.text_encoder_quant else nullcontext():
+    with log.stage("quantize") if chosen.quant or args.text_encoder_quant else nullcontext():
         cpu = torch.device("cpu")
         if fused:
             # Weights that are on the GPU already leave room for 3 GiB more than float8 takes.
             capped = transformer.device.type != device.type and not bf16_modulations_fit(
                 args, configs_of(pipeline), detect(args.device, args.gpu_memory_limit), chosen)
             count = fuse_blocks(transformer, device, float8_modulations=capped)
-            techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears; "
+            techniques["quantization"] = Decision(True, f"{techniques['quantization'].how}, {count} Linears; "
                                                         f"modulations in {'float8' if capped else 'bf16'}")
         elif chosen.quant:
-            count = quantize_transformer(transformer, *chosen.quant, device, cpu if moves_transformer(args) else None)
-            techniques["quantisation"] = Decision(True, f"{techniques['quantisation'].how}, {count} Linears")
+            stored_on = cpu if offloads_transformer(args) else None
+            count = quantize_transformer(transformer, *chosen.quant, device, stored_on)
+            techniques["quantization"] = Decision(True, f"{techniques['quantization'].how}, {count} Linears")
         if args.text_encoder_quant:
-            quantize_text_encoder(pipeline.text_encoder_2, device, None if t5_stays(args) else cpu)
+            quantize_text_encoder(pipeline.text_encoder_2, device, None if t5_on_gpu(args) else cpu)
     if args.offload == "model":
         # diffusers' default is GPU 0, whatever the current one is.
         pipeline.enable_model_cpu_offload(gpu_id=torch.cuda.current_device(), device=device)
@@ -181,19 +182,19 @@ def optimize(pipeline, args, log: StageLog | None = None):
         pipeline.to(device)
 
     if fused:
-        leave_sums(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
+        defer_residuals(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
                                   else (0, 0)))
     if check and not chosen.context_parallel:  # of several GPUs only the finished recipe shares its tokens out
         with log.stage("fp8 check"):
             check.measure(transformer)
     if chosen.compile_mode == "export_aoti":
-        with log.stage("packages"), follow_schedule(pipeline) if fused else nullcontext():
+        with log.stage("packages"), attach_modulation_hook(pipeline) if fused else nullcontext():
             techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
     graphed = None
     if chosen.is_on("CUDA graphs"):
-        graphed = partial(CUDAGraphed, pool=torch.cuda.graph_pool_handle())
+        graphed = partial(CUDAGraphModule, pool=torch.cuda.graph_pool_handle())
     if fused and chosen.context_parallel:
-        found = share_attention(transformer, chosen.context_parallel, context_parallel.launched(), pipeline.device)
+        found = share_attention(transformer, chosen.context_parallel, context_parallel.world_size(), pipeline.device)
         techniques["context parallel"] = Decision(True, techniques["context parallel"].how + found)
     # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
     # works from inside them. It decides in Python: what it decides between become graphs, not the step.
@@ -202,27 +203,27 @@ def optimize(pipeline, args, log: StageLog | None = None):
                           shared=chosen.context_parallel is not None)
     if chosen.compile_mode == "compile":
         compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
-                         TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_stays(args))
+                         TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_on_gpu(args))
     if chosen.context_parallel:  # inside the step's graph, if it has one, which records what moves between GPUs as well
-        pipeline.transformer = context_parallel.SharedTokens(pipeline.transformer)
+        pipeline.transformer = context_parallel.SequenceParallel(pipeline.transformer)
     if graphed:
         # In a pool of its own, since it runs beside T5.
-        pipeline.text_encoder = CUDAGraphed(pipeline.text_encoder, torch.cuda.graph_pool_handle())
-        if t5_stays(args):
+        pipeline.text_encoder = CUDAGraphModule(pipeline.text_encoder, torch.cuda.graph_pool_handle())
+        if t5_on_gpu(args):
             pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
-            encode_without_waiting(pipeline)
+            overlap_text_encoders(pipeline)
         vae.decoder = graphed(vae.decoder)
         if not chosen.cache:
             pipeline.transformer = graphed(pipeline.transformer)
     if chosen.context_parallel:
-        vae.decoder = context_parallel.SharedBatch(vae.decoder)
-        context_parallel.end_when_stuck(pipeline.transformer)
+        vae.decoder = context_parallel.DataParallelDecoder(vae.decoder)
+        context_parallel.start_watchdog(pipeline.transformer)
     if fused:
-        follow_schedule(pipeline)  # outside the graph
+        attach_modulation_hook(pipeline)  # outside the graph
         if not chosen.context_parallel and (graphed or not chosen.cache):
-            drop_unread(pipeline)
+            prune_unused_tokens(pipeline)
     if chosen.extrapolation:  # around all that a computed step needs
-        pipeline.transformer = Extrapolated(pipeline.transformer, pipeline.scheduler,
+        pipeline.transformer = TaylorSeerTransformer(pipeline.transformer, pipeline.scheduler,
                                             chosen.extrapolation.mask(chosen.settings.num_inference_steps),
                                             chosen.extrapolation.order)
     processor = GPUImageProcessor if chosen.is_on("GPU postprocess") else CheckedImageProcessor
@@ -249,7 +250,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
         pipeline.fp8_check = check.record()
         techniques["fp8 check"] = Decision(True, check.line())
         log.line(f"fp8 check: {check.line()}")
-        if context_parallel.is_first():
+        if context_parallel.is_main_process():
             on = {"fused": fused, "fp8 attention": chosen.attention_backend in ("fa3", "fa3_unscaled"),
                   "float8": chosen.quant and chosen.quant[0] == "float8"}
             check.report({name for name, is_on in on.items() if is_on}, args.strict)
@@ -257,7 +258,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
 
 
 def begin_fp8_check(pipeline, args, chosen, log: StageLog) -> Fp8Check | None:
-    """The check with its bf16 reference, before anything is quantised; or None, and a line about why."""
+    """The check with its bf16 reference, before anything is quantized; or None, and a line about why."""
     pipeline.fp8_check = None
     fp8_attention = chosen.attention_backend == "aiter" or (
         "fp8" in attention.BACKENDS.get(chosen.attention_backend, ("", ""))[1])
@@ -267,9 +268,9 @@ def begin_fp8_check(pipeline, args, chosen, log: StageLog) -> Fp8Check | None:
     if args.skip_fp8_check:
         why = "--skip_fp8_check"
     elif args.offload != "none":
-        why = f"not run with --offload {args.offload}: the unquantised model is not on the GPU"
+        why = f"not run with --offload {args.offload}: the unquantized model is not on the GPU"
     elif pipeline.transformer.device.type != args.device:
-        why = "not run: the unquantised model does not fit on this GPU"
+        why = "not run: the unquantized model does not fit on this GPU"
     else:
         show_progress(pipeline, False)
         with log.stage("bf16 step"):
@@ -349,9 +350,9 @@ def fuse_projections(model: torch.nn.Module) -> None:
 def use_packages(pipeline, args, chosen, log: StageLog) -> str:
     """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
     use_kernel_cache(args.cache_dir)
-    with_t5 = args.device == "cuda" and t5_stays(args)
+    with_t5 = args.device == "cuda" and t5_on_gpu(args)
     if with_t5:
-        settle_masks(pipeline.text_encoder_2)
+        set_static_attention_mask(pipeline.text_encoder_2)
     kinds = export.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
                           identify(configs_of(pipeline)).needs_image, with_t5)
     show_progress(pipeline, False)
@@ -362,7 +363,7 @@ def use_packages(pipeline, args, chosen, log: StageLog) -> str:
         for unit in units:
             if unit.name.startswith(("double", "single")):
                 unit.settings = TUNING_FLAGS
-    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantisation": chosen.quant} | {
+    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantization": chosen.quant} | {
         name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
                                               "text encoder quant", "inductor flags")}
     return export.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,

@@ -15,7 +15,7 @@ from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from utils import attention, context_parallel, machine
-from utils.benchmark_utils import moves_transformer, packages_asked_for, t5_stays, unpackaged_by_choice
+from utils.benchmark_utils import offloads_transformer, packages_asked_for, t5_on_gpu, unpackaged_by_flag
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeer
 from utils.checkpoint import ImageSettings, image_settings
@@ -123,7 +123,7 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
     if default_on("fused kernels", bool(unwanted), unwanted or "--disable_fused_kernels",
                   _fusion_obstacle(hardware, chosen, configs),
                   "LayerNorm, modulation, QK-norm, RoPE, GELU, casts to e4m3; modulations of all steps at once"):
-        on["quantisation"] = Decision(True, "float8, per-row scales")
+        on["quantization"] = Decision(True, "float8, per-row scales")
         if compiles:
             what, *why = on["compile"].how.split("; ", 1)
             what = what.removeprefix(f"{args.compile_scope}, ")
@@ -150,12 +150,12 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         chosen.context_parallel = context_parallel.choose(args.context_parallel, configs["transformer"],
                                                   chosen.attention_backend)
     on["context parallel"] = Decision(bool(args.context_parallel),
-                                      f"{chosen.context_parallel}, {context_parallel.launched()} processes"
+                                      f"{chosen.context_parallel}, {context_parallel.world_size()} processes"
                                       if args.context_parallel else "--context_parallel not given")
     obstacle = ("no GPU" if hardware.device == "cpu" else
-                f"--offload {args.offload} moves weights" if moves_transformer(args) else None)
+                f"--offload {args.offload} moves weights" if offloads_transformer(args) else None)
     default_on("CUDA graphs", args.disable_cudagraphs, "--disable_cudagraphs", obstacle,
-               ("text encoders" if t5_stays(args) else "CLIP") + ", VAE decoder, step" + (
+               ("text encoders" if t5_on_gpu(args) else "CLIP") + ", VAE decoder, step" + (
                    f" in {5 if chosen.cache.Bn_compute_blocks else 4} segments, between which the cache decides"
                    if chosen.cache else ""))
     default_on("GPU postprocess", args.disable_gpu_postprocess, "--disable_gpu_postprocess",
@@ -167,7 +167,7 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
 def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> str | None:
     """Packages, unless something stands against them: then torch.compile. Asked for by name they are packages or an
     error. Returns what this machine lacks for them, if it is that."""
-    asked, by_choice = packages_asked_for(args), unpackaged_by_choice(args)
+    asked, by_choice = packages_asked_for(args), unpackaged_by_flag(args)
     from_elsewhere = args.use_cached_model or args.package_from
     no_compiler = None if from_elsewhere else _compiler_obstacle(hardware) or machine.code_obstacle(args.cache_dir)
     mode, said, lacking = args.compile_export_mode or "export_aoti", "", None
@@ -192,7 +192,7 @@ def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> 
     if default_on("compile", mode == "disabled", "--compile_export_mode disabled",
                   "--offload group hooks into every layer" if args.offload == "group" else no_compiler,
                   f"{args.compile_scope}, VAE"
-                  + (", T5" if hardware.device == "cuda" and t5_stays(args) else "") + said):
+                  + (", T5" if hardware.device == "cuda" and t5_on_gpu(args) else "") + said):
         chosen.compile_mode = mode
     return lacking
 
@@ -246,7 +246,7 @@ def _choose_attention(args, hardware: Hardware, chosen: Plan, default_on, config
         raise RecipeError(f"--attention_backend {wanted}: {obstacle}. Use --attention_backend native.")
     how = {"fp8": "fp8, scaled", "fp8_unscaled": "fp8, unscaled", "bf16": "bf16"}[precision]
     if library == "aiter":
-        how = "fp8, quantised by AITER"
+        how = "fp8, quantized by AITER"
     if default_on("attention", args.disable_fa3 and not wanted, "SDPA (--disable_fa3)",
                   f"SDPA: {obstacle}" if obstacle else None, f"{backend} ({how}) from {found}"):
         chosen.attention_backend = backend
@@ -261,7 +261,7 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
     if kind == "auto":
         kind = "float8" if hardware.has_float8 else "int8"
     if kind == "int8" and args.quant_granularity == "tensor":
-        raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantises to int8, which "
+        raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantizes to int8, which "
                           "goes per row: drop the flag.")
     granularity = args.quant_granularity or ("row" if kind == "int8" or chosen.dtype == torch.bfloat16 else "tensor")
     obstacle = None
@@ -271,7 +271,7 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
             obstacle += ", which --offload group rules out (--offload text does not)"
     if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
         raise RecipeError(f"--quant_dtype and --quant_granularity have no effect here: {obstacle}.")
-    if default_on("quantisation", args.disable_quant, "--disable_quant", obstacle,
+    if default_on("quantization", args.disable_quant, "--disable_quant", obstacle,
                   f"{kind} dynamic, one scale a {granularity}"):
         chosen.quant = (kind, granularity)
 
@@ -283,7 +283,7 @@ def _unfused_by_choice(args) -> str | None:
              "--disable_fa3": args.disable_fa3,
              f"--attention_backend {args.attention_backend}": args.attention_backend not in (None, "fa3"),
              "--disable_bf16": args.disable_bf16, "--disable_fused_projections": args.disable_fused_projections,
-             f"--offload {args.offload}": moves_transformer(args),
+             f"--offload {args.offload}": offloads_transformer(args),
              "--compile_scope whole": args.compile_scope == "whole"}
     return next((f"not with {flag}" for flag, is_given in given.items() if is_given), None)
 

@@ -25,7 +25,7 @@ def quantize_transformer(transformer: torch.nn.Module, kind: str, granularity: s
         stored_on: where each block goes when it is done, if `device` has no room for all.
 
     Returns:
-        The number of quantised Linears.
+        The number of quantized Linears.
     """
     if kind == "float8":
         # An all-zero activation row (padding, a dead branch) would divide by zero and spread NaN: hence the bound.

@@ -67,7 +67,7 @@ def load_reference(path_or_url: str) -> PIL.Image.Image:
     if max(image.size) > LONGEST * min(image.size):
         raise RecipeError(f"{what}: {image.width}x{image.height} pixels, and a reference longer than {LONGEST}:1 would "
                           "reach the model distorted. Crop it.")
-    if context_parallel.is_first():
+    if context_parallel.is_main_process():
         for note in notes:
             print(f"{what}: {note}.", file=sys.stderr)
     return image

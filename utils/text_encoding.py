@@ -56,7 +56,7 @@ def warn_of_cut_prompts(pipeline, prompts: list[tuple[str, str | None]], max_seq
                   f"\"{' '.join(cut[:8])[:100]}\" on.", file=sys.stderr)
 
 
-def encode_without_waiting(pipeline) -> None:
+def overlap_text_encoders(pipeline) -> None:
     """Puts a function of the same arguments and results in the place of `pipeline.encode_prompt`, behind which the CPU
     goes on while the GPU encodes.
 
@@ -96,12 +96,12 @@ def stream_text_encoder(t5: torch.nn.Module, device: torch.device) -> None:
 
 def compile_text_encoder(t5: torch.nn.Module, dynamic: bool | None) -> None:
     """Marks T5's blocks for compilation: two graphs, of the block that makes the position bias and of the others."""
-    settle_masks(t5)
+    set_static_attention_mask(t5)
     for block in t5.encoder.block:
         block.compile(fullgraph=True, dynamic=dynamic)
 
 
-def settle_masks(t5: torch.nn.Module) -> None:
+def set_static_attention_mask(t5: torch.nn.Module) -> None:
     """Gives T5 a mask of zeros in every call, and its position bias in the order of memory in which it is read.
 
     Without a mask transformers makes one of its own during a CUDA graph's recording and none otherwise, which would

@@ -45,7 +45,7 @@ def find_checkpoint(ckpt: str, folder: Path, revision: str | None, configs: dict
         configs: from `utils.checkpoint.read_configs`.
 
     Raises:
-        RecipeError: a file is absent, damaged or quantised; a tensor is missing, unknown or of another shape.
+        RecipeError: a file is absent, damaged or quantized; a tensor is missing, unknown or of another shape.
     """
     here = f"--ckpt {ckpt}"
     if not folder.is_dir():
@@ -130,8 +130,8 @@ def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
     """Where each of the model's tensors lies; refuses a file with fewer, more or others."""
     for kind, pattern in QUANTISED.items():
         if named := [name for name in found if re.search(pattern, name)]:
-            raise RecipeError(f"{here} is quantised by {kind}: {len(named)} tensors such as {named[0]}. Give the "
-                              "checkpoint in bf16: this recipe quantises by itself.")
+            raise RecipeError(f"{here} is quantized by {kind}: {len(named)} tensors such as {named[0]}. Give the "
+                              "checkpoint in bf16: this recipe quantizes by itself.")
     wanted = {_in_model(component, name): shape for name, shape in shapes.items()}
     unused = re.compile(UNUSED.get(component, r"(?!)"))
     held = {_in_model(component, name): (path, name, tensor) for name, (path, tensor) in found.items()
@@ -140,7 +140,7 @@ def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
               "unknown to the model": [held[name][1] for name in held if name not in wanted],
               "of another shape than the config's": [name for name in wanted if name in held
                                                      and held[name][2].shape != wanted[name]],
-              "whole numbers, so quantised": [name for name in wanted if name in held
+              "whole numbers, so quantized": [name for name in wanted if name in held
                                               and held[name][2].dtype.startswith(("I", "U", "BOOL", "F4", "F6"))]}
     said = [f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for fault, names in faults.items() if names]

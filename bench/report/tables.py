@@ -345,14 +345,16 @@ def last_block_table(gpu: str) -> str:
 
 def starts_table(where: str) -> str:
     """The markdown table of what comes before the first image: `where` is <gpu>/<suite>."""
-    lines = ["| | imports | load weights | quantise | packages | compile, record | start to first image | step | GiB |",
+    lines = ["| | imports | load weights | quantize | packages | compile, record | start to first image | step | GiB |",
              "|---" * 9 + "|"]
     for row, name in STARTS.items():
         if found := newest(RESULTS / where, row):
             path, record = found
             spent = record["cold_start_s"] or {}  # null: prepared beside other rows
+            if "quantise" in spent:  # as records of older commits spell it
+                spent = spent | {"quantize": spent["quantise"]}
             cells = [f"{spent[stage]:.1f}" if stage in spent else "–"
-                     for stage in ("imports", "load", "quantise", "packages")]
+                     for stage in ("imports", "load", "quantize", "packages")]
             compiled = f"{spent.get('compile', 0) + spent.get('record', 0):.1f}" if spent else "–"
             first = f"**{spent['process start to first image']:.1f}**" if spent else "–"
             lines.append(f"| [{name}](results/{where}/{path.name}) | {' | '.join([*cells, compiled, first])} | "

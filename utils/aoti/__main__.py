@@ -9,7 +9,7 @@ import torch
 from utils.aoti.export import machine
 from utils.aoti.store import KEY, open_store, read_manifest, remove, verify
 from utils.benchmark_utils import DEFAULT_CACHE_DIR
-from utils.common import RecipeError, exit_with_reason
+from utils.common import RecipeError, run_cli
 
 
 def main() -> None:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_reason(main)
+    run_cli(main)

@@ -84,7 +84,7 @@ def capture(kinds: dict[str, list[torch.nn.Module]], call: Callable[[], object])
 
     def keep(kind, module, args, kwargs):
         arguments = _bound(inspect.signature(module.forward), args, kwargs)
-        key = kind, getattr(module, "leaves_sum", False), *sorted(describe(arguments).items())
+        key = kind, getattr(module, "defers_residual", False), *sorted(describe(arguments).items())
         if key not in units:
             same = sum(unit.name.startswith(kind) for unit in units.values())
             units[key] = Unit(f"{kind}-{same + 1}" if same else kind, [],
@@ -225,8 +225,8 @@ def _tensors(output) -> list[torch.Tensor]:
 def _bound_of(module: torch.nn.Module, dtype: torch.dtype) -> float:
     """The bound of a module's relative difference. 8-bit rounding may go either way in any dtype: int8 in float32
     differed by 1.2e-4."""
-    quantised = any(x.dtype.itemsize == 1 for x in constants_of(module).values())
-    return BOUND if quantised or dtype != torch.float32 else FLOAT32_BOUND
+    quantized = any(x.dtype.itemsize == 1 for x in constants_of(module).values())
+    return BOUND if quantized or dtype != torch.float32 else FLOAT32_BOUND
 
 
 def _is_as_near_to_float32(unit: Unit, module: torch.nn.Module, output, eager) -> bool:
@@ -325,7 +325,7 @@ def _empty(tensors: list[torch.Tensor], nothing: torch.Tensor) -> None:
 
 
 def constants_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's tensors under the names that torch.export gives them; quantised weights as their parts."""
+    """The module's tensors under the names that torch.export gives them; quantized weights as their parts."""
     constants = {}
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if isinstance(value.data, TorchAOBaseTensor):

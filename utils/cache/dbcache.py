@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from utils.benchmark_utils import STEP_CACHES
-from utils.cache.piecewise import Segmented
-from utils.cache.taylorseer import Extrapolated
+from utils.cache.piecewise import PiecewiseTransformer
+from utils.cache.taylorseer import TaylorSeerTransformer
 from utils.common import RecipeError, reading
 
 
@@ -259,8 +259,8 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     Args:
         separate_cfg: the pipeline calls the transformer twice a step (true classifier-free guidance): the two need
             caches of their own.
-        wrap: what to put around each of the transformer's segments between which the cache decides (`Segmented`), such
-            as `CUDAGraphed`. Without it the transformer stays in one piece.
+        wrap: goes around each piece of the transformer (`PiecewiseTransformer`), between which the cache decides, such
+            as `CUDAGraphModule`. Without it the transformer stays in one piece.
         shared: each process has its part of an image's tokens, and all decide by the mean of their residuals.
     """
     import cache_dit
@@ -271,7 +271,8 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     own = type(pipeline)
     pipeline.__class__ = type(own.__name__, (own,), {"__module__": own.__module__})
     if wrap:
-        transformer = Segmented(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks, wrap)
+        transformer = PiecewiseTransformer(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks,
+                                           wrap)
         pipeline.transformer = transformer
         # Each segment is a block to cache-dit, of which the first decides.
         target = cache_dit.BlockAdapter(
@@ -303,7 +304,7 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
 
 def cached_steps(pipeline) -> list[int]:
     """The steps of the last image whose middle blocks were taken from the cache, or that were extrapolated; from 0."""
-    if isinstance(pipeline.transformer, Extrapolated):
+    if isinstance(pipeline.transformer, TaylorSeerTransformer):
         return list(pipeline.transformer.extrapolated)
     return [int(step) for step in _summary(pipeline).cached_steps]
 
@@ -311,7 +312,7 @@ def cached_steps(pipeline) -> list[int]:
 def residual_diffs(pipeline) -> dict[int, float]:
     """How far the first blocks' residual was from the last computed step's, of each step of the last image in which
     that decided: mean |difference| over mean |residual|. With two calls a step, of the first."""
-    if isinstance(pipeline.transformer, Extrapolated):
+    if isinstance(pipeline.transformer, TaylorSeerTransformer):
         return {}
     # Negative values stand for a comparison that was left out.
     return {int(step): value for step, value in _summary(pipeline).residual_diffs.items() if value >= 0}
@@ -319,7 +320,7 @@ def residual_diffs(pipeline) -> dict[int, float]:
 
 def last_image_steps(pipeline, steps: int) -> float:
     """The blocks computed for the last image, in steps that compute them all."""
-    if isinstance(pipeline.transformer, Extrapolated):
+    if isinstance(pipeline.transformer, TaylorSeerTransformer):
         return steps - len(cached_steps(pipeline))
     blocks = len(pipeline.transformer.transformer_blocks) + len(pipeline.transformer.single_transformer_blocks)
     always = (pipeline.cache_options.Fn_compute_blocks + pipeline.cache_options.Bn_compute_blocks) / blocks

@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from utils.cuda_graph import InPlaceOf
+from utils.cuda_graph import ModuleProxy
 
 
 class _Before(torch.nn.Module):
@@ -43,8 +43,8 @@ class _Before(torch.nn.Module):
 
 class _Blocks(torch.nn.Module):
     """Blocks in a row: image (B, S, D) and text (B, T, D) to text and image, as one of them does. Tokens that the last
-    one leaves out (`drop_unread` of utils/kernels/fused_blocks.py) stay as they were: a step cache subtracts the
-    input from the output."""
+    one leaves out (`prune_unused_tokens` of utils/kernels/fused_blocks.py) stay as they were: a step cache subtracts
+    the input from the output."""
 
     def __init__(self, blocks: list[torch.nn.Module]):
         super().__init__()
@@ -85,7 +85,7 @@ class _After(torch.nn.Module):
         return self.proj_out(self.norm_out(image, temb))
 
 
-class Segmented(InPlaceOf):
+class PiecewiseTransformer(ModuleProxy):
     """A transformer in segments, in its place.
 
     Its list of blocks is called `segments`, a name that the transformer does not have: cache-dit puts its own list
@@ -93,7 +93,7 @@ class Segmented(InPlaceOf):
 
     Args:
         first, last: F, one or more, and B, together fewer than there are blocks.
-        wrap: what to put around each segment, such as `CUDAGraphed`.
+        wrap: what to put around each segment, such as `CUDAGraphModule`.
     """
 
     def __init__(self, transformer: FluxTransformer2DModel, first: int, last: int,

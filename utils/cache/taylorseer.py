@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.common import RecipeError
-from utils.cuda_graph import InPlaceOf
+from utils.cuda_graph import ModuleProxy
 
 WARM_UP = 6  # steps in which the picture is laid out, as in the step cache's presets
 
@@ -39,7 +39,7 @@ class TaylorSeer:
                 "use a model of more steps.")
 
 
-class Extrapolated(InPlaceOf):
+class TaylorSeerTransformer(ModuleProxy):
     """A pipeline's transformer, computed in the steps of a mask alone.
 
     Which step it is the scheduler says, whose counter is on the CPU; which of two calls a step (true classifier-free

@@ -11,8 +11,8 @@
 A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
 it. Two things differ. The residual stream is stored in fp16, over 16 (`to_stream`), from the embedders to norm_out. And
 `temb` is one table with the modulations of all blocks, in which each block knows its offset. Where no cache looks in
-between, a block defers its last residual add to the LayerNorm of the next one (`leave_sums`): in the place of text it
-then returns (text, y, y_scale, bias, gates), see `residual_adaln`.
+between, a block defers its last residual add to the LayerNorm of the next one (`defer_residuals`): in the place of text
+it then returns (text, y, y_scale, bias, gates), see `residual_adaln`.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from utils.attention import attention, norm_scale
-from utils.context_parallel import all_tokens, exchange, largest_of_all, own_part, ring, token_parts
+from utils.context_parallel import all_reduce_max, all_to_all, all_tokens, ring, shard, token_parts
 from utils.equalization import channel_shares, column_powers, reach
 from utils.kernels.fused_kernels import (
     STREAM,
@@ -82,8 +82,8 @@ def _norms(pairs: list[tuple], device: torch.device) -> Tensor:
 class _Block(torch.nn.Module):
     """How both kinds begin and end."""
 
-    leaves_sum = False
-    drops_unread = False  # see `drop_unread`
+    defers_residual = False
+    prunes_unused_tokens = False  # see `prune_unused_tokens`
     # Of several GPUs: how they share attention, among how many its heads, and through what, if not NCCL.
     context_parallel, parts, boxes = None, 1, None
 
@@ -95,7 +95,7 @@ class _Block(torch.nn.Module):
         else:
             found = text, image, *adaln(text, image, table, self.offsets, self.bounds, SHIFT, SCALE)
         # q, k and v of all GPUs' tokens have common scales.
-        return (*found[:-1], largest_of_all(found[-1])) if self.context_parallel else found
+        return (*found[:-1], all_reduce_max(found[-1])) if self.context_parallel else found
 
     def project(self, x: Tensor, x_scale: Tensor, rope: tuple, lengths: Tensor, text_tokens: int, streams: int
                 ) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
@@ -106,7 +106,7 @@ class _Block(torch.nn.Module):
         if self.boxes:
             return self.boxes.start(qkv, "qkv"), descale, shared
         if self.context_parallel == "ulysses":
-            qkv = exchange(qkv)
+            qkv = all_to_all(qkv)
         return lambda: qkv, descale, shared
 
     def attend(self, qkv: Callable[[], Tensor], descale: Tensor, queries: slice = slice(None)) -> Tensor:
@@ -122,16 +122,16 @@ class _Block(torch.nn.Module):
         Returns (N, B, S / N, D / N) e4m3 over `scale` (B,), which all GPUs know: no GPU has a whole row before the
         exchange. e4m3 moves half of bf16's bytes.
         """
-        attended = attention(*all_tokens(qkv()).unbind(2), *own_part(descale, 2).unbind(1), "fa3").flatten(2)
+        attended = attention(*all_tokens(qkv()).unbind(2), *shard(descale, 2).unbind(1), "fa3").flatten(2)
         if self.boxes:
             return self.boxes.send_attention(attended, scale)
-        return exchange(token_parts(to_e4m3(attended.float() / scale[:, None, None])))
+        return all_to_all(token_parts(to_e4m3(attended.float() / scale[:, None, None])))
 
-    def last_sum(self, text: Tensor, image: Tensor, y: Tensor, y_scale: Tensor, linear: Float8Linear, gates: Tensor,
-                 table: Tensor) -> tuple:
+    def deferred_residual(self, text: Tensor, image: Tensor, y: Tensor, y_scale: Tensor, linear: Float8Linear,
+                          gates: Tensor, table: Tensor) -> tuple:
         """The block's result, with the residual add of y (B, S, D) done, or deferred to the next block."""
         deferred = y, y_scale, linear.bias.view(linear.count, -1).expand(2, -1), gates
-        return ((text, *deferred), image) if self.leaves_sum else gated_residual(text, image, *deferred, table)
+        return ((text, *deferred), image) if self.defers_residual else gated_residual(text, image, *deferred, table)
 
 
 class FusedSingleBlock(_Block):
@@ -169,12 +169,12 @@ class FusedSingleBlock(_Block):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         """hidden_states (B, I, D) and encoder_hidden_states (B, T, D) of the stream, or what the last block left; temb
-        (B, *) bf16, the table of `Modulations`; image_rotary_emb: cos and sin of `Rotation`."""
+        (B, *) bf16, the table of `Modulations`; image_rotary_emb: cos and sin of `RotaryEmbedding`."""
         text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
         tokens, queries = text.shape[1], slice(None)
         qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 1)
         read = (joint_attention_kwargs or {}).get(READ)
-        if self.drops_unread and read:
+        if self.prunes_unused_tokens and read:
             queries = slice(tokens, tokens + read)
             text, image, x, x_scale, scale = (text[:, :0], image[:, :read], x[:, queries], x_scale[:, queries],
                                               scale[:, queries])
@@ -191,7 +191,7 @@ class FusedSingleBlock(_Block):
             scale = place_attention(self.attend(qkv, descale, queries), scale, hidden)
             gelu_gemm(x, x_scale, *mlp, scale, hidden, 0, 1)
         y = fp8_gemm(hidden, self.out.weight, self.one, 0, 1)
-        return self.last_sum(text, image, y, scale, self.out, self.gates, temb)
+        return self.deferred_residual(text, image, y, scale, self.out, self.gates, temb)
 
 
 class FusedDoubleBlock(_Block):
@@ -262,7 +262,7 @@ class FusedDoubleBlock(_Block):
         hidden = x.new_empty(*x.shape[:2], self.down.weight.shape[1])
         gelu_gemm(x, x_scale, *self.up.operands(), self.columns, scale, hidden, tokens, 2)
         y = fp8_gemm(hidden, self.down.weight, self.one, tokens, 2)
-        return self.last_sum(text, image, y, scale, self.down, self.mlp_gates, temb)
+        return self.deferred_residual(text, image, y, scale, self.down, self.mlp_gates, temb)
 
 
 class StreamEmbedder(torch.nn.Module):
@@ -282,7 +282,7 @@ class StreamEmbedder(torch.nn.Module):
         return self.embed(x).half()
 
 
-class Rotation(torch.nn.Module):
+class RotaryEmbedding(torch.nn.Module):
     """diffusers' FluxPosEmbed with every angle once: cos and sin (S, D / H / 2), float16.
 
     Between -1 and 1 that is right to 2^-12 and e4m3, which follows, to 2^-4; in float32 the product that rotates would
@@ -300,9 +300,9 @@ class Rotation(torch.nn.Module):
 @torch.no_grad()
 def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float8_modulations: bool = False) -> int:
     """Puts the fused blocks in the place of diffusers', one after the other on `device`, freeing theirs. Afterwards
-    `follow_schedule` has to be called.
+    `attach_modulation_hook` has to be called.
 
-    For a transformer with fused projections, LoRA included, and nothing quantised.
+    For a transformer with fused projections, LoRA included, and nothing quantized.
 
     Args:
         float8_modulations: see `Modulations`.
@@ -325,20 +325,20 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float
     transformer.norm_out = NormOut()
     transformer.x_embedder = StreamEmbedder(transformer.x_embedder)
     transformer.context_embedder = StreamEmbedder(transformer.context_embedder)
-    transformer.pos_embed = Rotation(transformer.pos_embed)
+    transformer.pos_embed = RotaryEmbedding(transformer.pos_embed)
     return float8_modulations * (len(doubles) + len(singles)) + sum(
         module.count for module in transformer.modules() if isinstance(module, Float8Linear))
 
 
-def leave_sums(transformer: FluxTransformer2DModel, first: int = 0, last: int = 0) -> None:
+def defer_residuals(transformer: FluxTransformer2DModel, first: int = 0, last: int = 0) -> None:
     """Has every fused block leave its last sum to the next, but for the last one and for those whose sums a step cache
     reads: the last of the `first` blocks, and the last one before the `last` blocks."""
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for count, block in enumerate(blocks, 1):
-        block.leaves_sum = count not in (first, len(blocks) - last, len(blocks))
+        block.defers_residual = count not in (first, len(blocks) - last, len(blocks))
 
 
-def drop_unread(pipeline) -> None:
+def prune_unused_tokens(pipeline) -> None:
     """Has the last block make what the pipeline reads and no more: the picture's tokens, none of the text's, and none
     of Kontext's reference's, of which it needs keys and values alone. In the pipeline's denoising loop the
     transformer's output then has only those; whoever else calls it gets all.
@@ -360,7 +360,7 @@ def drop_unread(pipeline) -> None:
         return args, kwargs | {"joint_attention_kwargs": (kwargs.get("joint_attention_kwargs") or {}) | {READ: read}}
 
     pipeline.prepare_latents = prepared
-    pipeline.transformer.single_transformer_blocks[-1].drops_unread = True
+    pipeline.transformer.single_transformer_blocks[-1].prunes_unused_tokens = True
     pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
 
 

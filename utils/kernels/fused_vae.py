@@ -163,7 +163,7 @@ class FusedGroupNorm(torch.nn.Module):
         return group_norm(x, self.offset, self.weight, self.bias, self.groups, self.eps, self.silu)
 
 
-class TwoProducts:
+class MatmulAttnProcessor:
     """Attention processor: softmax(q k^T / sqrt(C)) v with scores in float32, some thousand rows at a time, for one
     head of any size."""
 
@@ -193,7 +193,7 @@ def _(q, k):
     return q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32)
 
 
-def transposed(convolution: torch.nn.Conv2d) -> torch.nn.ConvTranspose2d:
+def fuse_upsample_conv(convolution: torch.nn.Conv2d) -> torch.nn.ConvTranspose2d:
     """What gives at once what `convolution`, of 3x3 with stride 1 and padding 1, gives of a picture upsampled by 2.
 
     Of output row 2i + a (a is 0 or 1), tap t of the convolution reads input row floor((2i + a + t - 1) / 2). Taps that
@@ -219,22 +219,22 @@ def fuse_vae(vae: torch.nn.Module) -> tuple[int, int, int]:
     norms = attentions = upsamplers = 0
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, torch.nn.SiLU) and all(
-                _takes(norm) for norm in (module.norm1, module.norm2)):
+                _supports_norm(norm) for norm in (module.norm1, module.norm2)):
             module.norm1 = FusedGroupNorm(module.norm1, True)
             module.norm2 = FusedGroupNorm(module.norm2, True, module.conv1)
             module.nonlinearity = torch.nn.Identity()
             norms += 2
         elif isinstance(module, Attention) and module.heads == 1 and module.residual_connection:
-            module.set_processor(TwoProducts())
+            module.set_processor(MatmulAttnProcessor())
             attentions += 1
-            if _takes(module.group_norm):
+            if _supports_norm(module.group_norm):
                 module.group_norm = FusedGroupNorm(module.group_norm, False)
                 norms += 1
-        elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU) and _takes(module.conv_norm_out):
+        elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU) and _supports_norm(module.conv_norm_out):
             module.conv_norm_out, module.conv_act = FusedGroupNorm(module.conv_norm_out, True), torch.nn.Identity()
             norms += 1
-        elif isinstance(module, Upsample2D) and _doubles(module):
-            module.conv, module.use_conv_transpose = transposed(module.conv), True
+        elif isinstance(module, Upsample2D) and _is_nearest_2x(module):
+            module.conv, module.use_conv_transpose = fuse_upsample_conv(module.conv), True
             upsamplers += 1
     for block, following in pairwise(vae.decoder.up_blocks):
         convolution, reader = block.upsamplers[-1].conv, following.resnets[0]
@@ -254,12 +254,12 @@ def _move_bias(convolution: torch.nn.ConvTranspose2d, resnet: ResnetBlock2D) -> 
     resnet.norm1.offset, convolution.bias = bias, None
 
 
-def _doubles(module: Upsample2D) -> bool:
+def _is_nearest_2x(module: Upsample2D) -> bool:
     convolution = getattr(module, "conv", None)
     return (module.interpolate and module.norm is None and type(convolution) is torch.nn.Conv2d
             and (convolution.kernel_size, convolution.padding) == ((3, 3), (1, 1)))
 
 
-def _takes(norm: torch.nn.Module) -> bool:
+def _supports_norm(norm: torch.nn.Module) -> bool:
     return isinstance(norm, torch.nn.GroupNorm) and all(
         size & (size - 1) == 0 for size in (norm.num_channels, norm.num_channels // norm.num_groups))

@@ -123,7 +123,7 @@ class Modulations(torch.nn.Module):
         return torch.cat([self.gemm(x), self.last(x).to(torch.bfloat16)], dim=1).unflatten(0, (steps, -1))
 
     def gemm(self, x: Tensor) -> Tensor:
-        """x (M, D) bf16, in e4m3 quantised by row: (M, blocks' modulations), bf16."""
+        """x (M, D) bf16, in e4m3 quantized by row: (M, blocks' modulations), bf16."""
         # 32 rows at a time, whose float32 results are 0.2 GB.
         return torch.cat([(self._gemm(rows).float() + self.bias).bfloat16() for rows in x.split(32)])
 
@@ -159,7 +159,7 @@ class NormOut(torch.nn.Module):
         return torch.addcmul(shift, F.layer_norm(x, (width,), eps=EPS / STREAM**2).to(table.dtype), 1 + scale)
 
 
-def follow_schedule(pipeline) -> RemovableHandle:
+def attach_modulation_hook(pipeline) -> RemovableHandle:
     """Has `Modulations` prepared before each call of the pipeline's transformer, whatever else is put around it, until
     the handle is removed."""
     modulations = pipeline.transformer.time_text_embed

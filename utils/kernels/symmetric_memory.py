@@ -19,7 +19,7 @@ from torch import Tensor
 from utils.kernels.fused_kernels import E4M3, send_attention
 
 
-class Mailboxes:
+class SymmetricAllToAll:
     """One for each kind of exchange and each size. All GPUs make theirs in the same order, and not while a CUDA graph
     is recorded.
 
@@ -74,9 +74,9 @@ class Mailboxes:
         return mine.view(E4M3).view(gpus, B, tokens // gpus, width)
 
 
-def mailboxes() -> Mailboxes | None:
-    """Mailboxes on the current GPU, if all processes are of this host and every GPU can write into the others' memory;
-    else None."""
+def mailboxes() -> SymmetricAllToAll | None:
+    """A SymmetricAllToAll on the current GPU, if all processes are of this host and every GPU can write into the
+    others' memory; else None."""
     own, mine = torch.device("cuda", torch.cuda.current_device()), None
     others = [i for i in range(dist.get_world_size()) if i != own.index]
     if (os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
@@ -90,7 +90,7 @@ def mailboxes() -> Mailboxes | None:
         works = True
     except RuntimeError:
         works = False
-    return Mailboxes() if _of_all(works) else None
+    return SymmetricAllToAll() if _of_all(works) else None
 
 
 def _of_all(fine: bool) -> bool:
