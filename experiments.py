@@ -1,6 +1,6 @@
 """The ablation: which rows are measured, one fresh process each, and the report on them.
 
-    python experiments.py run h100                     # results/h100/<suite>/<row>.json
+    python experiments.py run h100                     # results/h100/<date>_<commit>/<suite>/<row>.json
     python experiments.py run h100 --suite schnell --rows '1_eager' 'without_*' --dry-run
     python experiments.py report                       # the tables in the pages, the pictures in docs/images
 
@@ -292,13 +292,20 @@ def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
 
 
 def where(folder: Path, row: str, resume: bool) -> Path | None:
-    """Where the row's result goes; None if one of this commit is there. Only a failure is ever overwritten, and only to
-    resume."""
-    finished, before = records.newest(folder, row), records.attempts(folder, row)
-    if resume and finished and finished[1].get("environment", {}).get("commit") == current_commit():
+    """Where the row's result goes in a folder of this commit; None if it is there. Only a failure is ever overwritten,
+    and only to resume."""
+    if resume and records.newest(folder, row):
         return None
+    before = records.attempts(folder, row)
     failed = before and "error" in json.loads(before[-1].read_text())
     return before[-1] if resume and failed else records.next_path(folder, row)
+
+
+def folder_of(gpu: str, commit: str | None, resume: bool) -> Path:
+    """results/<gpu>/<date>_<commit>/ of today, or to resume the newest of this commit."""
+    before = sorted((records.RESULTS / gpu).glob(f"*_{commit}"))
+    today = records.RESULTS / gpu / f"{time.strftime('%Y-%m-%d', time.gmtime())}_{commit}"
+    return before[-1] if resume and before else today
 
 
 def lines_of(job: Job, gpu: str, scratch: Path) -> list[list[str]]:
@@ -313,8 +320,8 @@ def lines_of(job: Job, gpu: str, scratch: Path) -> list[list[str]]:
 def run(args) -> int:
     """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which end the row's processes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    todo = [(suite, row, path) for suite, row in args.chosen
-            if (path := where(records.RESULTS / args.gpu / suite, row, args.resume))]
+    folder = folder_of(args.gpu, current_commit(), args.resume)
+    todo = [(suite, row, path) for suite, row in args.chosen if (path := where(folder / suite, row, args.resume))]
     jobs = [Job(f"[{number}/{len(todo)}] {suite}/{row}", suite, row, path)
             for number, (suite, row, path) in enumerate(todo, 1)]
     print(f"{len(jobs)} of {len(args.chosen)} rows to measure", flush=True)

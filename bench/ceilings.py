@@ -1,6 +1,6 @@
 """What a GPU can do at FLUX.1's own shapes: GEMMs and attention in TFLOP/s, copies in TB/s; medians.
 
-    python -m bench.ceilings results/h100/ceilings.json
+    python -m bench.ceilings results/h100/2026-11/ceilings.json
 
 The last line on stdout is the record as one JSON object.
 """

@@ -1,8 +1,8 @@
 """How far each fp8 recipe's step is from float32, on weights that are shaped as trained ones are.
 
-    python -m bench.fp8_error --random_weights 3+6 --output-json results/h200/fp8_error/families.json
+    python -m bench.fp8_error --random_weights 3+6 --output-json results/h200/2026-11/fp8_error/families.json
     python -m bench.fp8_error --random_weights --cases plain massive=500,spread=0.5,neuron=300 --output-json full.json
-    python -m bench.fp8_error --ckpt tiny-flux-dev --pictures 16 --output-json results/h200/fp8_error/pictures.json
+    python -m bench.fp8_error --ckpt tiny-flux-dev --pictures 16 --output-json pictures.json
 
 For every case of `bench.trained_like` one transformer is reshaped, each recipe is applied to a copy of it, and the same
 step of a real call is compared with float32 arithmetic: ||step - float32|| / ||float32|| over the picture's tokens. On

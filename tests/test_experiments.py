@@ -102,12 +102,18 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ROWS", {"fake": {row: [] for row in PROGRAMS}})
     monkeypatch.setattr(experiments, "commands", lambda gpu, suite, row, scratch: [
         [sys.executable, "-S", "-c", PROGRAMS[row], str(scratch / "result.json")]])
-    folder = tmp_path / "results" / "here" / "fake"
 
     def run(*argv):
         code = experiments.main(["run", "here", *argv])
-        return code, {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        files = sorted(records.RESULTS.glob("here/20??-??-??_abc/fake/*.json"))
+        return code, {path.name: json.loads(path.read_text()) for path in files}
     return run
+
+
+def of_commit(commit):
+    """The one folder of the suite that was measured at a commit."""
+    [folder] = (records.RESULTS / "here").glob(f"*_{commit}/fake")
+    return folder
 
 
 def test_run_with_failing_rows_records_them_and_goes_on(stand_ins, capsys):
@@ -126,7 +132,7 @@ def test_run_again_overwrites_nothing(stand_ins):
     _, found = stand_ins("--rows", "fine", "crash")
     assert list(found) == ["crash.2.json", "crash.json", "fine.2.json", "fine.json"]
     _, found = stand_ins("--rows", "fine")
-    assert "fine.3.json" in found and records.newest(records.RESULTS / "here" / "fake", "fine")[0].name == "fine.3.json"
+    assert "fine.3.json" in found and records.newest(of_commit("abc"), "fine")[0].name == "fine.3.json"
 
 
 def test_resume_skips_finished_rows_and_repeats_failed_ones(stand_ins, monkeypatch):
@@ -142,16 +148,23 @@ def test_resume_measures_again_what_another_commit_finished(stand_ins, monkeypat
     _, before = stand_ins("--rows", "fine")
     monkeypatch.setenv("GIT_COMMIT", "def")
     _, after = stand_ins("--rows", "fine", "--resume")
-    assert after["fine.json"] == before["fine.json"] and after["fine.2.json"]["environment"]["commit"] == "def"
-    _, again = stand_ins("--rows", "fine", "--resume")
-    assert list(again) == list(after)
+    assert after == before
+    assert records.newest(of_commit("def"), "fine")[1]["environment"]["commit"] == "def"
+
+
+def test_resume_on_another_day_goes_on_in_the_folder_of_its_commit(stand_ins):
+    _, before = stand_ins("--rows", "fine")
+    of_commit("abc").parent.rename(records.RESULTS / "here" / "2026-01-01_abc")
+    _, after = stand_ins("--rows", "fine", "last", "--resume")
+    assert list(after) == ["fine.json", "last.json"] and after["fine.json"] == before["fine.json"]
+    assert [path.name for path in (records.RESULTS / "here").iterdir()] == ["2026-01-01_abc"]
 
 
 def test_newest_after_a_failed_repetition_is_the_finished_result(stand_ins, monkeypatch):
     stand_ins("--rows", "fine")
     monkeypatch.setitem(PROGRAMS, "fine", "raise ValueError")
     stand_ins("--rows", "fine")
-    folder = records.RESULTS / "here" / "fake"
+    folder = of_commit("abc")
     assert records.newest(folder, "fine")[0].name == "fine.json"
     assert experiments.where(folder, "fine", resume=True) is None
 
@@ -243,7 +256,7 @@ def test_dry_run_measures_nothing(stand_ins, monkeypatch, capsys):
     monkeypatch.setenv("GIT_COMMIT", "abc-dirty")
     assert stand_ins("--dry-run") == (0, {})
     lines = capsys.readouterr().out.splitlines()
-    assert all(any(f"results/here/fake/{row}.json" in line for line in lines) for row in PROGRAMS)
+    assert all(any(f"_abc-dirty/fake/{row}.json" in line for line in lines) for row in PROGRAMS)
 
 
 @pytest.mark.parametrize("commit", ["abc-dirty", None])

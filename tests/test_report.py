@@ -182,7 +182,7 @@ def test_ladder_table_ends_with_the_default_of_its_eager_rows_card(results, monk
 
 def test_kernel_table_adds_up():
     """Of the committed results: each part adds up to the whole, and the fused step has no other kinds of kernel."""
-    cells = [line.split(" | ") for line in tables.kernel_table("h100/schnell").splitlines()[2:]]
+    cells = [line.split(" | ") for line in tables.kernel_table(records.current("h100/schnell")).splitlines()[2:]]
     for column in (1, 2):
         shown = [float(line[column].split()[0]) for line in cells]
         assert abs(sum(shown[:-1]) - shown[-1]) < 0.2 and min(shown) > 1
@@ -193,7 +193,7 @@ def test_kernel_table_adds_up():
 
 def test_roofline_table_has_cublas_beside_each_gemm():
     """Of the committed results: every product of the fused blocks has cuBLAS' times beside it, nothing else has."""
-    cells = cells_of(tables.roofline_table("h100/schnell"))
+    cells = cells_of(tables.roofline_table(records.current("h100/schnell")))
     assert cells
     for name, _, ms, flops, *_, loaded, _, cublas, cublas_loaded in cells:
         assert ("product" in name or "gemm" in name) == (cublas != "–") == (cublas_loaded != "–"), name
@@ -205,9 +205,10 @@ def test_roofline_table_has_cublas_beside_each_gemm():
 def test_expected_table_is_below_what_was_measured(suite):
     """Of the committed results: from the step of the default measured nearest to them, each number of GPUs takes more
     than its share of it, by what is exchanged, and what was measured is above what is expected."""
-    cells = cells_of(tables.expected_table(f"h100/{suite}"))
-    _, two = records.newest(records.RESULTS / "h100" / suite, "gpus_2_ulysses")
-    _, one = records.beside(records.RESULTS / "h100" / suite, "8_fused", [two])
+    where = records.current(f"h100/{suite}")
+    cells = cells_of(tables.expected_table(where))
+    _, two = records.newest(records.RESULTS / where, "gpus_2_ulysses")
+    _, one = records.beside(records.RESULTS / where, "8_fused", [two])
     assert float(cells[0][3].split()[0]) == pytest.approx(one["stages_ms"]["denoising_step"], abs=0.05)
     assert [row[0] for row in cells] == ["1", "2", "4", "8"]
     exchanged = [float(row[2].split()[0]) - one["stages_ms"]["denoising_step"] / int(row[0]) for row in cells[1:]]

@@ -122,7 +122,7 @@ def test_checkpoint_draws_and_edits_what_it_is_asked_for(dev, ask):
 @pytest.mark.slow
 def test_checkpoint_reaches_the_goals_of_its_training(ask):
     """The judge's rates of 24 captions, of combinations that training held out and of edits, each of its own seed. The
-    bounds are the goals of training; results/cpu/tiny/judge.json has the rates of 200, 162 and 100."""
+    bounds are the goals of training; results/cpu/2026-11/tiny/judge.json has the rates of 200, 162 and 100."""
     colours = ("white", "blue", "green")
     wanted = on(colours, training_captions(200))[:24]
     pictures, found = ask("tiny-flux-dev", 28, wanted)

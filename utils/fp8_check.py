@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.common import RecipeError
 
 # On full-width weights shaped as trained ones are (bench/trained_like.py), a step differs by 1 to 12 % where a recipe
-# holds: results/h200/fp8_error. Fused scales of a whole tensor, from bounds, failed with 21 to 34 %. tiny-flux has
+# holds: results/h200/2026-11/fp8_error. Fused per-tensor scales, from bounds, failed with 21 to 34 %. tiny-flux has
 # short rows, and its steps amplify what came before: its pictures are right with up to 18 %.
 BOUND = 0.2
 # What helps, in the order of what it costs.

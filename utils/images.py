@@ -38,8 +38,8 @@ class GPUImageProcessor(CheckedImageProcessor):
     """diffusers' image processor, with pixels as 8 bits whenever they are copied between CPU and GPU.
 
     diffusers copies float32 pixels and rounds them with NumPy: 23.2 ms for 1024x1024, and 2.8 this way (H100,
-    results/h100/schnell). Kontext's reference it makes float32 with NumPy, then copies it, while the GPU waits. The
-    results are the same, bit by bit.
+    results/h100/2026-11/schnell). Kontext's reference it makes float32 with NumPy, then copies it, while the GPU waits.
+    The results are the same, bit by bit.
     """
 
     def preprocess(self, image, height: int | None = None, width: int | None = None, **options) -> torch.Tensor:

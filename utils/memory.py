@@ -37,7 +37,8 @@ def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tup
     """Bytes of the finished recipe: of each part's weights, of the weights on the GPU at once, and beyond them.
 
     The working set is what an H100 reserved beyond the weights for a 1024x1024 image, CUDA graphs on: 26.6 - 20.4 GiB
-    (results/h100/schnell/6_float8.json). Its largest part is the VAE decoder's activations; with tiling it is a guess.
+    (results/h100/2026-11/schnell/6_float8.json). Its largest part is the VAE decoder's activations; with tiling it is a
+    guess.
     """
     count = weight_counts(configs)
     plain = chosen.dtype.itemsize

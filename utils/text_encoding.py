@@ -90,7 +90,7 @@ def overlap_text_encoders(pipeline) -> None:
 def stream_text_encoder(t5: torch.nn.Module, device: torch.device) -> None:
     """Leaves T5's weights in pinned CPU memory. While a layer works, the next one's come over PCIe; then its own are
     dropped, not copied back. T5 works once a prompt, and what that takes is the copy: on an H100 0.13 s of int8
-    (results/h100/schnell/memory_16gib.2.json), for 4.6 GiB of the GPU's memory, or twice as much of bf16."""
+    (results/h100/2026-11/schnell/memory_16gib.2.json), for 4.6 GiB of the GPU's memory, or twice as much of bf16."""
     apply_group_offloading(t5, device, torch.device("cpu"), "leaf_level", use_stream=True, record_stream=True)
 
 
@@ -110,7 +110,7 @@ def set_static_attention_mask(t5: torch.nn.Module) -> None:
 
     The bias is looked up as (query, key, head) and permuted; PyTorch's fused attention kernels want neighbouring keys
     next to each other, and without them all 24 blocks attend in float32 by separate products. On an H100 a dev
-    prompt's encoding took 18.3 ms so, and takes 12.1 (results/h100/dev/8_fused.json and 8_fused.3.json).
+    prompt's encoding took 18.3 ms so, and takes 12.1 (results/h100/2026-11/dev/8_fused.json and 8_fused.3.json).
     """
     def with_mask(module, args, kwargs):
         ids = args[0] if args else kwargs["input_ids"]

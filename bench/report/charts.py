@@ -25,8 +25,9 @@ def ladder(where: str) -> str:
     """The SVG of results/<gpu>/<suite>/, `where` being <gpu>/<suite>: one bar a row of the ladder, with its median
     seconds an image and its ratio to the eager row. Rows with a cap of memory are left out."""
     names = {row: name for row, name in tables.NAMES.items() if not row.startswith("memory_")}
-    rows = [(names[row], record) for row, (_, record) in tables.finished(records.RESULTS / where, names).items()]
-    eager = records.newest(records.RESULTS / where, "1_eager")
+    folder = records.RESULTS / records.current(where)
+    rows = [(names[row], record) for row, (_, record) in tables.finished(folder, names).items()]
+    eager = records.newest(folder, "1_eager")
     seconds = [record["seconds"]["median"] for _, record in rows]
     height = ROW_HEIGHT * len(rows)
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
@@ -48,7 +49,7 @@ def stale() -> dict[Path, bytes]:
 
 def contact_sheets() -> dict[Path, bytes]:
     """A WebP of each machine in `SHEETS`. Its bytes depend on the libraries that draw and compress it."""
-    return {IMAGES / f"{gpu}_pictures.webp": contact_sheet(records.RESULTS / gpu / "tiny", rows)
+    return {IMAGES / f"{gpu}_pictures.webp": contact_sheet(records.RESULTS / records.current(gpu) / "tiny", rows)
             for gpu, rows in SHEETS.items()}
 
 

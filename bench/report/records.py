@@ -1,6 +1,8 @@
-"""What stands in results/: one JSON a measurement, <gpu>/<suite>/<row>.json, then <row>.2.json, <row>.3.json.
+"""The records in results/: one JSON a measurement, <gpu>/<date>_<commit>/<suite>/<row>.json.
 
-A measurement that failed has the key "error". Readers take the newest that did not.
+A folder <date>_<commit> holds the measurements of one card, one clean commit and one day. A row that is measured again
+there is <row>.2.json, then <row>.3.json. A measurement that failed has the key "error". Readers take the newest that
+did not. The folders 2026-11 are older than this rule; their README says what they hold.
 """
 
 import json
@@ -9,6 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
+CURRENT = {"h100": "2026-11", "h200": "2026-11", "cpu": "2026-11"}  # the folder that the pages show, by GPU
+
+
+def current(where: str) -> str:
+    """<gpu>/<suite> with the folder that the pages show between the two; of an unknown GPU unchanged."""
+    gpu, _, rest = where.partition("/")
+    return "/".join(filter(None, (gpu, CURRENT.get(gpu), rest)))
 
 
 def attempts(folder: Path, row: str) -> list[Path]:

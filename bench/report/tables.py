@@ -7,9 +7,10 @@
 import json
 import re
 import statistics
+from datetime import datetime
 from pathlib import Path
 
-from bench.report.records import RESULTS, ROOT, attempts, beside, newest
+from bench.report.records import RESULTS, ROOT, attempts, beside, current, newest
 
 MARKERS = re.compile(r"(<!-- (\w+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -113,13 +114,13 @@ def glance_table(gpu: str) -> str:
 def beside_table(where: str) -> str:
     """The markdown table of a group of rows beside the ladder, `where` being <gpu>/<suite>/<group>, with ratios to its
     first row too, as it was measured beside each; without columns in which next to nothing stands."""
-    gpu, suite, group = where.split("/")
-    found, eager = _rows(f"{gpu}/{suite}", GROUPS[group]), newest(RESULTS / gpu / suite, "1_eager")
+    where, _, group = where.rpartition("/")
+    found, eager = _rows(where, GROUPS[group]), newest(RESULTS / where, "1_eager")
     first = next(iter(GROUPS[group]))
     head, rows = ["", "seconds (min–max)", "× eager", "× first row", "step", "steps cached", "step error", "GiB"], []
     for link, record in found:
         cached, error = record["cached_steps"], record["step_relative_error"]
-        base = beside(RESULTS / gpu / suite, first, [record])
+        base = beside(RESULTS / where, first, [record])
         rows.append([
             link, _seconds(record), _ratio(eager and eager[1], record),
             _ratio(base and base[1], record),
@@ -306,7 +307,7 @@ GEMMS |= {name.replace("fp8_gemm", "products").replace("_gemm", "_product"): sha
 def roofline_table(where: str) -> str:
     """The markdown table of results/<gpu>/kernels.json for one model, `where` being <gpu>/<model>: what each kernel of
     the fused blocks reaches, and cuBLAS with the same factors and nothing besides."""
-    gpu, model = where.split("/")
+    gpu, _, model = where.rpartition("/")
     rows = json.loads((RESULTS / gpu / "kernels.json").read_text())["kernels"][model]
     cublas = {row["kernel"].removeprefix("cuBLAS by ").replace(", ", ":", 1): row for row in rows
               if row["block"] == "alternative"}
@@ -385,7 +386,7 @@ def expected_table(where: str) -> str:
     from bench.link import bytes_sent, expected_step  # needs torch
     from utils.random_weights import architecture
 
-    gpu = where.split("/")[0]
+    gpu = where.rpartition("/")[0]
     links = {n: json.loads(path.read_text()) for n in (2, 4, 8)
              if (path := RESULTS / gpu / f"gpus_{n}_link.json").exists()}
     measured = {gpus: newest(RESULTS / where, f"gpus_{gpus}_ulysses") for gpus in (2, 4, 8)}
@@ -432,7 +433,7 @@ FP8_RECIPES = {"bf16": "bf16", "float8_row": "float8 per row", "flux_fast": "flu
 def fp8_error_table(where: str) -> str:
     """The markdown table of results/<gpu>/fp8_error/<name>.json, `where` being <gpu>/<name>: each recipe's error of a
     step in `FP8_CASES`."""
-    gpu, name = where.split("/")
+    gpu, _, name = where.rpartition("/")
     rows = {row["case"]: row["errors"] for row in
             json.loads((RESULTS / gpu / "fp8_error" / f"{name}.json").read_text())["rows"]}
     lines = [f"| weights | {' | '.join(FP8_RECIPES.values())} |", "|---" * (1 + len(FP8_RECIPES)) + "|"]
@@ -467,9 +468,36 @@ def pages() -> list[Path]:
 def with_tables(page: Path, text: str | None = None) -> str:
     """The page's text, or the `text` given for it, with every marked part made anew. Its links start at the page."""
     to_root = "../" * len(page.relative_to(ROOT).parts[:-1])
-    text = page.read_text() if text is None else text
-    return MARKERS.sub(lambda part: part[1] + MAKERS[part[2]](part[3]).replace("](results/", f"]({to_root}results/")
-                       + part[4], text)
+
+    def made(part: re.Match) -> str:
+        content = MAKERS[part[2]](current(part[3]))
+        content += caption(re.findall(r"\]\((results/[^)]+\.json)\)", content))
+        return part[1] + content.replace("](results/", f"]({to_root}results/") + part[4]
+
+    return MARKERS.sub(made, page.read_text() if text is None else text)
+
+
+def caption(links: list[str]) -> str:
+    """The machine, the versions and the days of the records that a table links to; "" for records without a date."""
+    paths = [RESULTS / link.removeprefix("results/") for link in dict.fromkeys(links)]
+    environments = [json.loads(path.read_text()).get("environment", {}) for path in paths]
+    found = [one for one in environments if one.get("date")]
+    if not found:
+        return ""
+
+    def several(values, plural: str) -> str:
+        names = sorted({str(value) for value in values if value})
+        return ", ".join(names) if len(names) < 3 else f"{len(names)} {plural}"
+
+    cards = {one.get("gpu_uuid") for one in found} - {None}
+    first, last = (datetime.fromisoformat(pick(one["date"] for one in found)) for pick in (min, max))
+    days = [f"{first:%-d %B}" if (first.month, first.day) != (last.month, last.day) else "", f"{last:%-d %B %Y}"]
+    parts = [several((one.get("gpu", "CPU") for one in found), "GPUs") + (f" ({len(cards)} cards)" * (len(cards) > 1)),
+             several((one.get("power_limit", "").removesuffix(".00 W") + " W" for one in found
+                      if one.get("power_limit")), "power limits"),
+             "torch " + several((one["packages"]["torch"] for one in found), "versions"),
+             several((one.get("commit") for one in found), "commits"), " to ".join(filter(None, days))]
+    return f"\n{', '.join(filter(None, parts))}\n"
 
 
 def stale() -> dict[Path, bytes]:

@@ -4,7 +4,7 @@ mailboxes that the others write into; then a barrier, a kernel of one block, say
 q, k and v are copied, on a second stream: copy engines move them, and in a single block every multiprocessor goes on
 with the MLP's first product. NCCL's exchanges are kernels of several blocks, which would wait for that product's end,
 or it for theirs. On the way back nothing is left to do meanwhile: the kernel that casts attention's result writes it
-right into the others' memory. On two H100s both are also faster by themselves: results/h100/gpus_2_link.json.
+right into the others' memory. On two H100s both are also faster by themselves: results/h100/2026-11/gpus_2_link.json.
 """
 
 import os
