@@ -1,11 +1,11 @@
-"""The ablation: which rows are measured, one fresh process each, and the report on them.
+"""Runs the ablation, one fresh process for each row, and generates the report.
 
-    python experiments.py run h100                     # results/h100/<date>_<commit>/<suite>/<row>.json
+    python experiments.py run h100                     # writes results/h100/<date>_<commit>/<suite>/<row>.json
     python experiments.py run h100 --suite schnell --rows '1_eager' 'without_*' --dry-run
-    python experiments.py report                       # the tables in the pages, the pictures in docs/images
+    python experiments.py report                       # writes the pages' tables and the pictures in docs/images
 
-A result names its commit, so `run` refuses a tree that differs from it. A row that fails becomes a result too: the
-reason, the exit code and the end of its output. The other rows go on.
+Each result names its commit, so that `run` refuses uncommitted changes. If a row fails, its result has the reason, the
+exit code and the end of the output, and the other rows continue.
 """
 
 import argparse
@@ -44,7 +44,7 @@ UNFUSED = ["--disable_fused_kernels", VAE]
 
 NOT_COMPILED = ["--compile_export_mode", "disabled"]
 EAGER = [*NOT_COMPILED, "--disable_cudagraphs", "--disable_gpu_postprocess", VAE]
-# Packages are the default of the scripts. Rows use torch.compile instead, unless they name packages.
+# The scripts use packages by default. The rows use torch.compile, unless their flags say export_aoti.
 COMPILE = ["--compile_export_mode", "compile"]
 QUICK = ["--disable_inductor_tuning_flags", *COMPILE]
 ATTENTION = ["--random_weights", "4+8", "--runs", "1", "--warmup", "0", "--disable_quant", "--attention_backend"]
@@ -53,7 +53,7 @@ CKPTS = {name: f"black-forest-labs/FLUX.1-{full}" for name, full in
          (("schnell", "schnell"), ("dev", "dev"), ("kontext", "Kontext-dev"))}
 RUNS = {"schnell": "10", "dev": "5", "kontext": "5"}
 
-# From the plain pipeline upwards, each row with one technique more.
+# Each row adds one technique to the row before, from diffusers' own pipeline to the default.
 LADDER = {
     "1_eager": [*EAGER, *OFF],
     "2_compile": [*QUICK, *OFF],
@@ -62,12 +62,12 @@ LADDER = {
     "5_fa3": [*QUICK, QUANT, VAE],
     "6_float8": [*QUICK, *UNFUSED],
     "7_flags": [*COMPILE, *UNFUSED],
-    # Everything that is on by default: the tuning flags are for blocks that are compiled.
+    # The default recipe, except for the tuning flags: they only affect compiled blocks.
     "8_fused": QUICK,
 }
 ENDS = {row: LADDER[row] for row in ("1_eager", "5_fa3", "6_float8", "8_fused")}
 
-# 8_fused less one technique, and less what needs it.
+# 8_fused without one technique, and without the techniques that need it.
 WITHOUT = {
     "without_compile": [*QUICK, *NOT_COMPILED],
     "without_cudagraphs": [*QUICK, "--disable_cudagraphs"],
@@ -80,26 +80,26 @@ WITHOUT = {
     "without_fa3": [*QUICK, FA3],
 }
 PRESETS = ("safe", "balanced", "fast", "extreme")
-# Residuals of random weights mean nothing, so these rows cache every step that the mask allows.
+# With random weights residuals are meaningless, so that these rows skip every step that the mask allows.
 CACHES = {"cache_default": [*QUICK, "--force_cache", "--step_cache", "f12b12"]} | {
     f"cache_{name}": [*QUICK, "--force_cache", "--step_cache", name] for name in PRESETS} | {
     "cache_taylorseer": [*QUICK, "--step_cache", "taylorseer"]} | {
     f"cache_taylorseer_{interval}": [*QUICK, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
     for interval in "24"}
-# The first of each is 6_float8 again: how far apart two processes of the same recipe are.
+# The first row of each group repeats 6_float8: it shows the noise between two processes of one recipe.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
 BACKENDS = {f"backend_{name.strip('_')}": [*QUICK, *UNFUSED, "--attention_backend", name]
             for name in ("fa3", "fa3_bf16", "_native_cudnn", "native")}
-# 8_fused is batch 1 at 1024x1024, 1_eager that of the plain pipeline.
+# Batch 1 at 1024x1024 is 8_fused, and 1_eager for diffusers' own pipeline.
 BATCHES = {f"batch_{n}": [*QUICK, "--num_images_per_prompt", str(n)] for n in (2, 4, 8)} | {
     f"eager_batch_{n}": [*EAGER, *OFF, "--num_images_per_prompt", str(n), "--runs", "3"] for n in (2, 4, 8)}
 SIZES = {f"size_{width}x{height}": [*QUICK, "--width", str(width), "--height", str(height)]
          for width, height in ((512, 512), (768, 768), (1536, 1024))}
 
-# Under a cap of the allocator, as on a smaller card.
+# A cap on PyTorch's allocator stands for a smaller card.
 CAP_24 = [*QUICK, "--text_encoder_quant", "--gpu_memory_limit", "24"]
 CAP_16 = [*QUICK, "--text_encoder_quant", "--offload", "text", "--vae_tiling", "--gpu_memory_limit", "16"]
-NO_HOPPER = ["--disable_fused_kernels", FA3]  # what a card with float8 that is no Hopper runs
+NO_HOPPER = ["--disable_fused_kernels", FA3]  # the recipe of cards with float8 other than Hopper
 MEMORY = {
     "memory_24gib": CAP_24,
     "memory_16gib": CAP_16,
@@ -111,8 +111,8 @@ MEMORY = {
     "memory_16gib_unfused": [*CAP_16, *NO_HOPPER],
 }
 
-# From the start of a process to its first image, with a cache folder of the row's own. (What Triton keeps of the fused
-# kernels is elsewhere.)
+# Cold starts: from process start to first image, with a cache folder for each row. Triton caches the fused kernels
+# outside this folder.
 OWN_CACHE = [*QUICK, "--cache-dir", "{scratch}/cache"]
 PACKAGES = [*OWN_CACHE, "--compile_export_mode", "export_aoti"]
 STARTS = {
@@ -121,7 +121,7 @@ STARTS = {
     "start_export": PACKAGES,
     "start_packages": [*PACKAGES, "--use-cached-model"],
 }
-# What fills the cache folder first.
+# The row that fills the cache folder first.
 AFTER = {"start_compile_again": "start_compile", "start_packages": "start_export"}
 # One image on several GPUs, under torchrun.
 GPUS = {f"gpus_{kind}": [*QUICK, "--context_parallel", kind.partition("_")[2]]
@@ -130,8 +130,8 @@ CACHED_GPUS = {f"gpus_{count}_{name}": [*QUICK, "--context_parallel", "auto", *f
     ("balanced", ["--force_cache", "--step_cache", "balanced"]), ("taylorseer", ["--step_cache", "taylorseer"]))
     for count in (2, 4)}
 
-# tiny-flux's pictures. `eager` is the reference; bf16, float32 and `other_seed` are the scale: what changes in no way
-# that matters, and what all else is worth nothing beyond.
+# tiny-flux's pictures, compared with `eager`. `float32` shows a harmless difference, and `other_seed` shows pictures
+# that have only the prompt in common.
 COMPILED = [*QUICK, FUSED, CHANNELS]
 TINY = {
     "eager": [*EAGER, *OFF],
@@ -156,13 +156,13 @@ TINY = {
 } | {f"cache_{name}": [*EAGER, *OFF, "--step_cache", name] for name in PRESETS} | {
     f"taylorseer_{interval}": [*EAGER, *OFF, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
     for interval in "234"} | {
-    # 24, 20, 16 and 13 steps compute about the blocks that the presets compute of this model.
+    # 24, 20, 16 and 13 steps compute about as many blocks of this model as the presets do.
     f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {
     "all_defaults": QUICK,
     "cache_defaults": [*QUICK, "--step_cache", "f12b12"],
     "other_seed": [*EAGER, *OFF, "--seed", "1000"],
 }
-# The same recipe without its cache, where that is not the reference already.
+# The row of the same recipe without its step cache, unless that row is the reference.
 TWINS = {"cache_defaults": "all_defaults"}
 
 ROWS = {
@@ -177,15 +177,21 @@ ROWS = {
     "tiny": TINY,
 }
 
-# The float32 reference needs the unquantized model on the GPU and a step that computes every block, and takes time from
-# a start.
+# Rows without --step_error: its float32 reference needs the unquantized model on the GPU and a step that computes every
+# block, and it lengthens a cold start.
 WITHOUT_STEP_ERROR = ("memory_", "cache_", "batch_", "eager_batch_", "start_")
 
 
 def commands(gpu: str, suite: str, row: str, scratch: Path) -> list[list[str]]:
-    """The command lines of one row, in order, from the repository's root. The last one measures, and the result records
-    it. Those before make the pictures that it compares with, unless they exist, or the cache that it starts from. Later
-    flags win over earlier ones."""
+    """Returns the command lines of one row, in order, for the repository's root.
+
+    The last command measures, and the result records it. Earlier commands draw the pictures that it compares with,
+    unless they exist, or fill the cache that it starts from. Later flags override earlier ones.
+
+    Args:
+        gpu: the folder below results/.
+        scratch: a folder for the commands' outputs.
+    """
     output = scratch / "result.json"
     if suite == "tiny":
         def pictures(*flags: str, row: str) -> list[str]:
@@ -210,22 +216,27 @@ def commands(gpu: str, suite: str, row: str, scratch: Path) -> list[list[str]]:
 
 
 def choose(suites: list[str] | None, patterns: list[str] | None) -> list[tuple[str, str]]:
-    """The rows to measure, (suite, row), in the tables' order.
+    """Returns the rows to measure, (suite, row), in the tables' order.
+
+    Args:
+        suites: names of `ROWS`; None for all.
+        patterns: names or fnmatch patterns of rows; None for all.
 
     Raises:
-        ValueError: a name that does not exist, with the choices.
+        ValueError: a suite or a row does not exist. The message lists the choices.
     """
     if unknown := [name for name in suites or [] if name not in ROWS]:
-        raise ValueError(f"unknown suite {', '.join(unknown)}: choose from {', '.join(ROWS)}")
+        raise ValueError(f"--suite {', '.join(unknown)}: unknown suite. Choose from {', '.join(ROWS)}")
     rows = [(suite, row) for suite in ROWS if not suites or suite in suites for row in ROWS[suite]]
     for pattern in patterns or []:
         if not any(fnmatchcase(row, pattern) for _, row in rows):
-            raise ValueError(f"unknown row {pattern}: choose from {', '.join(dict.fromkeys(row for _, row in rows))}")
+            raise ValueError(f"--rows {pattern}: unknown row. Choose from "
+                             f"{', '.join(dict.fromkeys(row for _, row in rows))}")
     return [(suite, row) for suite, row in rows if not patterns or any(fnmatchcase(row, one) for one in patterns)]
 
 
 class Job(NamedTuple):
-    """One row to measure. `path` is where its result goes."""
+    """One row to measure. `path` is the file for its result."""
     name: str
     suite: str
     row: str
@@ -236,8 +247,14 @@ GRACE_S = 40.0  # torchrun waits 30 s for its workers
 
 
 def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
-    """Runs a command from the repository's root; its exit code, None if it ran past `timeout` seconds, and its output.
-    A command that is cut off, also by Ctrl-C, takes its children with it."""
+    """Runs a command in the repository's root. A timeout or Ctrl-C ends the command's children as well.
+
+    Args:
+        timeout: in seconds.
+
+    Returns:
+        The exit code, None after a timeout, and the output.
+    """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
@@ -247,7 +264,7 @@ def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
             code = None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its workers, which SIGKILL would leave behind
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its workers; after SIGKILL they would live
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_S)
                 with contextlib.suppress(ProcessLookupError):
@@ -258,7 +275,12 @@ def execute(command: list[str], timeout: float) -> tuple[int | None, str]:
 
 
 def reason(code: int | None, output: str) -> str:
-    """What ended a process that did not succeed, in two or three words."""
+    """Returns why a process failed, in a few words.
+
+    Args:
+        code: the exit code; None after a timeout.
+        output: of stdout and stderr.
+    """
     if not code:
         return "timeout" if code is None else "no result"
     if "out of GPU memory" in output or "OutOfMemoryError" in output:
@@ -269,7 +291,14 @@ def reason(code: int | None, output: str) -> str:
 
 
 def outcome(line: list[str], code: int | None, output: str, scratch: Path, timeout: float, seconds: float) -> dict:
-    """The result of a row whose last command was `line`: what that wrote, or how it failed."""
+    """Returns a row's result: the record that its last command `line` wrote, or a record of the failure.
+
+    Args:
+        code: the command's exit code; None after a timeout.
+        scratch: the folder with result.json.
+        timeout: in seconds.
+        seconds: the wall time of all commands.
+    """
     result = scratch / "result.json"
     if code != 0 or not result.exists():
         return {"schema_version": SCHEMA_VERSION, "error": reason(code, output), "exit_code": code,
@@ -281,10 +310,15 @@ def outcome(line: list[str], code: int | None, output: str, scratch: Path, timeo
 
 
 def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
-    """The result of one row, whose commands run one after the other until one fails."""
+    """Runs a row's commands in order until one fails, and returns the row's result.
+
+    Args:
+        scratch: the folder with result.json.
+        timeout: of all commands together, in seconds.
+    """
     start = time.monotonic()
     for line in lines:
-        (scratch / "result.json").unlink(missing_ok=True)  # only the last command's counts
+        (scratch / "result.json").unlink(missing_ok=True)  # an earlier command's result does not count
         code, output = execute(line, max(1.0, timeout - (time.monotonic() - start)))
         if code != 0:
             break
@@ -292,8 +326,13 @@ def measure(lines: list[list[str]], scratch: Path, timeout: float) -> dict:
 
 
 def where(folder: Path, row: str, resume: bool) -> Path | None:
-    """Where the row's result goes in a folder of this commit; None if it is there. Only a failure is ever overwritten,
-    and only to resume."""
+    """Returns the path for the row's result; None if `resume` and the row has succeeded.
+
+    With `resume` a failed result is overwritten. Otherwise no result is ever overwritten.
+
+    Args:
+        folder: of this commit and suite.
+    """
     if resume and records.newest(folder, row):
         return None
     before = records.attempts(folder, row)
@@ -302,14 +341,14 @@ def where(folder: Path, row: str, resume: bool) -> Path | None:
 
 
 def folder_of(gpu: str, commit: str | None, resume: bool) -> Path:
-    """results/<gpu>/<date>_<commit>/ of today, or to resume the newest of this commit."""
+    """Returns today's folder results/<gpu>/<date>_<commit>/; with `resume` the newest folder of this commit, if any."""
     before = sorted((records.RESULTS / gpu).glob(f"*_{commit}"))
     today = records.RESULTS / gpu / f"{time.strftime('%Y-%m-%d', time.gmtime())}_{commit}"
     return before[-1] if resume and before else today
 
 
 def lines_of(job: Job, gpu: str, scratch: Path) -> list[list[str]]:
-    """The commands of a row; their inputs are written into the scratch folder."""
+    """Returns the commands of a row, and writes their inputs into the scratch folder."""
     scratch.mkdir(exist_ok=True)
     if job.suite == "kontext":
         noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
@@ -318,7 +357,11 @@ def lines_of(job: Job, gpu: str, scratch: Path) -> list[list[str]]:
 
 
 def run(args) -> int:
-    """Measures rows; the exit code: 1 if one failed, 130 after Ctrl-C or SIGTERM, which end the row's processes."""
+    """Measures the rows of `args.chosen`. Ctrl-C and SIGTERM end the current row's processes.
+
+    Returns:
+        The exit code: 0, 1 if a row failed, 130 after Ctrl-C or SIGTERM.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = folder_of(args.gpu, current_commit(), args.resume)
     todo = [(suite, row, path) for suite, row in args.chosen if (path := where(folder / suite, row, args.resume))]
@@ -332,7 +375,7 @@ def run(args) -> int:
         with tempfile.TemporaryDirectory() as folder:
             scratch = left_by = None
             for done, job in enumerate(jobs):
-                # A row of AFTER starts from the cache that the row before it has just left, if it has.
+                # A row of AFTER uses the cache of the row just measured, if that is the row it needs.
                 goes_on = left_by == (job.suite, AFTER.get(job.row))
                 scratch = scratch if goes_on else Path(folder, str(done))
                 lines = lines_of(job, args.gpu, scratch)
@@ -346,7 +389,7 @@ def run(args) -> int:
                     failed.append(f"{job.suite}/{job.row}")
                     print("\n".join(f"    {line}" for line in record["output_end"]), file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"interrupted; {done} rows are kept, --resume goes on", file=sys.stderr)
+        print(f"interrupted after {done} rows, whose results are saved; --resume measures the rest", file=sys.stderr)
         return 130
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -354,7 +397,7 @@ def run(args) -> int:
 
 
 def show(jobs: list[Job], gpu: str) -> int:
-    """Prints the command that measures each row."""
+    """Prints the command that measures each row. Returns the exit code 0."""
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:
             line = lines_of(job, gpu, Path(folder))[-1]
@@ -363,7 +406,7 @@ def show(jobs: list[Job], gpu: str) -> int:
 
 
 def save(job: Job, record: dict, scratch: Path) -> None:
-    """Writes a row's result, and its strip of pictures beside it."""
+    """Writes a row's result, and its strip of pictures, if any, as <row>.webp in the same folder."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(str(job.path), {"suite": job.suite, "row": job.row} | record)
     if (scratch / "sheet.webp").exists() and "error" not in record:
@@ -371,7 +414,7 @@ def save(job: Job, record: dict, scratch: Path) -> None:
 
 
 def summary(record: dict) -> str:
-    """The one figure of a progress line."""
+    """Returns the main figure of a result for the progress line."""
     if "error" in record:
         return record["error"]
     if "given" in record:
@@ -380,12 +423,16 @@ def summary(record: dict) -> str:
 
 
 def report(args) -> int:
-    """Writes the pages' tables and pictures; the exit code: 1 if --check finds one of them out of date."""
+    """Writes the pages' tables and pictures.
+
+    Returns:
+        The exit code: 0, or 1 if --check finds a page or a picture out of date.
+    """
     from bench.report import charts, tables
     stale = tables.stale() | charts.stale()
     if args.check:
         for path in stale:
-            print(f"{path.relative_to(ROOT)} is not what results/ says: run python experiments.py report",
+            print(f"{path.relative_to(ROOT)} does not match results/: run python experiments.py report",
                   file=sys.stderr)
         return 1 if stale else 0
     for path, content in (stale | charts.contact_sheets()).items():
@@ -396,34 +443,36 @@ def report(args) -> int:
 
 
 def refuse_unknown_code(parser: argparse.ArgumentParser) -> None:
-    """Ends with an error unless a commit holds the code that would be measured."""
+    """Exits with an error unless the working tree matches a known commit."""
     commit = current_commit()
     if commit is None:
-        parser.error("no commit is known here, and results have to name theirs: run this in a git clone, or set "
-                     "GIT_COMMIT. --dry-run shows the commands.")
+        parser.error("the commit is unknown, and every result must name its commit. Run this in a git clone, or set "
+                     "GIT_COMMIT. --dry-run only shows the commands.")
     if commit.endswith("-dirty"):
-        parser.error(f"files differ from the commit ({commit}), and no commit would hold the measured code: commit "
-                     "first. --dry-run shows the commands.")
+        parser.error(f"files differ from the commit ({commit}), so that no commit would have the measured code. Commit "
+                     "first. --dry-run only shows the commands.")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(required=True)
 
-    runs = actions.add_parser("run", help="measure rows, one fresh process each")
+    runs = actions.add_parser("run", help="measure rows, one fresh process for each")
     runs.add_argument("gpu", help="name of the folder below results/, such as h100")
-    runs.add_argument("--suite", nargs="+", help=f"some of {', '.join(ROWS)}; all without")
-    runs.add_argument("--rows", nargs="+", metavar="ROW", help="some of their rows, by name or pattern ('without_*')")
+    runs.add_argument("--suite", nargs="+", help=f"suites to measure: {', '.join(ROWS)} (all)")
+    runs.add_argument("--rows", nargs="+", metavar="ROW",
+                      help="rows to measure, by name or pattern, such as 'without_*' (all)")
     runs.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     runs.add_argument("--resume", action="store_true",
-                      help="skip rows that this commit has finished, and repeat those that failed; without, a row that "
-                      "is there is measured again and appended as ROW.2.json")
+                      help="skip rows that this commit has finished, and repeat failed rows; without this flag a "
+                      "finished row is measured again and saved as ROW.2.json")
     runs.add_argument("--timeout", type=finite_float, default=1800, metavar="S",
-                      help="seconds a row may take (1800)")
+                      help="time limit of a row in seconds (1800)")
     runs.set_defaults(action=run)
 
-    reports = actions.add_parser("report", help="write the tables and pictures of the pages from results/")
-    reports.add_argument("--check", action="store_true", help="write nothing; exit code 1 if one is out of date")
+    reports = actions.add_parser("report", help="write the pages' tables and pictures from results/")
+    reports.add_argument("--check", action="store_true",
+                         help="write nothing; exit with code 1 if a page or a picture is out of date")
     reports.set_defaults(action=report)
 
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""One image, or one for each line of a file: parse, load, optimize, generate, save. The path to copy.
+"""Makes one image, or one image per line of a file: parse, load, optimize, generate, save. Copy this script to start.
 
     python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
     torchrun --nproc_per_node=2 gen_image.py --context_parallel auto --prompt "A cat playing with a ball of yarn"

@@ -1,9 +1,10 @@
-"""How fast, and why: load, optimize, warm up, time, save the image, the result as JSON, and a trace on request.
+"""Benchmark: time images and their stages, and record the GPU's load, the memory, the errors and the settings.
 
     python run_benchmark.py --random_weights --output-json result.json
     torchrun --nproc_per_node=2 run_benchmark.py --random_weights --context_parallel auto
 
-The last line on stdout is the result as one JSON object.
+It also saves the last image, and a profiler trace with --trace-file. The last line on stdout is the result as one JSON
+object.
 """
 
 import gzip
@@ -42,16 +43,17 @@ def main():
     check_args(args)
     for name, least in (("runs", 1), ("warmup", 0)):
         if getattr(args, name) < least:
-            raise RecipeError(f"--{name} {getattr(args, name)}: it must be at least {least}.")
+            raise RecipeError(f"--{name} {getattr(args, name)}: the value must be at least {least}.")
     if args.prompts_file:
-        raise RecipeError("run_benchmark.py times one prompt: use gen_image.py for --prompts-file.")
+        raise RecipeError(f"--prompts-file {args.prompts_file}: run_benchmark.py times one prompt only. Use --prompt, "
+                          "or draw the file's prompts with gen_image.py.")
     path = as_path(args.output_file)
     check_outputs(args, [path], [args.prompt])
     if args.kernels and args.device != "cuda":
-        raise RecipeError("--kernels lists GPU kernels: it needs --device cuda.")
+        raise RecipeError("--kernels lists GPU kernels and needs --device cuda. Add it, or drop --kernels.")
     if args.step_error and (args.step_cache or args.offload != "none"):
-        raise RecipeError("--step_error calls the transformer by itself and needs it unquantized on the GPU: it does "
-                          "not go with step caches and --offload.")
+        raise RecipeError("--step_error runs a single step with the unquantized transformer on the GPU: it does not "
+                          "work with --step_cache or --offload. Drop one of the flags.")
     if args.context_parallel:
         context_parallel.init_distributed(args)
     log, memory = StageLog(args.quiet), PeakMemory()
@@ -73,14 +75,14 @@ def main():
     show_progress(pipeline, False)
     error = step_error(pipeline, args, step_inputs, reference) if args.step_error else None
     if context_parallel.is_main_process():
-        given = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
-        warn_of_cut_prompts(pipeline, given, call_kwargs(pipeline, args)["max_sequence_length"])
+        prompts = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
+        warn_of_cut_prompts(pipeline, prompts, call_kwargs(pipeline, args)["max_sequence_length"])
 
-    # Whatever needs compiling or recording is done by now: from here on it is a fault of the recipe, not a cost.
+    # `optimize` has compiled and recorded everything: a compilation or recording from here on is an error.
     with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error(), log.stage("warm-up"):
         for i in range(args.warmup):
             pipeline(**call_kwargs(pipeline, args))
-            # Called from elsewhere the imports would not be in it, and with --step_error more than a start.
+            # The cold start is only valid in a process of its own, and without --step_error's extra work.
             if i == 0 and __name__ == "__main__" and not args.step_error:
                 synchronize(args.device)
                 log.seconds["process start to first image"] = since_start()
@@ -92,7 +94,7 @@ def main():
             stages, steps = time_stages(pipeline, args)
         kernels = step_kernels(pipeline, args) if args.kernels else None
     if not context_parallel.is_main_process():
-        if args.trace_file:  # of the first one, whose image takes all
+        if args.trace_file:  # the main process traces one more image, which needs every rank
             pipeline(**call_kwargs(pipeline, args))
         return
 
@@ -122,27 +124,36 @@ def main():
         errors.append(write_or_rescue(lambda path: write_json(path, record, is_record), args.output_json, "result"))
     report(record)
     print(json.dumps(record), flush=True)
-    if args.trace_file:  # last: whatever happens to it, the result is there
+    if args.trace_file:  # last, so that a failed trace does not cost the result
         errors.append(write_trace(pipeline, args))
     flaws.raise_errors([error for error in errors if error], pipeline)
 
 
 def since_start() -> float:
-    """Seconds since the operating system started this process."""
+    """Returns the seconds since the operating system started this process."""
     return time.time() - psutil.Process().create_time()
 
 
 def synchronize(device: str) -> None:
+    """Waits until the GPU has finished; does nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def step_error(pipeline, args, inputs: dict, reference) -> float:
-    """Relative error of one optimized step against float32, on inputs captured from a real call. Over the picture's own
-    tokens: of those of Kontext's reference image, behind them, the pipelines drop the output."""
+    """Returns the relative error of one optimized step against float32, over the picture's tokens.
+
+    Kontext appends the tokens of its reference image, whose output the pipeline drops.
+
+    Args:
+        pipeline: after `optimize`.
+        args: of the command line.
+        inputs: the transformer's named arguments, from `bench.quality.capture_step`.
+        reference: the output (B, S, C) in float32, from `bench.quality.float32_step`.
+    """
     kwargs = call_kwargs(pipeline, args)
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
-    pipeline._current_timestep = inputs["timestep"]  # as in the denoising loop: the step that is timed
+    pipeline._current_timestep = inputs["timestep"]  # the denoising loop sets it, and the timed step reads it
     with torch.no_grad():
         found = pipeline.transformer(**inputs)[0][:, :tokens]
     pipeline._current_timestep = None
@@ -150,7 +161,11 @@ def step_error(pipeline, args, inputs: dict, reference) -> float:
 
 
 def time_images(pipeline, args):
-    """Seconds of each of --runs whole calls, from prompt to PIL image, and the last image. Inputs are made outside."""
+    """Times --runs whole calls, from prompt to PIL image. The arguments are built outside the timed part.
+
+    Returns:
+        The seconds of each call, and the last call's first image.
+    """
     seconds = []
     for _ in range(args.runs):
         kwargs = call_kwargs(pipeline, args)
@@ -163,8 +178,11 @@ def time_images(pipeline, args):
 
 
 def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
-    """Median milliseconds of each stage over up to three more images, since the timed ones carry no events; and of each
-    step in turn, with --true_cfg_scale both of its calls: a GPU that meets its power limit slows down within an image.
+    """Times the stages of up to three more images; the images of `time_images` record no events.
+
+    Returns:
+        The median milliseconds of each stage, and of each denoising step in order. With --true_cfg_scale a step has
+        two entries, one for each call. A GPU at its power limit slows down within an image.
     """
     times, images = StageTimes(args.device), min(3, args.runs)
     with annotate(pipeline, times.timer):
@@ -177,20 +195,26 @@ def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
 
 
 def step_kernels(pipeline, args) -> list[dict]:
-    """The GPU kernels of one denoising step, a real image's first, by the milliseconds that they take in all."""
+    """Returns the GPU kernels of an image's first denoising step, slowest first.
+
+    Each is {"name", "launches", "ms"}, with the milliseconds of all launches together.
+    """
     inputs = capture_step(pipeline, call_kwargs(pipeline, args))
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         pipeline.transformer(**inputs)
         synchronize(args.device)
-    # C++ templates' names run to thousands of characters.
+    # Names of C++ templates can have thousands of characters.
     found = [{"name": event.key[:160], "launches": event.count, "ms": event.self_device_time_total / 1e3}
              for event in profile.key_averages() if event.self_device_time_total]
     return sorted(found, key=lambda kernel: -kernel["ms"])
 
 
 def write_trace(pipeline, args) -> RecipeError | None:
-    """A profiler trace of one image, the very call that was timed, with its stages as named regions. Returns what
-    `write_or_rescue` does."""
+    """Writes a profiler trace of one image, with its stages as named regions.
+
+    Returns:
+        None on success, else the error, as `write_or_rescue`.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if args.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -201,32 +225,33 @@ def write_trace(pipeline, args) -> RecipeError | None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "trace.json")
         try:
-            trace.export_chrome_trace(str(whole))  # works once
+            trace.export_chrome_trace(str(whole))  # a second export of the same trace fails
             refuse_torn_trace(whole)
         except Exception as error:
-            return RecipeError(f"--trace-file {args.trace_file}: the trace cannot be written in {folder} "
-                               f"({reason_of(error)})")
+            return RecipeError(f"--trace-file {args.trace_file}: the trace cannot be written to the temporary folder "
+                               f"{folder} ({reason_of(error)})")
         return write_or_rescue(lambda path: write_compressed(path, whole), args.trace_file, "trace")
 
 
 def write_compressed(path: Path, source: Path) -> None:
-    """Copies a file; for a path that ends in .gz, compressed."""
+    """Copies `source` to `path`, compressed if the path ends in .gz."""
     opened = gzip.open if path.suffix == ".gz" else open
     with atomic_write(path, is_trace) as temporary, open(source, "rb") as read, opened(temporary, "wb") as written:
         shutil.copyfileobj(read, written)
 
 
 def report(record: dict) -> None:
+    """Prints the result for people."""
     seconds = record["seconds"]
     print(f"time mean/var: {seconds['mean']:.4f} s / {seconds['variance']:.3e} s^2 over {len(seconds['raw'])} runs")
     print(f"median {seconds['median']:.4f} s, min {seconds['min']:.4f}, max {seconds['max']:.4f}; "
           f"{record['images_per_second']:.3f} images/s")
     print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
     if record["gpu_load"]:
-        print("meanwhile (median): {sm_clock_mhz:.0f} MHz, {power_w:.0f} W".format(**record["gpu_load"]))
+        print("GPU load (median): {sm_clock_mhz:.0f} MHz, {power_w:.0f} W".format(**record["gpu_load"]))
     work = record["roofline"]
-    print(f"a step: {sum(work['flops'].values()) / 1e12:.3f} TFLOP over {work['image_tokens']} + {work['text_tokens']} "
-          f"tokens" + (f", {work['tflops']:.3f} TFLOP/s" if work["tflops"] else ", some of them cached"))
+    print(f"step: {sum(work['flops'].values()) / 1e12:.3f} TFLOP over {work['image_tokens']} + {work['text_tokens']} "
+          f"tokens" + (f", {work['tflops']:.3f} TFLOP/s" if work["tflops"] else ", partly cached"))
     for phase, peak in record["peak_memory"].items():
         print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, "
               f"{peak['reserved_gib']:.2f} GiB reserved")
@@ -238,7 +263,7 @@ def report(record: dict) -> None:
     if record["cached_steps"] is not None:
         print(f"cached steps: {record['cached_steps']}")
         print("residual differences: " + (", ".join(f"{step} {value:.3f}" for step, value in
-                                                    record["residual_diffs"].items()) or "none was looked at"))
+                                                    record["residual_diffs"].items()) or "none compared"))
 
 
 if __name__ == "__main__":

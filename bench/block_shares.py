@@ -1,4 +1,4 @@
-"""Which block's e4m3 values lie outside the range in which e4m3 is precise: it names the block in which fp8 fails.
+"""Measures for each block how many e4m3 values leave e4m3's precise range, which shows the block where fp8 fails.
 
 e4m3 keeps four bits from 2^-6 to 448. Below 2^-6 it keeps fewer, down to none, and beyond 448 it saturates. The fused
 kernels divide GELU's result and v by bounds that are known before the GEMM. A bound that is far too wide pushes a
@@ -19,15 +19,23 @@ SIGN_MASK, SMALLEST_NORMAL, LARGEST = 0x7F, 0x08, 0x7E  # bytes of e4m3: all but
 
 
 def shares(x: Tensor) -> dict[str, float]:
-    """Shares of the values of x, e4m3: |x| < 2^-6 ("below"), those among them that are zero ("zero"), and values of
-    +-448 or NaN ("saturated")."""
+    """Returns three shares of the values of x.
+
+    Args:
+        x: e4m3, of any shape.
+
+    Returns:
+        "below": |x| < 2^-6, zeros included; "zero"; "saturated": +-448 or NaN.
+    """
     magnitude = x.view(torch.uint8) & SIGN_MASK  # e4m3 orders its magnitudes as their bytes
     conditions = {"below": magnitude < SMALLEST_NORMAL, "zero": magnitude == 0, "saturated": magnitude >= LARGEST}
     return {name: condition.count_nonzero().item() / x.numel() for name, condition in conditions.items()}
 
 
 def block_shares(transformer: FluxTransformer2DModel, inputs: dict) -> list[dict]:
-    """`shares` of three tensors in every block, from one eager step on one GPU, or on a CPU through the references.
+    """Returns `shares` of three tensors in every block, from one eager step.
+
+    On a CPU the kernels' references run instead of the kernels.
 
     Healthy blocks of tiny-flux-dev have these shares, with trained weights and with --random_weights 3+6:
 
@@ -45,7 +53,7 @@ def block_shares(transformer: FluxTransformer2DModel, inputs: dict) -> list[dict
 
     Args:
         transformer: with the fused blocks, not compiled.
-        inputs: of one step, from `bench.quality.capture_step`.
+        inputs: the transformer's named arguments, from `bench.quality.capture_step`.
 
     Returns:
         A dict for each block: {"block": "double 0", "hidden": shares, "v": shares, "attention": shares}. "hidden" is

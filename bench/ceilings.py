@@ -1,4 +1,4 @@
-"""What a GPU can do at FLUX.1's own shapes: GEMMs and attention in TFLOP/s, copies in TB/s; medians.
+"""Measures a GPU's peak rates at FLUX.1's shapes: GEMMs and attention in TFLOP/s, copies in TB/s; medians.
 
     python -m bench.ceilings results/h100/2026-11/ceilings.json
 
@@ -21,7 +21,7 @@ from utils.plan import detect
 
 TOKENS, WIDTH, HEADS, HEAD_DIM = 4096 + 512, 3072, 24, 128  # a 1024x1024 image of FLUX.1-dev
 
-# Input and output channels of the Linears that a step spends its time in, and one large square for comparison.
+# Input and output channels of the Linears that take most of a step's time.
 SHAPES = {
     "q, k, v": (WIDTH, 3 * WIDTH), "MLP up": (WIDTH, 4 * WIDTH), "MLP down": (4 * WIDTH, WIDTH),
     "attention out": (WIDTH, WIDTH), "single block in": (WIDTH, 7 * WIDTH), "single block out": (5 * WIDTH, WIDTH),
@@ -30,20 +30,20 @@ COPY_BYTES = 2**30
 
 
 def measure() -> dict:
-    """The record that results/<gpu>/ceilings.json holds; None for what this GPU or this installation cannot do.
+    """Returns the record for results/<gpu>/ceilings.json. A rate is None if this GPU or installation cannot run it.
 
     Raises:
-        RecipeError: there is no NVIDIA GPU.
+        RecipeError: there is no NVIDIA GPU, or Triton is missing.
     """
     if not torch.cuda.is_available() or torch.version.hip:
-        raise RecipeError("bench.ceilings measures an NVIDIA GPU with a CUDA build of PyTorch, and there is none here.")
+        raise RecipeError("bench.ceilings needs an NVIDIA GPU and a CUDA build of PyTorch.")
     try:
         from triton.testing import do_bench
     except ImportError as error:
         raise RecipeError("bench.ceilings needs Triton's timer: pip install triton") from error
 
     def rate(work: float, function) -> float | None:
-        """`work` in 10^12 a second, of a function that may not run here."""
+        """Returns the rate in 10^12 units of `work` per second; None if the function fails here."""
         try:
             return work / do_bench(function, warmup=50, rep=300, return_mode="median") / 1e9
         except RuntimeError:
@@ -58,7 +58,11 @@ def measure() -> dict:
 
 
 def products(rate, m: int, k: int, n: int) -> dict[str, float | None]:
-    """(m, k) times (k, n), in bf16 and in e4m3 with one scale a tensor and a row."""
+    """Returns the rates of a GEMM, (m, k) times (k, n): in bf16, and in e4m3 with per-tensor and per-row scales.
+
+    Args:
+        rate: `measure`'s timer, (work, function) -> rate.
+    """
     a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
     work = 2.0 * m * k * n
@@ -76,7 +80,11 @@ def products(rate, m: int, k: int, n: int) -> dict[str, float | None]:
 
 
 def attention(rate) -> dict[str, float | None]:
-    """All heads of a 1024x1024 image, by backend."""
+    """Returns the rate of attention over all heads of a 1024x1024 image, by backend.
+
+    Args:
+        rate: `measure`'s timer, (work, function) -> rate.
+    """
     q, k, v = (torch.randn(1, HEADS, TOKENS, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     work, rates = 4.0 * HEADS * TOKENS**2 * HEAD_DIM, {}
     for name, backend in (("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)):
@@ -91,7 +99,7 @@ def attention(rate) -> dict[str, float | None]:
 
 
 def lines(record: dict) -> list[str]:
-    """The record for reading."""
+    """Returns the record as lines for people."""
     shown = [f"{name:<18}" + "".join(f"  {kind} {value:7.1f}" for kind, value in rates.items() if value)
              for name, rates in record["matmul"].items()]
     shown += [f"{name:<18}  {value:7.1f}" for name, value in record["attention"].items() if value]
@@ -100,8 +108,8 @@ def lines(record: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output_json", metavar="OUT.json", help="where the record goes")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
+    parser.add_argument("output_json", metavar="OUT.json", help="file for the record")
+    parser.add_argument("--debug", action="store_true", help="also print an error's traceback")
     path = parser.parse_args().output_json
     check_output(path, "OUT.json", is_record)
     record = measure()

@@ -1,12 +1,12 @@
-"""Two results of run_benchmark.py side by side: is the difference more than noise?
+"""Compares two results of run_benchmark.py and tells a difference from noise.
 
     python -m bench.compare before.json after.json
 
 The last line on stdout is the comparison as one JSON object.
 
-The interval is a percentile bootstrap: the runs of each result are drawn again with replacement 10,000 times, and the
-middle 95 % of the medians, and of their ratio, are kept. That is the noise within a process. Two processes of the same
-command may differ by more, which no single result can show.
+The interval is a percentile bootstrap: it resamples the runs of each result 10,000 times with replacement, and takes
+the middle 95 % of the medians and of their ratio. It covers the noise within a process. Two processes of one command
+may differ by more.
 """
 
 import argparse
@@ -21,24 +21,30 @@ RESAMPLES, LEAST_RUNS = 10_000, 5
 
 
 def read(path: str) -> dict:
-    """A result of run_benchmark.py.
+    """Reads a result of run_benchmark.py.
 
     Raises:
-        RecipeError: it is none, or one of a failure.
+        RecipeError: the file is not a result, or it records a failure.
     """
     try:
         record = json.loads(Path(path).expanduser().read_text())
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as a result ({error}).") from error
+        raise RecipeError(f"{path}: the file cannot be read as a result ({error}). Give a file of run_benchmark.py "
+                          "--output-json.") from error
     if isinstance(record, dict) and "error" in record:
-        raise RecipeError(f"{path}: this measurement failed ({record['error']}).")
+        raise RecipeError(f"{path}: this measurement failed ({record['error']}). Give a successful one.")
     if not isinstance(record, dict) or not isinstance(record.get("seconds"), dict):
-        raise RecipeError(f"{path}: not a result of run_benchmark.py --output-json.")
+        raise RecipeError(f"{path}: the file is not a result. Give a file of run_benchmark.py --output-json.")
     return record
 
 
 def compare(a: dict, b: dict) -> dict:
-    """Medians, spreads, 95 % intervals and the verdict on B against A: faster, slower, noise or too few runs."""
+    """Compares the seconds of two results.
+
+    Returns:
+        Runs, median, min, max and 95 % interval of each result; the ratio of the medians, B to A, and its interval; the
+        verdict, of `VERDICTS`; and `differences`.
+    """
     raw = [np.asarray(record["seconds"]["raw"]) for record in (a, b)]
     source = np.random.default_rng(0)
     medians = [np.median(source.choice(seconds, (RESAMPLES, len(seconds))), axis=1) for seconds in raw]
@@ -55,7 +61,7 @@ def compare(a: dict, b: dict) -> dict:
 
 
 def differences(a: dict, b: dict) -> dict[str, list]:
-    """What else is not the same, by name: [A's, B's]."""
+    """Returns the differing settings, versions and techniques: {name: [A's value, B's value]}."""
     def facts(record):
         environment = record.get("environment", {})
         return ({name: record.get(name) for name in ("model", "random_weights", "device")} | record.get("settings", {})
@@ -71,12 +77,12 @@ VERDICTS = {
     "faster": "B is faster by more than the noise within a process",
     "slower": "B is slower by more than the noise within a process",
     "noise": "no difference beyond noise",
-    "too few runs": f"too few runs to tell: take --runs {LEAST_RUNS} or more of both",
+    "too few runs": f"too few runs for a verdict: measure both with --runs {LEAST_RUNS} or more",
 }
 
 
 def lines(paths: list[str], a: dict, b: dict, found: dict) -> list[str]:
-    """The comparison for reading."""
+    """Returns the comparison as lines for people."""
     def row(name, left, right):
         return f"{name:<26}{left:>24}{right:>24}"
 
@@ -84,7 +90,8 @@ def lines(paths: list[str], a: dict, b: dict, found: dict) -> list[str]:
     sides = (found["a"], found["b"])
     shown += [row("median (s)", *(f"{side['median']:.4f}" for side in sides)),
               row("min-max", *(f"{side['min']:.4f}-{side['max']:.4f}" for side in sides)),
-              row("95 % of the median", *(f"{side['interval'][0]:.4f}-{side['interval'][1]:.4f}" for side in sides)),
+              row("95 % interval of median", *(f"{side['interval'][0]:.4f}-{side['interval'][1]:.4f}"
+                                               for side in sides)),
               row("runs", *(str(side["runs"]) for side in sides))]
     stages = [record.get("stages_ms", {}) for record in (a, b)]
     shown += [row(f"{name} (ms)", *(f"{one[name]:.2f}" if name in one else "-" for one in stages))
@@ -95,13 +102,13 @@ def lines(paths: list[str], a: dict, b: dict, found: dict) -> list[str]:
     low, high = found["ratio_interval"]
     return [*shown, f"B takes {found['ratio']:.4f} of A's time (95 %: {low:.4f}-{high:.4f}; bootstrap of medians): "
             f"{VERDICTS[found['verdict']]}.",
-            "Two processes of one command may differ by more: before believing a few percent, run both twice."]
+            "Two processes of one command may differ by more: run both twice before you trust a few percent."]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs=2, metavar="RESULT.json", help="two of run_benchmark.py --output-json")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error as well")
+    parser.add_argument("results", nargs=2, metavar="RESULT.json", help="two files of run_benchmark.py --output-json")
+    parser.add_argument("--debug", action="store_true", help="also print an error's traceback")
     paths = parser.parse_args().results
     a, b = map(read, paths)
     found = compare(a, b)

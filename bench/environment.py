@@ -1,4 +1,4 @@
-"""What a measurement records beside its seconds: machine, versions, commit, memory, the GPU's clock and power."""
+"""Records the environment of a measurement: machine, versions, commit, memory, and the GPU's clock and power."""
 
 import os
 import platform
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 SAMPLE_MS = 20
-START_S = 5  # how long nvidia-smi may take to answer
+START_S = 5  # time limit for nvidia-smi's first line
 
 
 SCHEMA_VERSION = 1
 
 
 def summarize(seconds: list[float]) -> dict:
-    """Mean, variance (of the sample), median, min, max and the raw list, in seconds."""
+    """Returns mean, sample variance, median, min, max and the raw list, in seconds (the variance in s^2)."""
     return {
         "mean": statistics.fmean(seconds),
         "variance": statistics.variance(seconds) if len(seconds) > 1 else 0.0,
@@ -34,24 +34,28 @@ def summarize(seconds: list[float]) -> dict:
 
 
 def environment(device: str) -> dict:
-    """Machine, driver, package versions, commit and command line: what a figure of `device` must be read with."""
+    """Returns the machine, driver, package versions, commit and command line of a measurement.
+
+    Args:
+        device: "cuda" or "cpu"; "cuda" adds the GPU.
+    """
     packages = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "accelerate", "fa3-fwd",
                 "flash-attn-3", "amd-aiter")
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    record = {"python": platform.python_version(), "platform": platform.platform(), "packages": found,
+    record = {"python": platform.python_version(), "platform": platform.platform(), "packages": versions,
               "cuda": torch.version.cuda, "hip": torch.version.hip, "cpu_threads": torch.get_num_threads(),
               "commit": current_commit(),
               "processes": processes, "argv": list(map(_without_folder, sys.argv[1:])),
               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        # By its UUID: nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES.
+        # The UUID names the GPU: nvidia-smi numbers all GPUs, and PyTorch only the visible ones (CUDA_VISIBLE_DEVICES).
         uuid = str(getattr(properties, "uuid", ""))
         smi = _output_of("nvidia-smi", f"--id=GPU-{uuid}",
                          "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
@@ -63,15 +67,17 @@ def environment(device: str) -> dict:
 
 
 def _without_folder(arg: str) -> str:
-    """An absolute path, or --flag=PATH, by its file's name: folders are of one machine."""
+    """Shortens an absolute path, also in --flag=PATH, to the file's name: its folders mean nothing elsewhere."""
     return re.sub(r"^([^/]*=)?/.*/", r"\1", arg)
 
 
 def current_commit() -> str | None:
-    """$GIT_COMMIT, or git's, with "-dirty" where files differ from it, but for what measurements and reports write
-    below results/."""
-    if given := os.environ.get("GIT_COMMIT"):
-        return given
+    """Returns $GIT_COMMIT or git's commit, with "-dirty" if tracked files differ from it; None if it is unknown.
+
+    Files in the folders of results/ do not count, because measurements and reports write them.
+    """
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
     git, written = ("git", "-C", str(Path(__file__).parent.parent)), (":!results/*/*",)
     commit = _output_of(*git, "describe", "--always")
     changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
@@ -86,7 +92,7 @@ def _output_of(*command: str) -> str | None:
 
 
 class PeakMemory:
-    """Peak GPU memory in GiB of each phase: what tensors took, and what the allocator held for them."""
+    """Records the peak GPU memory of each phase in GiB: allocated by tensors, and reserved by PyTorch's allocator."""
 
     def __init__(self):
         self.phases: dict[str, dict[str, float]] = {}
@@ -99,7 +105,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
 
     def end_of(self, phase: str) -> None:
-        """Records the peak since the last phase ended."""
+        """Records the peak since the end of the last phase."""
         if torch.cuda.is_available():
             self.phases[phase] = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
                                   "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
@@ -108,31 +114,37 @@ class PeakMemory:
 
 @contextmanager
 def monitor_gpu(device: str):
-    """Yields a dict that holds, once the block has ended, what nvidia-smi saw meanwhile: medians of `sm_clock_mhz` and
-    `power_w`, the number of `samples`. It stays empty on a CPU, without nvidia-smi, and if that has nothing to say."""
-    found, process = {}, None
+    """Context manager: samples the GPU's clock and power with nvidia-smi.
+
+    It yields a dict, and fills it at the end of the block: the medians `sm_clock_mhz` and `power_w`, and the number of
+    `samples`. The dict stays empty on a CPU, and if nvidia-smi is missing or reports no values.
+    """
+    load, process = {}, None
     if device == "cuda":
-        # By its UUID: nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES.
+        # The UUID names the GPU: nvidia-smi numbers all GPUs, and PyTorch only the visible ones (CUDA_VISIBLE_DEVICES).
         uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", "")
         command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=clocks.sm,power.draw.instant",
                    "--format=csv,noheader,nounits", f"--loop-ms={SAMPLE_MS}"]
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            # It starts for as long as some images take; its first line is of an idle GPU.
+            # nvidia-smi takes as long to start as several images take, and its first line shows an idle GPU.
             if select.select([process.stdout], [], [], START_S)[0]:
                 process.stdout.readline()
         except OSError:
-            pass  # no nvidia-smi; or Windows, whose pipes cannot be waited for
+            pass  # nvidia-smi is missing, or this is Windows, where select does not accept pipes
     try:
-        yield found
+        yield load
     finally:
         if process:
             process.terminate()
-            found |= medians(process.communicate()[0])
+            load |= medians(process.communicate()[0])
 
 
 def medians(lines: str) -> dict:
-    """Of nvidia-smi's lines "1980, 345.12"; the last one may be half a line, and some GPUs answer "[N/A]"."""
+    """Returns the medians of nvidia-smi's lines, such as "1980, 345.12" (MHz, W).
+
+    Invalid lines are skipped: the last line may be cut off, and some GPUs report "[N/A]".
+    """
     samples = []
     for line in lines.splitlines():
         try:

@@ -1,11 +1,11 @@
-"""Fidelity report: how far each lossy switch moves FLUX.1's pictures from those of bf16 eager.
+"""Fidelity report: compares the pictures of each lossy technique with the pictures of bf16 eager.
 
     python -m bench.fidelity --ckpt black-forest-labs/FLUX.1-dev --output-dir fidelity/dev
     python -m bench.fidelity --ckpt tiny-flux-dev --output-dir /tmp/f --prompts 4 --rows int8 default -- --device cpu
 
-All rows draw the same prompts with the same seeds. gen_image.py draws each row in a process of its own; flags after
-`--` go to all rows. Run the command again after an interruption: it draws only the missing pictures. A row that this
-machine cannot run is skipped with gen_image.py's reason.
+All rows draw the same prompts with the same seeds. gen_image.py draws each row in its own process; flags after `--` go
+to all rows. Run the command again after an interruption: it draws only the missing pictures. A row that this machine
+cannot run is skipped with gen_image.py's reason.
 
 The report is three files in --output-dir: fidelity.json, fidelity.md (the table) and sheet.png (thumbnails of the first
 prompts, a line for each row). The last line of stdout is the path of fidelity.json.
@@ -65,12 +65,12 @@ class Row(NamedTuple):
     meaning: str
 
 
-# For rows that consist of defaults: without --strict gen_image.py would fall back and draw another recipe. --strict
-# also refuses tuning flags where nothing is compiled.
+# For rows that rely on defaults: without --strict gen_image.py would fall back to another recipe. --strict also refuses
+# the tuning flags if nothing is compiled.
 STRICT = ["--strict", "--disable_inductor_tuning_flags"]
 ROWS = {
     REFERENCE: Row([*EAGER, *OFF], "bf16 eager with every technique off"),
-    "compile": Row([*COMPILED, FA3, QUANT], "torch.compile alone, which only changes rounding: the scale"),
+    "compile": Row([*COMPILED, FA3, QUANT], "torch.compile alone, which only changes rounding"),
     "fp8_attention": Row([*EAGER, FUSED, CHANNELS, QUANT, *STRICT], "fp8 attention alone"),
     "float8_row": Row([*EAGER, FUSED, CHANNELS, FA3, "--quant_dtype", "float8", "--quant_granularity", "row"],
                       "float8 with per-row scales alone, without the fused kernels"),
@@ -94,10 +94,10 @@ COLUMNS = {"PSNR mean": ("psnr_mean", ".1f"), "PSNR min": ("psnr_min", ".1f"), "
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default=DEFAULT_CKPT, help=f"as gen_image.py takes it ({DEFAULT_CKPT})")
+    parser.add_argument("--ckpt", default=DEFAULT_CKPT, help=f"checkpoint, as for gen_image.py ({DEFAULT_CKPT})")
     parser.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
     parser.add_argument("--output-dir", type=Path, metavar="DIR",
-                        help="folder of the report and its pictures; needed, but for --list")
+                        help="folder of the report and its pictures; required, except with --list")
     parser.add_argument("--prompts", type=int, metavar="N", help="draw the first N prompts (all)")
     parser.add_argument("--prompts-file", metavar="FILE", help="prompts in gen_image.py's format (50 built-in ones)")
     parser.add_argument("--rows", nargs="+", metavar="NAME",
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
 
 
 def choose_rows(names: list[str] | None) -> list[str]:
-    """The rows to draw, in the table's order and with the reference.
+    """Returns the rows to draw, with the reference, in the table's order.
 
     Raises:
         RecipeError: an unknown name.
@@ -122,7 +122,12 @@ def choose_rows(names: list[str] | None) -> list[str]:
 
 
 def built_in_prompts(ckpt: str, edits: bool) -> list[str]:
-    """Fifty prompts. tiny-flux only knows its captions; Kontext (`edits`) takes instructions."""
+    """Returns fifty prompts.
+
+    Args:
+        ckpt: tiny-flux gets its own captions, since it knows nothing else.
+        edits: whether to return instructions, for Kontext.
+    """
     if ckpt.startswith("tiny-"):
         if edits:
             return judge.edits_of(judge.training_captions(50))[0]
@@ -133,17 +138,17 @@ def built_in_prompts(ckpt: str, edits: bool) -> list[str]:
 
 
 def choose_prompts(args, seed: int) -> list[dict]:
-    """[{"prompt", "seed"}, ...]. A prompt without a seed of its own has `seed` plus its index.
+    """Returns [{"prompt", "seed"}, ...]. A prompt without a seed gets `seed` plus its index.
 
     Raises:
-        RecipeError: an unreadable file, or a count that the prompts do not have.
+        RecipeError: the file is unreadable, or --prompts is out of range.
     """
     if args.prompts_file:
         try:
             available, complaints = read_prompts(args.prompts_file)
         except OSError as error:
-            raise RecipeError(f"--prompts-file {args.prompts_file}: cannot be read ({error.strerror}). Give a text "
-                              "file with one prompt a line.") from error
+            raise RecipeError(f"--prompts-file {args.prompts_file}: the file cannot be read ({error.strerror}). Give a "
+                              "text file with one prompt per line.") from error
         for complaint in complaints:
             print(complaint, file=sys.stderr)
     else:
@@ -155,10 +160,16 @@ def choose_prompts(args, seed: int) -> list[dict]:
 
 
 def read_previous(path: Path, record: dict) -> dict:
-    """The folder's earlier report, or an empty one. It may have fewer or more prompts than `record`, but no others.
+    """Returns the folder's earlier report, or an empty one.
+
+    One of the two prompt lists must begin with the other.
+
+    Args:
+        path: of fidelity.json.
+        record: the new report, with settings and prompts.
 
     Raises:
-        RecipeError: `record` has another model, flags, machine, versions, prompts or seeds.
+        RecipeError: the earlier report has another model, flags, machine, versions, prompts or seeds.
     """
     if not path.exists():
         return {"rows": {}, "skipped": {}}
@@ -166,28 +177,33 @@ def read_previous(path: Path, record: dict) -> dict:
         previous = json.loads(path.read_text())
         settings, prompts, _, _ = (previous[key] for key in ("settings", "prompts", "rows", "skipped"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} is no report of this program: choose another --output-dir, or delete it.") from error
+        raise RecipeError(f"{path} is not a fidelity report. Choose another --output-dir, or delete the file."
+                          ) from error
     for name, value in record["settings"].items():
         if settings.get(name) != value:
-            raise RecipeError(f"--output-dir {path.parent} holds pictures with other {name} ({settings.get(name)!r}, "
-                              f"now {value!r}). Choose another folder, or delete this one.")
+            raise RecipeError(f"--output-dir {path.parent} holds pictures with other {name}: {settings.get(name)!r}, "
+                              f"now {value!r}. Choose another folder, or delete this folder.")
     if any(old != new for old, new in zip(prompts, record["prompts"], strict=False)):
         raise RecipeError(f"--output-dir {path.parent} holds pictures of other prompts or seeds. Choose another "
-                          "folder, or delete this one.")
+                          "folder, or delete this folder.")
     return previous
 
 
 def draw(name: str, command: list[str]) -> str | None:
-    """Runs gen_image.py for one row and passes its output on to stderr.
+    """Runs gen_image.py for one row and copies its output to stderr.
+
+    Args:
+        name: of `ROWS`.
+        command: gen_image.py's flags.
 
     Returns:
-        None on success; else one line: gen_image.py's reason if it refused the row, or `CRASHED` and its last line.
+        None on success, else one line: gen_image.py's reason if it refused the row, or `CRASHED` and its last line.
     """
     print(f"\n{name}: {ROWS[name].meaning}", file=sys.stderr, flush=True)
     end = ""
     with subprocess.Popen([sys.executable, str(ROOT / "gen_image.py"), *command], stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
-        # Chunks, not lines: a progress bar ends no line.
+        # Read chunks instead of lines: a progress bar does not end its line.
         while piece := os.read(child.stdout.fileno(), 65536):
             text = piece.decode(errors="replace")
             print(text, end="", file=sys.stderr, flush=True)
@@ -201,12 +217,12 @@ def draw(name: str, command: list[str]) -> str | None:
 
 
 def hashes(files: list[Path]) -> list[str | None]:
-    """SHA-256 of each file, None for a missing one."""
+    """Returns the SHA-256 of each file; None for a missing file."""
     return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]
 
 
 def seconds_per_image(manifest: Path, files: list[Path]) -> float | None:
-    """The median of the pictures' seconds in the manifest; None without a manifest."""
+    """Returns the median of the pictures' seconds in the manifest; None if it has none of them."""
     lines = map(json.loads, manifest.read_text().splitlines()) if manifest.exists() else []
     seconds = {line["file"]: line["seconds"] for line in lines}  # the last line of a file counts
     known = [seconds[file.name] for file in files if file.name in seconds]
@@ -214,12 +230,13 @@ def seconds_per_image(manifest: Path, files: list[Path]) -> float | None:
 
 
 def open_all(files: list[Path]) -> list[PIL.Image.Image]:
+    """Opens pictures in RGB."""
     return [PIL.Image.open(file).convert("RGB") for file in files]
 
 
 def drift_of(files: list[Path], reference: list[Path]) -> dict:
-    """PSNR (dB) and SSIM against the reference: of each picture, and mean and minimum over all."""
-    # One picture at a time: the SSIM of a single 1024x1024 picture in float64 takes about 0.4 GB.
+    """Returns PSNR (dB) and SSIM against the reference, for each picture and over all pictures."""
+    # One picture at a time, because the SSIM of one 1024x1024 picture in float64 takes about 0.4 GB.
     drifts = [picture_drift(open_all([file]), open_all([other])) for file, other in zip(files, reference, strict=True)]
     means = {name: statistics.fmean(drift[name] for drift in drifts) for name in ("psnr_mean", "ssim", "identical")}
     return means | {"psnr_min": min(drift["psnr_min"] for drift in drifts), "pictures": [
@@ -228,7 +245,13 @@ def drift_of(files: list[Path], reference: list[Path]) -> dict:
 
 
 def perceptual_scores(files: list[Path], reference: list[Path], prompts: list[str], download: bool) -> dict:
-    """Mean LPIPS and CLIP score. A metric without its weights is None, with the reason in "not_available"."""
+    """Returns the mean LPIPS and CLIP score.
+
+    A metric without weights is None, and "not_available" has the reason.
+
+    Args:
+        download: whether to fetch missing weights.
+    """
     total = {"lpips": 0.0, "clip_score": 0.0}
     for start in range(0, len(files), CHUNK):
         part = slice(start, start + CHUNK)
@@ -242,12 +265,12 @@ def perceptual_scores(files: list[Path], reference: list[Path], prompts: list[st
 
 
 def is_drawn(row: dict, name: str, files: list[Path]) -> bool:
-    """Whether a recorded row has today's flags, and its pictures are all there and unchanged."""
+    """Returns whether a recorded row has the current flags, and all its pictures exist unchanged."""
     return row["flags"] == ROWS[name].flags and [one["sha256"] for one in row["pictures"]] == hashes(files)
 
 
 def measure(row: dict, files: list[Path], reference: list[Path], prompts: list[str], download: bool) -> dict:
-    """`row` with its metrics. Metrics that it has are kept unless the reference's pictures have changed."""
+    """Returns `row` with its metrics. Existing metrics stay unless the reference's pictures have changed."""
     against = hashlib.sha256("".join(map(str, hashes(reference))).encode()).hexdigest()
     is_new = row.get("against") != against
     if is_new:
@@ -258,17 +281,20 @@ def measure(row: dict, files: list[Path], reference: list[Path], prompts: list[s
 
 
 def new_row(name: str, files: list[Path], commit: str | None) -> dict:
-    """The record of a row just drawn, before its metrics. `techniques`: those that were on, name to how."""
+    """Returns the record of a new row without metrics. "techniques" maps each technique that was on to its details."""
     seconds = seconds_per_image(manifest_path(files[0].with_name("image.png")), files)
     return {**ROWS[name]._asdict(), "commit": commit, "techniques": read_parameters(files[0])["techniques"],
             "seconds_per_image": seconds}
 
 
 def make_rows(record: dict, previous: dict, names: list[str], args, common: list[str]) -> None:
-    """Draws and measures rows into `record`, and writes fidelity.json after each. Rows of an earlier run stay.
+    """Draws and measures rows into `record`, and writes fidelity.json after each row.
+
+    Rows of an earlier run stay.
 
     Args:
-        names: the rows to draw, the reference among them.
+        previous: from `read_previous`.
+        names: the rows to draw, with the reference.
         common: gen_image.py's flags for all rows.
 
     Raises:
@@ -283,7 +309,7 @@ def make_rows(record: dict, previous: dict, names: list[str], args, common: list
         if name not in rows:
             if name not in names:
                 continue
-            # The row's flags come last, so that shared flags cannot change what the row stands for.
+            # The row's flags come last, so that shared flags cannot override them.
             output = ["--output-file", str(folder / name / "image.png")]
             if why := draw(name, [*common, *output, *ROWS[name].flags]):
                 if name == REFERENCE:
@@ -297,18 +323,19 @@ def make_rows(record: dict, previous: dict, names: list[str], args, common: list
 
 
 def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> dict:
-    """e4m3 values by block in the first step of a prompt.
+    """Measures the e4m3 values of each block in the first step of a prompt.
 
     Args:
         recipe: gen_image.py's arguments of the default row.
-        on_cpu: whether to measure without a GPU, through the kernels' references.
+        prompt: {"prompt", "seed"}.
+        on_cpu: whether to measure on a CPU, with the kernels' references.
 
     Returns:
-        {"shares": the result of `block_shares`}, or {"not_measured": one line of why}.
+        {"shares": the result of `block_shares`}, or {"not_measured": the reason in one line}.
     """
     print("\nblocks: shares of their e4m3 values", file=sys.stderr, flush=True)
     try:
-        # Also registers FlashAttention-3.
+        # make_plan also registers FlashAttention-3.
         chosen = make_plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights),
                       detect(recipe.device, recipe.gpu_memory_limit))
         if not chosen.is_on("fused kernels") and not on_cpu:
@@ -326,18 +353,18 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
         return {"shares": block_shares(transformer, inputs)}
     except RecipeError as error:
         return {"not_measured": " ".join(str(error).split())}
-    except Exception as error:  # of whatever kind, such as no memory: it must not cost the report
+    except Exception as error:  # any error, such as out of memory, must not cost the report
         traceback.print_exc()
         return {"not_measured": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def block_lines(blocks: dict) -> list[str]:
-    """The report's section on blocks: for each tensor its median block and the worst ones."""
+    """Returns the report's section on blocks: for each tensor the median block and the worst blocks."""
     lines = ["", "## e4m3 values by block", ""]
     if "shares" not in blocks:
         return [*lines, f"Not measured: {blocks['not_measured']}"]
     lines += ["Share of values below 2^-6, where e4m3 keeps fewer bits, plus share at 448, where it saturates. "
-              "GELU's negative values are small by nature. Attention's result in double blocks has a 448 in each row. "
+              "GELU's negative values are always small. Attention's result in double blocks has a 448 in each row. "
               f"First step of prompt 1; commit {blocks['commit']}.", ""]
     for name, meaning in TENSORS.items():
         ranked = sorted(blocks["shares"], key=lambda row: row[name]["below"] + row[name]["saturated"], reverse=True)
@@ -348,7 +375,7 @@ def block_lines(blocks: dict) -> list[str]:
 
 
 def table(record: dict) -> str:
-    """The report in Markdown."""
+    """Returns the report in Markdown."""
     settings, rows = record["settings"], record["rows"]
     commits = ", ".join(sorted({str(row["commit"]) for row in rows.values()}))
     lines = [f"# Fidelity of {settings['model']}", "",
@@ -371,11 +398,12 @@ def table(record: dict) -> str:
 
 
 def make_sheet(rows: dict[str, list[PIL.Image.Image]], labels: dict[str, str], prompts: list[str]) -> PIL.Image.Image:
-    """Thumbnails: a line for each row, a column for each prompt.
+    """Returns a sheet of thumbnails: a line for each row, and a column for each prompt.
 
     Args:
-        rows: pictures of one size, one for each prompt.
-        labels: the text left of each row, three lines at most.
+        rows: the pictures of each row, one for each prompt, all of one size.
+        labels: the text to the left of each row, three lines at most.
+        prompts: the text above each column.
     """
     font, first = ImageFont.load_default(12), next(iter(rows.values()))[0]
     height, head = round(SIDE * first.height / first.width), 3 * LINE_HEIGHT + GAP
@@ -410,10 +438,10 @@ def write_report(record: dict, folder: Path) -> str:
 
 
 def shared_flags(args) -> tuple[list[str], argparse.Namespace]:
-    """gen_image.py's flags for all rows, and the reference's arguments.
+    """Returns gen_image.py's flags for all rows, and the reference's parsed arguments.
 
     Raises:
-        RecipeError: a flag after `--` that the report sets itself.
+        RecipeError: a flag after `--` is one that the report sets.
     """
     common = ["--ckpt", args.ckpt, *(["--image", args.image] if args.image else []), *args.flags]
     parser = create_parser()
@@ -421,15 +449,15 @@ def shared_flags(args) -> tuple[list[str], argparse.Namespace]:
     fixed = {name: parser.get_default(name) for name in ("output_file", "prompts_file", "num_images_per_prompt")}
     for name, value in (fixed | {"ckpt": args.ckpt, "image": args.image}).items():
         if getattr(recipe, name) != value:
-            raise RecipeError(f"--{name} after --: the report sets this flag for each row. Drop it.")
+            raise RecipeError(f"--{name} after --: the report sets this flag for each row. Drop the flag.")
     return common, recipe
 
 
 def contents_of(recipe: argparse.Namespace) -> dict:
-    """Hashes of the files that --ckpt and --lora name; a checkpoint of the Hub is downloaded for that.
+    """Returns hashes of the files of --ckpt and --lora. Downloads a checkpoint on the Hub first.
 
     Raises:
-        RecipeError: they are not there, or not whole.
+        RecipeError: a file is missing or damaged.
     """
     if recipe.random_weights:
         return {}
@@ -441,7 +469,12 @@ def contents_of(recipe: argparse.Namespace) -> dict:
 
 
 def settings_of(args, recipe: argparse.Namespace, machine: dict) -> dict:
-    """The settings that all pictures of a folder must share."""
+    """Returns the settings that all pictures of a folder must share.
+
+    Args:
+        recipe: the reference's arguments.
+        machine: from `bench.environment.environment`.
+    """
     image = hashlib.sha256(load_reference(args.image).tobytes()).hexdigest() if args.image else None
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     return {"model": args.ckpt, "flags": " ".join(args.flags), "contents": contents_of(recipe),
@@ -455,19 +488,19 @@ def main():
             print(f"{name:<20}{row.meaning}\n{'':<20}{' '.join(row.flags) or '(no flags)'}")
         return
     if args.output_dir is None:
-        raise RecipeError("--output-dir DIR is missing: give the folder for the report and its pictures.")
+        raise RecipeError("--output-dir is missing. Give the folder for the report and its pictures.")
     args.output_dir = args.output_dir.expanduser()
     path, names, (common, recipe) = args.output_dir / "fidelity.json", choose_rows(args.rows), shared_flags(args)
     on_cpu = args.block_shares and recipe.device == "cpu"
     if on_cpu and not args.ckpt.startswith("tiny-"):
-        raise RecipeError(f"--block-shares: {args.ckpt} is too large for a CPU. Use a tiny model, such as --ckpt "
-                          "tiny-flux-dev, or drop the flag.")
+        raise RecipeError(f"--block-shares: --ckpt {args.ckpt} is too large for a CPU. Use a tiny model, such as "
+                          "--ckpt tiny-flux-dev, or drop --block-shares.")
     prompts = choose_prompts(args, recipe.seed)
     check_output(path, "--output-dir", is_record)
     for other in ("fidelity.md", "sheet.png"):
         if not path.exists() and (args.output_dir / other).exists():
-            raise RecipeError(f"--output-dir {args.output_dir} holds a {other} that this program did not make: choose "
-                              "another folder, or remove the file.")
+            raise RecipeError(f"--output-dir {args.output_dir} holds a {other} without a fidelity.json. Choose another "
+                              f"folder, or remove {other}.")
     with tempfile.TemporaryDirectory() as scratch:
         prompts_file = Path(scratch, "prompts.jsonl")
         prompts_file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -486,7 +519,7 @@ def main():
     print(write_report(record, args.output_dir))
     print(path)
     if crashed := [name for name, why in record["skipped"].items() if why.startswith(CRASHED)]:
-        raise RecipeError(f"{', '.join(crashed)} crashed; see the output above. Run the command again to retry.")
+        raise RecipeError(f"{', '.join(crashed)} crashed: see the output above. Run the command again to retry.")
 
 
 if __name__ == "__main__":

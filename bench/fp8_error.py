@@ -1,12 +1,12 @@
-"""How far each fp8 recipe's step is from float32, on weights that are shaped as trained ones are.
+"""Measures the error of each fp8 recipe's step against float32, on weights that resemble trained weights.
 
     python -m bench.fp8_error --random_weights 3+6 --output-json results/h200/2026-11/fp8_error/families.json
     python -m bench.fp8_error --random_weights --cases plain massive=500,spread=0.5,neuron=300 --output-json full.json
     python -m bench.fp8_error --ckpt tiny-flux-dev --pictures 16 --output-json pictures.json
 
-For every case of `bench.trained_like` one transformer is reshaped, each recipe is applied to a copy of it, and the same
-step of a real call is compared with float32 arithmetic: ||step - float32|| / ||float32|| over the picture's tokens. On
-a CPU the recipes run through the kernels' references. The step is eager: graphs and compilation only change rounding.
+For every case of `bench.trained_like` one transformer is reshaped, and each recipe is applied to a copy. The error of a
+real call's step is ||step - float32|| / ||float32|| over the picture's tokens. On a CPU the kernels' references run
+instead of the kernels. The step is eager, because CUDA graphs and compilation change rounding at most.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from utils.outputs import is_record, write_json
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
 from utils.quantization import quantize_transformer
 
-# Random weights have gates of about 0.07, with which blocks hardly change the stream. Trained gates are of order 0.5.
+# Random weights have gates of about 0.07, so that blocks hardly change the stream. Trained gates are about 0.5.
 RANDOM_GATES = 8.0
 
 
@@ -41,13 +41,13 @@ def as_bf16(transformer: torch.nn.Module, device: torch.device) -> None:
 
 
 def as_float8_row(transformer: torch.nn.Module, device: torch.device) -> None:
-    """This recipe without its fused kernels: torchao's per-row float8, FlashAttention-3 in scaled fp8."""
+    """The default without the fused kernels: torchao's float8 with per-row scales, and FlashAttention-3, fp8 scaled."""
     use_attention_library(transformer, "fa3")
     quantize_transformer(transformer, "float8", "row", device)
 
 
 def as_flux_fast(transformer: torch.nn.Module, device: torch.device) -> None:
-    """flux-fast's: one scale a tensor, q, k and v cast to e4m3 without a scale."""
+    """flux-fast's recipe: float8 with per-tensor scales, and q, k and v cast to e4m3 without a scale."""
     use_attention_library(transformer, "fa3_unscaled")
     quantize_transformer(transformer, "float8", "tensor", device)
 
@@ -61,18 +61,18 @@ def as_fused(transformer: torch.nn.Module, device: torch.device, float8_modulati
 
 
 def as_fused_float8_modulations(transformer: torch.nn.Module, device: torch.device) -> None:
-    """The default where memory is capped."""
+    """The default if GPU memory is too small for modulations in bf16."""
     as_fused(transformer, device, float8_modulations=True)
 
 
 def as_int8(transformer: torch.nn.Module, device: torch.device) -> None:
-    """torchao's int8 by row, FlashAttention-3 in scaled fp8."""
+    """torchao's int8 with per-row scales, and FlashAttention-3, fp8 scaled."""
     use_attention_library(transformer, "fa3")
     quantize_transformer(transformer, "int8", "row", device)
 
 
 def as_fp8_attention(transformer: torch.nn.Module, device: torch.device) -> None:
-    """FlashAttention-3 in scaled fp8 alone."""
+    """FlashAttention-3, fp8 scaled, alone."""
     use_attention_library(transformer, "fa3")
 
 
@@ -81,7 +81,11 @@ RECIPES = {"bf16": as_bf16, "fp8_attention": as_fp8_attention, "float8_row": as_
 
 
 def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], count: int, steps: int) -> list:
-    """tiny-flux's pictures of `count` prompts, by a transformer in the pipeline's place."""
+    """Draws `count` prompts of tiny-flux, with `transformer` in the pipeline.
+
+    Args:
+        mixture: from `bench.trained_like.parse`, for `bench.trained_like.attach`.
+    """
     pipeline.transformer = transformer
     handles = [trained_like.attach(transformer, mixture)]
     if hasattr(transformer.time_text_embed, "prepare"):
@@ -96,12 +100,16 @@ def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], coun
 
 def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str], tokens: int, count: int, steps: int
             ) -> dict[str, dict[str, float]]:
-    """{"errors": {recipe: relative error}, "psnr": {recipe: dB}} of one case.
+    """Measures one case: {"errors": {recipe: relative error}, "psnr": {recipe: dB}}.
 
     Args:
-        pipeline: with an unquantized transformer, whose projections are not fused; it stays as it is.
-        inputs: of one step; tokens: how many of the output's rows the pipeline reads.
-        count: how many pictures to draw, in `steps` steps; of bf16 and of each recipe.
+        pipeline: its transformer is unquantized, without fused projections. It stays unchanged.
+        inputs: the transformer's named arguments, from `bench.quality.capture_step`.
+        mixture: from `bench.trained_like.parse`.
+        recipes: names of `RECIPES`.
+        tokens: the number of output rows that the pipeline reads.
+        count: the number of pictures to draw with bf16 and with each recipe; 0 for none.
+        steps: for each picture.
     """
     transformer = pipeline.transformer
     device, reshaped = transformer.device, copy.deepcopy(transformer)
@@ -111,7 +119,7 @@ def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str
     expected = draw(pipeline, reshaped, mixture, count, steps) if count else None
     found = {"errors": {}, "psnr": {}}
     for i, name in enumerate(recipes):
-        # The last recipe takes the model itself: at full depth some cards have no room for one more copy.
+        # The last recipe changes the model in place: at full depth some cards have no memory for another copy.
         model = copy.deepcopy(reshaped) if i + 1 < len(recipes) else reshaped
         fuse_projections(model)
         RECIPES[name](model, device)
@@ -129,16 +137,17 @@ def measure(pipeline, inputs: dict, mixture: dict[str, float], recipes: list[str
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Takes gen_image.py's flags as well: --ckpt, --random_weights, --device.")
+                                     epilog="gen_image.py's flags work as well: --ckpt, --random_weights, --device.")
     parser.add_argument("--cases", nargs="+", metavar="FAMILY=STRENGTH,...",
-                        help="plain, families or mixtures (plain, each family at three strengths, and the mixtures)")
+                        help="cases to measure: plain, families or mixtures (plain, each family at three strengths, "
+                        "and the mixtures)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE",
                         help=f"recipes to measure: {', '.join(RECIPES)} (all)")
     parser.add_argument("--gates", type=finite_float, metavar="FACTOR",
                         help=f"factor of all gates: {RANDOM_GATES:g} with --random_weights, else 1")
     parser.add_argument("--pictures", type=int, default=0, metavar="N",
-                        help="also the PSNR of N tiny-flux pictures against bf16's (0)")
-    parser.add_argument("--output-json", required=True, metavar="FILE", help="where to write the record")
+                        help="also measure the PSNR of N tiny-flux pictures against bf16's pictures (0)")
+    parser.add_argument("--output-json", required=True, metavar="FILE", help="file for the record")
     args, rest = parser.parse_known_args()
     recipe = create_parser().parse_args([*rest, "--quiet"])
     check_output(args.output_json, "--output-json", is_record)
@@ -151,15 +160,17 @@ def main():
     else:
         function, where = attention.find_library("fa3")
         if function is None:
-            raise RecipeError(f"fp8 recipes need FlashAttention-3 here: {where}.")
+            raise RecipeError(f"--device {recipe.device}: the fp8 recipes need FlashAttention-3 ({where}). Install it, "
+                              "or use --device cpu.")
         attention.register_library("fa3", function)
     if args.pictures and not recipe.ckpt.startswith("tiny-flux"):
-        raise RecipeError(f"--pictures draws with --ckpt tiny-flux or tiny-flux-dev, not with {recipe.ckpt}.")
+        raise RecipeError(f"--pictures {args.pictures} does not work with --ckpt {recipe.ckpt}. Use --ckpt tiny-flux "
+                          "or tiny-flux-dev, or drop --pictures.")
     pipeline = load_pipeline(recipe)
     kwargs = call_kwargs(pipeline, recipe)
     inputs = capture_step(pipeline, kwargs)
     tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
-    freeze_gc()  # or each look for what a recipe leaves takes 0.25 s
+    freeze_gc()  # without it each gc.collect() takes 0.25 s
     record = {"model": recipe.ckpt, "random_weights": recipe.random_weights, "pictures": args.pictures, "rows": [],
               "gates": args.gates if args.gates is not None else RANDOM_GATES if recipe.random_weights else 1.0,
               "environment": environment(recipe.device)}

@@ -1,11 +1,11 @@
-"""Times every kernel of the fused step at FLUX.1's shapes, and what else could do the same: results/NAME/kernels.json.
+"""Times every kernel of the fused step at FLUX.1's shapes, and cuBLAS' GEMMs. Writes results/NAME/kernels.json.
 
     python -m bench.kernels h100    # on a Hopper GPU, about two minutes
 
-For each: median milliseconds, the FLOPs and bytes that the work takes at least, what that makes a second, and the
-relative error against float32. `alternative` rows are cuBLAS' GEMMs with the same operands, without what the fused
-ones do besides: utils/kernels/fused_blocks.py chooses between them by such a table. schnell's GEMMs and attention also
-`sustained`: one after the other for a second, with the clock and the power meanwhile.
+Each row has the median milliseconds, the least FLOPs and bytes of the work, the rates that follow, and the relative
+error against float32. `alternative` rows are cuBLAS' GEMMs with the same operands, without the fused kernels' other
+work. utils/kernels/fused_blocks.py chose its kernels by this table. schnell's GEMMs and attention also have `sustained`
+times: they run back to back for a second, with the GPU's clock and power.
 """
 
 import argparse
@@ -26,7 +26,13 @@ TOKENS = {"schnell": (256, 4096), "dev": (512, 4096), "kontext": (512, 8192)}  #
 
 
 def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, device: str) -> dict:
-    """What the kernels of one block are given, batch 1, of normal values: never zeros, which take less power."""
+    """Returns the inputs of one block's kernels at batch 1, with normal values: zeros would take less power.
+
+    Args:
+        text, image: tokens.
+        width: channels D.
+        mlp: neurons of the MLP.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
@@ -48,7 +54,7 @@ def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, devic
         "bias": normal(2, width).bfloat16(), "table": table.bfloat16(),
         "offsets": torch.tensor([0, 6 * width], device=device),
         "gates": torch.tensor([2 * width, 8 * width], device=device),
-        # |w| of random weights, so that scales are what they are in a block.
+        # The norm of a random weight row, so that the scales are realistic.
         "bounds": torch.full((2, 2 + 2 * heads), 0.02 * width**0.5, device=device),
         "qk_scale": torch.tensor([0.03, 0.03], device=device),
         "x": x, "x_scale": x_scale, "lengths": lengths, "cos": angle.cos().half(), "sin": angle.sin().half(),
@@ -65,8 +71,13 @@ def random_inputs(text: int, image: int, width: int, heads: int, mlp: int, devic
 
 
 def calls(given: dict) -> list[dict]:
-    """Every kernel: its name, the block that it is of, the call, FLOPs and least bytes, and its reference's call. Calls
-    give lists of results, `hidden` with them where it is written into."""
+    """Returns every kernel's name, block, call, FLOPs, least bytes, and its reference's call.
+
+    A call returns the list of its results, with `hidden` if the kernel writes into it.
+
+    Args:
+        given: from `random_inputs`.
+    """
     k, x, hidden, wide = fused_kernels, given["x"], given["hidden"], given["wide"]
     both, rope = (given["text"], given["image"]), (given["cos"], given["sin"], given["qk_scale"])
     modulation = given["table"], given["offsets"], given["bounds"]
@@ -74,9 +85,9 @@ def calls(given: dict) -> list[dict]:
     found = []
 
     def results(function, args, named):
-        made = function(*args, **named)
-        made = made if isinstance(made, tuple) else () if made is None else (made,)
-        return [*made, *(named[name] for name in named if name == "hidden")]
+        outputs = function(*args, **named)
+        outputs = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
+        return [*outputs, *(named[name] for name in named if name == "hidden")]
 
     def add(name, block, op, args, flops, size, **named):
         if "hidden" in named:
@@ -124,7 +135,11 @@ def calls(given: dict) -> list[dict]:
 
 
 def alternatives(given: dict) -> list[dict]:
-    """cuBLAS' products of the same shapes, by row and by tensor, with a bias, bf16 results and nothing besides."""
+    """Returns cuBLAS' GEMMs of the same shapes, with per-row and per-tensor scales, a bias and bf16 results.
+
+    Args:
+        given: from `random_inputs`.
+    """
     rows, one = given["x"].shape[1], given["one"]
     shapes = {"qkv": "x", "up": "x", "down": "hidden", "attention's out": "x", "single out": "wide"}
     found = []
@@ -139,21 +154,29 @@ def alternatives(given: dict) -> list[dict]:
     for name, x in shapes.items():
         x, (w, _, bias) = given[x].flatten(0, 1), given[name]
         if name != "single out":
-            w, bias = w.chunk(2)[1], bias.chunk(2)[1]  # the image's
+            w, bias = w.chunk(2)[1], bias.chunk(2)[1]  # of the image stream
         add(name, "tensor", x, w, (one, one), bias)
         add(name, "row", x, w, (one.expand(rows, 1).contiguous(), one.expand(1, len(w)).contiguous()), bias)
     return found
 
 
 def error_of(call: dict) -> float | None:
-    """The largest relative error of any of a kernel's results against the reference's, in float32."""
+    """Returns the largest relative error of a kernel's results against its reference, in float32; None without one."""
     if call["reference"] is None:
         return None
     return max(relative_error(a.float(), b.float()) for a, b in zip(call["call"](), call["reference"](), strict=True))
 
 
 def under_load(call, calls: int = 20) -> dict:
-    """Milliseconds of one of many calls in a row, for 0.7 s after half a second of them; clock and power meanwhile."""
+    """Times back-to-back calls for 0.7 s, after half a second of warm-up.
+
+    Args:
+        call: the function to time.
+        calls: calls in one CUDA graph.
+
+    Returns:
+        "ms" of one call, and the GPU's clock and power from `monitor_gpu`.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
@@ -170,7 +193,7 @@ def under_load(call, calls: int = 20) -> dict:
 
     replayed(0.5)
     with monitor_gpu("cuda") as load:
-        replayed(0.1)  # after nvidia-smi's start
+        replayed(0.1)  # the GPU was idle while nvidia-smi started
         start = time.perf_counter()
         count = replayed(0.7)
         took = time.perf_counter() - start
@@ -178,7 +201,13 @@ def under_load(call, calls: int = 20) -> dict:
 
 
 def measure(call: dict, milliseconds, loaded: bool = False) -> dict:
-    """The row of one kernel; `milliseconds` times a function. `loaded`: under load as well."""
+    """Returns the row of one kernel.
+
+    Args:
+        call: of `calls` or `alternatives`.
+        milliseconds: times a function.
+        loaded: whether to time it under load as well.
+    """
     row = {name: call[name] for name in ("kernel", "block", "flops", "bytes")} | {"error": error_of(call)}
     row["ms"] = milliseconds(call["call"])
     if loaded and call["flops"]:
@@ -187,13 +216,17 @@ def measure(call: dict, milliseconds, loaded: bool = False) -> dict:
 
 
 def folder_of_arguments(doc: str) -> Path:
-    """The folder below results/ that the command line names; ends the program where the fused kernels cannot run."""
+    """Returns the folder below results/ that the command line names. Exits if the fused kernels cannot run here.
+
+    Args:
+        doc: the module's docstring.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("gpu", help="name of the folder below results/, such as h100")
     args = parser.parse_args()
     function, where = attention.find_library("fa3")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or function is None:
-        parser.error(f"needs a Hopper GPU and FlashAttention-3 ({where or 'PyTorch sees no GPU'}).")
+        parser.error(f"the fused kernels need a Hopper GPU and FlashAttention-3 ({where or 'PyTorch sees no GPU'}).")
     attention.register_library("fa3", function)
     folder = ROOT / "results" / args.gpu
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +236,7 @@ def folder_of_arguments(doc: str) -> Path:
 def main():
     folder = folder_of_arguments(__doc__)
     fused_kernels.use_torch_memory(torch.device("cuda"))
-    # In a CUDA graph, as in the step: launched one by one the small ones would take as long as Python takes.
+    # A CUDA graph, as in the step: without it small kernels would take as long as Python takes to launch them.
     from triton.testing import do_bench_cudagraph
 
     models = {}

@@ -1,4 +1,4 @@
-"""What sequence parallelism costs: bytes sent, the expected time of a step, and the rate between this host's GPUs.
+"""Measures the rate between this host's GPUs, and estimates sequence parallelism's bytes and step time.
 
     torchrun --nproc_per_node=2 -m bench.link
 """
@@ -17,15 +17,19 @@ from utils.machine import world_size
 
 def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpus: int, batch: int = 1,
                qkv_bytes: int = 1, back_bytes: int = 1) -> dict[str, int]:
-    """Bytes that each GPU sends in a step, {"attention", "output"}; it receives as many.
+    """Returns the bytes that each GPU sends in a step, {"attention", "output"}. Each GPU receives as many.
 
-    A GPU has t = S / N tokens of D channels. With Ulysses it keeps 1/N of q, k and v and sends the rest, and the same
-    of what attention made: (N - 1) / N t D (3 qkv_bytes + back_bytes) a block. In a ring k and v, its own and N - 2
-    others', go on: (N - 1) t D 2 qkv_bytes. The output, bf16, goes to the N - 1 others.
+    Each of N GPUs has a shard of t = S / N tokens of D channels. With Ulysses, a GPU keeps 1/N of its q, k, v and
+    attention result and sends the rest: (N - 1) / N t D (3 qkv_bytes + back_bytes) per block. In a ring, a GPU passes
+    on k and v of N - 1 shards: (N - 1) t D 2 qkv_bytes per block. Each GPU sends its output, in bf16, to the N - 1
+    other GPUs.
 
     Args:
-        config: of the transformer; qkv_bytes, back_bytes: of an element of q, k, v and of attention's result: 1 with
-            the fused kernels; 1 and 2 with fp8 attention without them.
+        kind: "ulysses" or "ring".
+        config: of the transformer.
+        gpus: N.
+        qkv_bytes: of an element of q, k and v: 1 with fp8 attention.
+        back_bytes: of an element of attention's result: 1 with the fused kernels, else 2.
     """
     width = config["attention_head_dim"] * config["num_attention_heads"]
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -36,28 +40,37 @@ def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpu
 
 
 def expected_step(one_gpu: dict[str, float], sent: int, gpus: int, rate: float, latencies: float) -> float:
-    """Seconds of a step on `gpus` GPUs, if products of fewer rows took their share of the time. They fill a GPU less.
+    """Returns the expected seconds of a step on `gpus` GPUs.
+
+    It assumes that GEMMs scale with their rows. In fact smaller GEMMs use a GPU less well.
 
     Args:
-        one_gpu: seconds of a step on one GPU, {"shared", "fixed"}: what is shared out, and what each GPU does anyway.
-        sent: bytes that each GPU sends (`bytes_sent`), without what nothing waits for: q, k and v of a single block
-            with `utils.kernels.symmetric_memory`, and what attention hides in a ring.
-        rate: bytes a second. latencies: seconds, of all exchanges together, that they take whatever they move: two a
-            block with Ulysses, N - 1 in a ring. Both follow from what `measure` finds.
+        one_gpu: seconds of a step on one GPU: "shared" is divided among the GPUs, and "fixed" runs on each.
+        sent: bytes that each GPU sends and waits for, from `bytes_sent`. Leave out transfers that overlap with compute:
+            a single block's q, k and v with `utils.kernels.symmetric_memory`, and transfers behind attention in a ring.
+        rate: bytes per second, from `measure`.
+        latencies: seconds of all exchanges together, apart from their bytes, from `measure`. Ulysses has two exchanges
+            per block, and a ring has N - 1.
     """
     return one_gpu["shared"] / gpus + one_gpu["fixed"] + sent / rate + latencies
 
 
 def measure() -> dict:
-    """What this machine's exchanges take, in a CUDA graph as in a step: q, k, v and the way back of one block of
-    FLUX.1-dev at 1024x1024 on the fused kernels, and next to nothing, by NCCL and, where that can be, through each
-    other's memory (`utils.kernels.symmetric_memory`; the way back with its cast); a shift of the ring by NCCL. Medians
-    of milliseconds; bytes that each GPU sends, and GB a second."""
+    """Measures this host's exchanges between GPUs, in a CUDA graph as in a step.
+
+    The exchanges are those of one block of FLUX.1-dev at 1024x1024 with the fused kernels: "qkv" is the all-to-all of
+    q, k and v. "back" is the all-to-all of attention's result. "nothing" moves 16 bytes to each GPU and measures the
+    latency. "ring" passes k and v on to the next GPU. All run by NCCL. The first three also run through peer memory, if
+    the host supports it (`utils.kernels.symmetric_memory`), where "back" includes its cast.
+
+    Returns:
+        For "nccl" and "peer memory", by exchange: the median "ms", the "bytes" that each GPU sends, and "gb_s".
+    """
     from utils.kernels.symmetric_memory import mailboxes
 
     gpus, heads, head = dist.get_world_size(), 24, 128
-    own = (4096 + 512) // gpus
-    keys = torch.empty(2, 1, own, heads, head, dtype=torch.uint8, device="cuda")
+    shard_tokens = (4096 + 512) // gpus
+    keys = torch.empty(2, 1, shard_tokens, heads, head, dtype=torch.uint8, device="cuda")
 
     qkv, back, nothing = (torch.empty(gpus, size, dtype=torch.uint8, device="cuda")
                           for size in (keys[0].numel() * 3 // gpus, keys[0].numel() // gpus, 16))
@@ -66,9 +79,9 @@ def measure() -> dict:
         "qkv": lambda: all_to_all(qkv), "back": lambda: all_to_all(back), "nothing": lambda: all_to_all(nothing),
         "ring": lambda: _pass_on(keys, torch.empty_like(keys)).wait()}}
     if boxes := mailboxes():
-        attended = torch.randn(1, own * gpus, heads * head // gpus, dtype=torch.bfloat16, device="cuda")
+        attended = torch.randn(1, shard_tokens * gpus, heads * head // gpus, dtype=torch.bfloat16, device="cuda")
         scale = torch.ones(1, device="cuda")
-        calls["peer memory"] = {  # one kind after itself, which is safe where nobody reads
+        calls["peer memory"] = {  # repeating one exchange overwrites its buffers, which is safe because no kernel reads
             "qkv": lambda: boxes.start(qkv, "qkv")(), "back": lambda: boxes.send_attention(attended, scale),
             "nothing": lambda: boxes.start(nothing, "nothing")()}
     found = {"gpu": torch.cuda.get_device_name(), "gpus": gpus}
@@ -81,7 +94,10 @@ def measure() -> dict:
 
 
 def _replayed_ms(call, times: int = 100, replays: int = 11) -> float:
-    """Of one of `times` calls in a graph. As many calls on every GPU: a timer that decides by itself would not end."""
+    """Returns the median milliseconds of one call, from `replays` of a CUDA graph with `times` calls.
+
+    Every GPU must make the same number of calls, so that an adaptive timer such as Triton's would hang.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -103,7 +119,8 @@ def _replayed_ms(call, times: int = 100, replays: int = 11) -> float:
 
 def main() -> None:
     if world_size() == 1 or not torch.cuda.is_available():
-        raise RecipeError("this measures what moves between GPUs: torchrun --nproc_per_node=2 -m bench.link")
+        raise RecipeError("bench.link measures transfers between GPUs and needs at least two. Run torchrun "
+                          "--nproc_per_node=2 -m bench.link")
     init_distributed(argparse.Namespace(device="cuda", quiet=True))
     found = measure()
     if is_main_process():

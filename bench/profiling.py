@@ -1,4 +1,4 @@
-"""The stages of one pipeline call as named regions: for the profiler's traces and for the stage times."""
+"""Marks the stages of a pipeline call as named regions, for profiler traces and stage times."""
 
 import time
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ import torch
 
 @contextmanager
 def annotate(pipeline, region):
-    """Within it, `pipeline` runs its stages inside `region(name)`; afterwards it is as it was.
+    """Context manager: `pipeline` runs each stage inside `region(name)`. The pipeline is restored afterwards.
 
     Args:
-        region: makes a context manager from a name, such as `torch.profiler.record_function`. The names are those of
-            the recipe's predecessors: prompt_encoding, denoising_step, decoding, postprocessing, pil_conversion; and
-            image_encoding for Kontext's reference image.
+        region: makes a context manager from a name, such as `torch.profiler.record_function`. The names are
+            prompt_encoding, denoising_step, decoding, postprocessing, pil_conversion, and image_encoding for Kontext's
+            reference image.
     """
     def inside(function, name):
         def wrapped(*args, **kwargs):
@@ -24,11 +24,11 @@ def annotate(pipeline, region):
     methods = [(pipeline, "encode_prompt", "prompt_encoding"), (pipeline.vae, "encode", "image_encoding"),
                (pipeline.vae, "decode", "decoding"), (pipeline.image_processor, "postprocess", "postprocessing"),
                (pipeline.image_processor, "numpy_to_pil", "pil_conversion")]
-    before = [vars(owner).get(method) for owner, method, _ in methods]  # None where it is the class's
+    before = [vars(owner).get(method) for owner, method, _ in methods]  # None: the class has the method
     for owner, method, name in methods:
         setattr(owner, method, inside(getattr(owner, method), name))
 
-    # Hooks, not a patched forward: what is compiled or recorded lies below them and stays as it is.
+    # Hooks instead of a patched forward leave a compiled or recorded forward unchanged.
     entered = []
 
     def enter(module, args):
@@ -44,16 +44,16 @@ def annotate(pipeline, region):
     finally:
         for hook in hooks:
             hook.remove()
-        for (owner, method, _), own in zip(methods, before, strict=True):
+        for (owner, method, _), original in zip(methods, before, strict=True):
             delattr(owner, method)
-            if own is not None:
-                setattr(owner, method, own)
+            if original is not None:
+                setattr(owner, method, original)
 
 
 class StageTimes:
-    """Milliseconds of each stage, by GPU events where there is a GPU: they do not make the CPU wait.
+    """Times stages in milliseconds, on a GPU with events, which do not make the CPU wait.
 
-    `timer` is the `region` that `annotate` wants; `milliseconds` is read once the GPU is done.
+    Pass `timer` to `annotate` as its `region`, and call `milliseconds` at the end.
     """
 
     def __init__(self, device: str):
@@ -69,12 +69,13 @@ class StageTimes:
 
     @contextmanager
     def timer(self, name: str):
+        """Context manager: times one span of the stage `name`."""
         start = self._now()
         yield
         self.spans.setdefault(name, []).append((start, self._now()))
 
     def milliseconds(self) -> dict[str, list[float]]:
-        """Every span of each stage, in order. Waits for the GPU."""
+        """Returns the milliseconds of every span, in order, by stage. Waits for the GPU."""
         if self.use_events:
             torch.cuda.synchronize()
             return {name: [start.elapsed_time(end) for start, end in spans] for name, spans in self.spans.items()}

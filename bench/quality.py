@@ -1,4 +1,4 @@
-"""How far an optimized transformer step is from float32, and pictures and latents from those of a reference."""
+"""Compares an optimized transformer step with float32, and pictures and latents with a reference's."""
 
 from pathlib import Path
 
@@ -13,7 +13,11 @@ from utils.fp8_check import relative_error
 
 
 def capture_step(pipeline, kwargs: dict) -> dict:
-    """The named arguments with which `pipeline(**kwargs)` calls its transformer first. Runs one step, no decoding."""
+    """Returns the named arguments of the transformer's first call in `pipeline(**kwargs)`. Runs one step, no decoding.
+
+    Args:
+        kwargs: of the pipeline's call.
+    """
     captured = {}
 
     def keep(module, args, named):
@@ -29,11 +33,14 @@ def capture_step(pipeline, kwargs: dict) -> dict:
 
 @torch.no_grad()
 def float32_step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
-    """The transformer's output (B, S, C) in float32 arithmetic, from the very weights it has.
+    """Returns the transformer's output (B, S, C) in float32 arithmetic, with the weights that it has.
 
-    One block at a time is widened to float32 and narrowed again, exactly, so that 12 B parameters need 24 GB and not
-    48. For a transformer as it was loaded: not quantized, not compiled. Timestep and guidance enter as the model
-    rounds them (guidance 3.5 is 3504/1000 in bf16): that belongs to the model, it is no error of a technique.
+    One block at a time is converted to float32 and back, without loss, so that 12 B parameters need 24 GB instead of
+    48. The transformer must be as loaded: not quantized and not compiled. Timestep and guidance are rounded to the
+    model's dtype first (guidance 3.5 is 3504/1000 in bf16), because that rounding is part of the model.
+
+    Args:
+        inputs: the transformer's named arguments, from `capture_step`.
     """
     def to_float32(module, args, kwargs):
         module.float()
@@ -69,10 +76,10 @@ GAUSSIAN_SIGMA, GAUSSIAN_RADIUS = 1.5, 5  # SSIM's window: 11 x 11 pixels
 
 
 def ssim(found: Tensor, reference: Tensor) -> Tensor:
-    """SSIM (N,) of pictures (N, 3, H, W), float64 from 0 to 255, H and W at least 6.
+    """Returns the SSIM (N,) of pictures (N, 3, H, W), float64 from 0 to 255, H and W at least 6.
 
-    The definition is that of Wang et al. (2004) with a Gaussian window, K1 = 0.01, K2 = 0.03 and reflection padding.
-    torchmetrics computes the same values, 20 times slower and in 5 GB for 1024x1024: its window is not separated.
+    The definition is from Wang et al. (2004), with a Gaussian window, K1 = 0.01, K2 = 0.03 and reflection padding.
+    torchmetrics computes the same values without a separable window: 20 times slower, and with 5 GB for 1024x1024.
     """
     offsets = torch.arange(-GAUSSIAN_RADIUS, GAUSSIAN_RADIUS + 1, dtype=torch.float64)
     window = torch.exp(-(offsets / GAUSSIAN_SIGMA).square() / 2)
@@ -97,8 +104,13 @@ def ssim(found: Tensor, reference: Tensor) -> Tensor:
 
 
 def picture_drift(found: list[PIL.Image.Image], reference: list[PIL.Image.Image]) -> dict[str, float]:
-    """PSNR (dB, of each picture; mean and minimum) and mean SSIM of 8-bit pictures against others of the same prompts
-    and seeds. Identical pictures count as 100 dB, so that the mean stays finite."""
+    """Compares 8-bit pictures with a reference's pictures of the same prompts and seeds.
+
+    Identical pictures have a PSNR of 100 dB, so that the mean is finite.
+
+    Returns:
+        "psnr_mean" and "psnr_min" in dB, the mean "ssim", and the share of "identical" pictures.
+    """
     a, b = (torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(0, 3, 1, 2)
             .double() for images in (found, reference))
     psnr = (10 * (255**2 / (a - b).pow(2).mean((1, 2, 3))).log10()).clamp(max=100.0)
@@ -110,14 +122,19 @@ BLACK = 3  # of 255: the VAE's black is not exactly 0
 
 
 def broken_share(pictures: list[PIL.Image.Image], latents: Tensor) -> dict[str, float]:
-    """Shares of the pictures that are black all over, which is what NaN becomes in 8 bits, and of the final latents
-    (N, S, C) with a NaN or an infinity."""
+    """Returns the share of "black" pictures, and the share of latents that are "not_finite".
+
+    NaN becomes black in 8 bits.
+
+    Args:
+        latents: of the last step, (N, S, C).
+    """
     black = [np.array(picture.convert("RGB")).max() < BLACK for picture in pictures]
     return {"black": float(np.mean(black)), "not_finite": (~latents.isfinite().flatten(1).all(1)).float().mean().item()}
 
 
 def latent_recorder(steps: list[Tensor]):
-    """A `callback_on_step_end` that appends the latents (B, S, C) after each step to `steps`, on the CPU."""
+    """Returns a `callback_on_step_end` that appends each step's latents (B, S, C) to `steps`, on the CPU."""
     def keep(pipeline, step, timestep, kwargs):
         steps.append(kwargs["latents"].detach().to("cpu", copy=True))
         return kwargs
@@ -125,8 +142,11 @@ def latent_recorder(steps: list[Tensor]):
 
 
 def latent_drift(found: Tensor, reference: Tensor) -> dict:
-    """Relative error of latents (N, steps, S, C), picture by picture: median and maximum of the final ones, and the
-    median after each step, where both took the same steps."""
+    """Returns the relative errors of latents (N, steps, S, C), computed for each picture.
+
+    Returns:
+        "median" and "max" after the last step, and "by_step", the median after each step; None for different shapes.
+    """
     final = torch.tensor([relative_error(a, b) for a, b in zip(found[:, -1], reference[:, -1], strict=True)])
     drift = {"median": _median(final), "max": final.max().item(), "by_step": None}
     if found.shape == reference.shape:
@@ -136,7 +156,7 @@ def latent_drift(found: Tensor, reference: Tensor) -> dict:
 
 
 def _median(values: Tensor) -> float:
-    """NaN if any is; of an even number the mean of the middle two."""
+    """Returns the median: NaN if any value is not finite; for an even number the mean of the middle two values."""
     return values.double().quantile(0.5).item() if values.isfinite().all() else float("nan")
 
 
@@ -146,8 +166,13 @@ CLIP_MODEL = "openai/clip-vit-base-patch16"
 
 def perceptual(found: list[PIL.Image.Image], reference: list[PIL.Image.Image], prompts: list[str],
                download: bool = False) -> dict:
-    """LPIPS (AlexNet) against the reference pictures and CLIP score against the prompts, means; None with one line of
-    why in "not_available" where their weights are not on this machine. Only `download` fetches them."""
+    """Returns the mean LPIPS (AlexNet) against the reference, and the mean CLIP score against the prompts.
+
+    A metric is None if its weights are not on this machine, and "not_available" has the reason in one line.
+
+    Args:
+        download: whether to fetch missing weights.
+    """
     scores = {"lpips": None, "clip_score": None, "not_available": {}}
     pixels, others = ([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
                       for images in (found, reference))
@@ -156,28 +181,29 @@ def perceptual(found: list[PIL.Image.Image], reference: list[PIL.Image.Image], p
     for name, metric in metrics.items():
         try:
             scores[name] = metric()
-        except Exception as error:  # another library's, of whatever kind: a missing metric must not cost the row
+        except Exception as error:  # any error of a library: a missing metric must not cost the row
             scores["not_available"][name] = f"{error}".split("\n")[0] or type(error).__name__
     return scores
 
 
 def _lpips(found: Tensor, reference: Tensor, download: bool) -> float:
-    """Of pictures (N, 3, H, W) in 8 bits."""
+    """Returns the mean LPIPS of pictures (N, 3, H, W), uint8."""
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     if not download and not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS).exists():
-        raise FileNotFoundError(f"LPIPS needs torchvision and its {LPIPS_WEIGHTS}, which is not here "
+        raise FileNotFoundError(f"LPIPS needs torchvision's {LPIPS_WEIGHTS}, which is not on this machine "
                                 "(--download-metrics fetches it)")
     return learned_perceptual_image_patch_similarity(found.float() / 255, reference.float() / 255, net_type="alex",
                                                      normalize=True).item()
 
 
 def _clip_score(pictures: list[Tensor], prompts: list[str], download: bool) -> float:
-    """Of pictures (3, H, W) in 8 bits."""
+    """Returns the mean CLIP score of pictures (3, H, W), uint8, against their prompts."""
     from huggingface_hub import try_to_load_from_cache
     from torchmetrics.functional.multimodal import clip_score
 
     cached = [try_to_load_from_cache(CLIP_MODEL, name) for name in ("model.safetensors", "pytorch_model.bin")]
     if not download and not any(isinstance(path, str) for path in cached):
-        raise FileNotFoundError(f"CLIP score needs {CLIP_MODEL}, which is not here (--download-metrics fetches it)")
+        raise FileNotFoundError(f"CLIP score needs {CLIP_MODEL}, which is not on this machine (--download-metrics "
+                                "fetches it)")
     return clip_score(pictures, prompts, model_name_or_path=CLIP_MODEL).item()

@@ -1,7 +1,7 @@
-"""The FLOPs of a denoising step, and the rate that a GPU achieves.
+"""Counts the FLOPs of a denoising step, and computes the rate that a GPU achieves.
 
-GEMMs and attention of a plain step count, a multiplication and an addition as two. Norms, activations and casts do not:
-they are bound by bandwidth.
+Only GEMMs and attention count, with two FLOPs for a multiplication and an addition. Norms, activations and casts do not
+count, because memory bandwidth bounds them.
 """
 
 from contextlib import contextmanager
@@ -10,11 +10,16 @@ TIME_CHANNELS = 256  # of the sinusoidal embedding of timestep and guidance
 
 
 def step_flops(config: dict, image_tokens: int, text_tokens: int, batch: int = 1) -> dict[str, float]:
-    """{"matmul", "attention"} of one call of a FluxTransformer2DModel.
+    """Returns the FLOPs of one call of a FluxTransformer2DModel, {"matmul", "attention"}.
 
-    With D channels and S = image + text tokens, a double block multiplies each token with 3 D^2 weights (q, k, v), D^2
-    (out) and 8 D^2 (MLP, four times as wide), and a single block with 7 D^2 (q, k, v and MLP at once) and 5 D^2 (out):
-    12 D^2 either way. Attention is q k^T and the product with v: 4 S^2 D FLOPs. Modulations work on a vector an image.
+    There are D channels and S = image + text tokens. A double block multiplies each token with 3 D^2 weights (q, k, v),
+    D^2 (attention's output) and 8 D^2 (MLP). A single block has 7 D^2 (q, k, v and MLP up) and 5 D^2 (output). Both
+    sums are 12 D^2. Attention takes 4 S^2 D FLOPs for q k^T and for the product with v. The modulations' GEMMs have one
+    row for each image.
+
+    Args:
+        config: of the transformer.
+        batch: images in the call.
     """
     width = config["attention_head_dim"] * config["num_attention_heads"]
     double, single = config["num_layers"], config["num_single_layers"]
@@ -31,7 +36,7 @@ def step_flops(config: dict, image_tokens: int, text_tokens: int, batch: int = 1
 
 @contextmanager
 def record_token_counts(transformer):
-    """Yields a dictionary that holds, after a step, what it worked on: image_tokens, text_tokens, batch."""
+    """Context manager: yields a dictionary that a step fills with image_tokens, text_tokens and batch."""
     seen = {}
 
     def look(module, args, kwargs):
@@ -46,7 +51,14 @@ def record_token_counts(transformer):
 
 
 def step_record(config: dict, tokens: dict, milliseconds: float, cached: bool) -> dict:
-    """What a result says of its step. The rate is None with a step cache: it skips an unknown part of the products."""
+    """Returns the step's part of a result: tokens, FLOPs and TFLOP/s.
+
+    Args:
+        config: of the transformer.
+        tokens: from `record_token_counts`.
+        milliseconds: of the step.
+        cached: whether a step cache is on. It skips an unknown part of the GEMMs, so that the rate is None.
+    """
     flops = step_flops(config, **tokens)
     rate = None if cached else sum(flops.values()) / milliseconds / 1e9
     return {**tokens, "flops": flops, "tflops": rate}

@@ -1,9 +1,9 @@
-"""Weights of a FLUX transformer, random or trained, reshaped in the ways that trained DiTs' weights are known to look.
+"""Reshapes the weights of a FLUX transformer, random or trained, so that they resemble trained DiTs' weights.
 
-A recipe in fp8 that holds on random weights may fail on trained ones: a few channels, neurons or heads that are much
-stronger than the rest set a scale, and the rest rounds to zero. Each family here is one such case at three strengths; a
-mixture is several at once. Families multiply the weights that are there, so that the same code serves --random_weights
-at any size and the trained tiny-flux.
+An fp8 recipe that works on random weights may fail on trained weights: if a few channels, neurons or heads are much
+stronger than the rest, they set the scale, and the rest rounds to zero. Each family is one such case at three
+strengths. A mixture combines several families. Families multiply existing weights, so that they work with
+--random_weights at any size and with the trained tiny-flux.
 
     mixture = parse("massive=500,spread=0.5,neuron=300")
     inputs = capture_step(pipeline, kwargs)
@@ -30,13 +30,13 @@ from utils.common import RecipeError, finite_float
 
 @dataclass(frozen=True)
 class Family:
-    """One way in which weights differ from random ones, and where it was seen."""
+    """One way in which trained weights differ from random weights, with its source."""
     strengths: tuple[float, float, float]  # weak, middle, strong
     meaning: str
     source: str
 
 
-# `reshape` applies them in this order: the massive ones undo the length that rows have by then.
+# `reshape` applies the families in this order: massive ones compensate for the rows' length after all others.
 FAMILIES = {
     "zero_rows": Family(
         (0.01, 0.1, 0.5), "This share of the text tokens and of the image tokens enters the first block as zeros.",
@@ -84,14 +84,14 @@ MIXTURES = (
     "massive=500,heavy_rows=0.2,qk_norm=10,head=3000",
 )
 EXCLUDED = (("massive", "massive_by_weights"), ("zero_rows", "massive"), ("zero_rows", "massive_by_weights"))
-UNDONE = 0.02  # the factor on what reads a massive channel
+UNDONE = 0.02  # the factor on the weights that read a massive channel
 
 
 def parse(text: str) -> dict[str, float]:
-    """The mixture that a text such as "massive=500,spread=0.5" names; "plain" and "" name the empty one.
+    """Parses a mixture such as "massive=500,spread=0.5" into {family: strength}. "plain" and "" are the empty mixture.
 
     Raises:
-        RecipeError: an unknown family, a strength out of range, or families that exclude each other.
+        RecipeError: a family is unknown, a strength is out of range, or families exclude each other.
     """
     mixture = {}
     for part in text.split(",") if text.strip() not in ("", "plain") else ():
@@ -99,17 +99,17 @@ def parse(text: str) -> dict[str, float]:
         try:
             value = finite_float(strength)
         except argparse.ArgumentTypeError:
-            raise RecipeError(f"'{part}' in the mixture '{text}' has no finite number: write FAMILY=STRENGTH, "
+            raise RecipeError(f"'{part}' in the mixture '{text}' has no finite number. Write FAMILY=STRENGTH, "
                               "separated by commas, such as massive=500,spread=0.5.") from None
         if name in mixture:
-            raise RecipeError(f"The mixture '{text}' names {name} twice: give it one strength.")
+            raise RecipeError(f"The mixture '{text}' names {name} twice. Give each family one strength.")
         mixture[name] = value
     _check(mixture)
     return mixture
 
 
 def cases() -> list[tuple[str, dict[str, float]]]:
-    """Every family at its three strengths, then `MIXTURES`, each with a name that `parse` reads."""
+    """Returns (name, mixture) for every family at its three strengths, then for `MIXTURES`. `parse` reads the names."""
     names = [f"{name}={strength:g}" for name, family in FAMILIES.items() for strength in family.strengths]
     return [(name, parse(name)) for name in (*names, *MIXTURES)]
 
@@ -120,32 +120,36 @@ def reshape(transformer: FluxTransformer2DModel, mixture: dict[str, float], inpu
     """Reshapes the weights in place. Call it before projections are fused and weights are quantized.
 
     Args:
-        inputs: the arguments of one step, from `bench.quality.capture_step`. The families of neurons and of massive
-            channels run this step to measure what neurons read and how large the stream is.
+        mixture: {family: strength}, from `parse`.
+        inputs: the transformer's named arguments, from `bench.quality.capture_step`. The families of `MEASURED` run
+            this step to measure the neurons' inputs and the residual stream.
         seed: of all random numbers. The CPU draws them, so that CPU and GPU agree.
 
     Raises:
-        RecipeError: as `parse`; also for weights that are fused or quantized, and for missing `inputs`.
+        RecipeError: as `parse`; also if the weights are fused or quantized, or `inputs` is missing.
     """
     _check(mixture)
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     if any(hasattr(block.attn, "to_qkv") or type(block.attn.to_q.weight.data) is not Tensor for block in blocks):
-        raise RecipeError("Weights that are fused or quantized cannot be reshaped: call reshape before optimize.")
+        raise RecipeError("The weights are fused or quantized and cannot be reshaped. Call reshape before optimize.")
     if inputs is None and (measured := [name for name in mixture if name in MEASURED]):
-        raise RecipeError(f"{' and '.join(measured)} need a step to measure: pass inputs=capture_step(pipeline, "
+        raise RecipeError(f"{' and '.join(measured)} need a step to measure. Pass inputs=capture_step(pipeline, "
                           "kwargs), from bench.quality.")
     parts = _flux_parts(transformer, inputs)
     for name in (name for name in FAMILIES if name in mixture):
-        # The two massive families draw the same channels: they are one function, stored in two ways.
+        # The two massive families draw the same channels, so that both models compute the same function.
         FLUX_STEPS[name](parts, mixture[name], _generator(seed, name.removesuffix("_by_weights")))
 
 
 @torch.no_grad()
 def reshape_text_encoder(t5: T5EncoderModel, mixture: dict[str, float], seed: int = 1) -> None:
-    """Reshapes a T5 in place by those families of the mixture that exist there (`T5_STEPS`).
+    """Reshapes a T5 in place, by the families of the mixture that are in `T5_STEPS`.
 
-    All but heavy_rows keep its function. A neuron is a row of the gated GELU's linear branch. massive_by_weights
-    multiplies three weights of each RMSNorm and divides the columns that read them.
+    All families except heavy_rows keep T5's function. A neuron is a row of the gated GELU's linear branch.
+    massive_by_weights multiplies three weights of each RMSNorm and divides the columns that read them.
+
+    Raises:
+        RecipeError: as `parse`.
     """
     _check(mixture)
     parts = _t5_parts(t5)
@@ -154,8 +158,11 @@ def reshape_text_encoder(t5: T5EncoderModel, mixture: dict[str, float], seed: in
 
 
 def step_inputs(inputs: dict, mixture: dict[str, float]) -> dict:
-    """The transformer's named arguments; with zero_rows, some rows of the image tokens (B, S, C) and of the text tokens
-    (B, T, C) are zeros: that share of each and at least one, the same at every call."""
+    """Returns the transformer's named arguments, with zero rows if the mixture has zero_rows.
+
+    Then this share of the image tokens (B, S, C) and of the text tokens (B, T, C), at least one of each, is zero. Every
+    call chooses the same rows.
+    """
     if "zero_rows" not in mixture:
         return inputs
     zeroed = {}
@@ -168,7 +175,7 @@ def step_inputs(inputs: dict, mixture: dict[str, float]) -> dict:
 
 
 def attach(transformer: nn.Module, mixture: dict[str, float]) -> RemovableHandle:
-    """Applies `step_inputs` to every call of the transformer, for whole pictures, until the handle is removed."""
+    """Applies `step_inputs` to every call of the transformer, for drawing pictures. Remove the handle to undo it."""
     return transformer.register_forward_pre_hook(
         lambda module, args, kwargs: (args, step_inputs(kwargs, mixture)), with_kwargs=True)
 
@@ -177,7 +184,7 @@ class _AdaLN(NamedTuple):
     """A LayerNorm of the residual stream, its modulation, and the Linears that read the modulated row."""
     stream: str  # "text", "image", or "joint": text tokens, then image tokens
     norm: nn.LayerNorm
-    modulation: nn.Linear  # to several parts of width D; the next three say which
+    modulation: nn.Linear  # its output is several parts of width D; the next three fields are indices of parts
     shift: int
     scale: int
     gate: int | None
@@ -192,7 +199,7 @@ class _AdaLN(NamedTuple):
 
 
 class _Attention(NamedTuple):
-    """One head is as many rows of each of `values` as it is columns of the same one of `outputs`."""
+    """The Linears of an attention. A head's rows of values[i] are the head's columns of outputs[i]."""
     heads: int
     values: tuple[nn.Linear, ...]
     outputs: tuple[nn.Linear, ...]
@@ -202,7 +209,7 @@ class _Attention(NamedTuple):
 class _MLP(NamedTuple):
     up: nn.Linear
     down: nn.Linear
-    first: int = 0  # the column of `down` that reads the first neuron; a single block reads attention before
+    first: int = 0  # the column of `down` that reads the first neuron; a single block has attention's columns first
 
 
 class _Parts(NamedTuple):
@@ -233,7 +240,7 @@ def _flux_parts(model: FluxTransformer2DModel, inputs: dict | None) -> _Parts:
         mlps.append(_MLP(block.proj_mlp, block.proj_out, first=attn.inner_dim))
         readers = (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
         norms.append(_AdaLN("joint", block.norm.norm, block.norm.linear, 0, 1, 2, readers))
-    # AdaLayerNormContinuous has its scale before its shift, and no gate.
+    # AdaLayerNormContinuous has the scale before the shift, and no gate.
     norms.append(_AdaLN("image", model.norm_out.norm, model.norm_out.linear, 1, 0, None, (model.proj_out,)))
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         linears += [part for name, part in block.named_modules() if isinstance(part, nn.Linear) and "norm" not in name]
@@ -278,7 +285,8 @@ def _gates(parts: _Parts, strength: float, generator: Generator) -> None:
 
 def _qk_norm(parts: _Parts, strength: float, generator: Generator) -> None:
     for attention in parts.attentions:
-        # RoPE mixes channels 2i and 2i + 1, and text's q meets image's k: a pair has one factor in the whole attention.
+        # RoPE mixes channels 2i and 2i + 1, so that both channels need the same factor. Text and image need the same
+        # factors too, since attention multiplies q of the text with k of the image.
         pairs = torch.randperm(len(attention.qk_norms[0][0].weight) // 2, generator=generator)
         first, second = ((2 * pairs[chosen, None] + torch.arange(2)).flatten() for chosen in (slice(2), slice(2, 4)))
         for norm_q, norm_k in attention.qk_norms:
@@ -289,10 +297,10 @@ def _qk_norm(parts: _Parts, strength: float, generator: Generator) -> None:
 
 def _neuron(parts: _Parts, strength: float, generator: Generator, kept: bool = False) -> None:
     chosen = {mlp.up: int(torch.randint(mlp.up.out_features, (), generator=generator)) for mlp in parts.mlps}
-    if parts.inputs is not None:  # a FLUX: the bias makes the neuron rare. A T5's Linears have none.
+    if parts.inputs is not None:  # FLUX: the bias makes the neuron fire rarely. T5's Linears have no bias.
         read = _observe(parts, list(chosen), lambda up, row: row @ up.weight[chosen[up]].float())
         for (up, j), products in zip(chosen.items(), read, strict=True):
-            # About -3 |w_j| on random weights. Trained tokens resemble each other, so that only a step can tell.
+            # On random weights this is about -3 |w_j|. Trained tokens resemble each other, so that it must be measured.
             up.bias[j] = -strength * (products.mean() + 3 * products.std())
     for mlp in parts.mlps:
         mlp.up.weight[chosen[mlp.up]] *= strength
@@ -311,10 +319,10 @@ def _head(parts: _Parts, strength: float, generator: Generator) -> None:
 
 
 def _massive(parts: _Parts, strength: float, generator: Generator, by_weights: bool = False) -> None:
-    """The embedders' biases put strength * rms * (1, -1/2, -1/2) into three channels of each stream (B, S, D).
+    """Adds strength * rms * (1, -1/2, -1/2) to three channels of each stream (B, S, D), by the embedders' biases.
 
-    The sum is zero, so that LayerNorm's mean stays. Text and image each take their rms in the single blocks, where one
-    scale a channel has to undo both.
+    The sum is zero, so that LayerNorm's mean is unchanged. The rms of text and image are measured in the single blocks,
+    because there one scale per channel has to compensate for both.
     """
     width, text = parts.model.inner_dim, parts.inputs["encoder_hidden_states"].shape[1]
     order = torch.randperm(width, generator=generator).to(parts.model.device)
@@ -328,7 +336,7 @@ def _massive(parts: _Parts, strength: float, generator: Generator, by_weights: b
     for adaln, rms in zip(parts.norms, log_rms, strict=True):
         carried = (torch.cat([level["text"].expand(text), level["image"].expand(rms.shape[1] - text)])
                    if adaln.stream == "joint" else level[adaln.stream])
-        # How many times longer a token's row has become: that much smaller LayerNorm makes its other channels.
+        # The factor by which a token's row has become longer. LayerNorm divides the other channels by it.
         longer = (1 + values.square().sum() / width * torch.exp(2 * (carried - rms))).sqrt().log().mean().exp()
         factor = longer.repeat(width)
         factor[channels] = UNDONE
@@ -338,7 +346,7 @@ def _massive(parts: _Parts, strength: float, generator: Generator, by_weights: b
                 reader.weight *= factor
         else:
             adaln.multiply(adaln.scale, factor, offset=1.0)
-        if adaln.gate is not None:  # closed, so that the value stays through the depth
+        if adaln.gate is not None:  # a gate of zero, so that no block changes the massive channels
             adaln.multiply(adaln.gate, torch.ones_like(factor).index_fill(0, channels, 0.0))
 
 
@@ -369,7 +377,7 @@ def _multiply_rows(linear: nn.Linear, rows: slice, factor: Tensor) -> None:
 
 
 def _observe(parts: _Parts, modules: list[nn.Module], of: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
-    """of(module, its input in float32) for each module, from one step of the model as it is now."""
+    """Runs one step, and returns of(module, the module's input in float32) for each module."""
     seen = {}
 
     def keep(module, args):
@@ -385,19 +393,19 @@ def _observe(parts: _Parts, modules: list[nn.Module], of: Callable[[nn.Module, T
 
 
 def _generator(seed: int, name: str) -> Generator:
-    """A separate one for each family, so that a family draws the same alone and in a mixture."""
+    """Returns a generator for one family, so that it draws the same numbers alone and in a mixture."""
     return torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
 
 
 def _check(mixture: dict[str, float]) -> None:
     for name, strength in mixture.items():
         if name not in FAMILIES:
-            raise RecipeError(f"There is no family '{name}': choose among {', '.join(FAMILIES)}.")
+            raise RecipeError(f"There is no family '{name}'. Choose from {', '.join(FAMILIES)}.")
         largest = 1.0 if name == "zero_rows" else math.inf
         if not 0 < strength <= largest or math.isinf(strength):
-            raise RecipeError(f"{name}={strength:g} is out of range: give a number above 0"
+            raise RecipeError(f"{name}={strength:g} is out of range. Give a number above 0"
                               f"{' and up to 1' if largest == 1 else ''}, such as "
                               f"{', '.join(f'{value:g}' for value in FAMILIES[name].strengths)}.")
     for first, second in EXCLUDED:
         if first in mixture and second in mixture:
-            raise RecipeError(f"{first} and {second} both set the embedders' biases: choose one of them.")
+            raise RecipeError(f"{first} and {second} exclude each other: both set the embedders' biases. Choose one.")

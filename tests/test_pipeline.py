@@ -304,7 +304,7 @@ def test_compile_pipeline_leaves_a_t5_whose_weights_travel(build, tmp_path, monk
 def test_use_packages_tunes_the_blocks_alone(build, args_for, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     units, compiled = [], {}
-    monkeypatch.setattr(export, "use_packages", lambda pipeline, given, *_: units.extend(given))
+    monkeypatch.setattr(export, "use_packages", lambda pipeline, given, *_: units.extend(given) or "")
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path, inductor_configs:
                         compiled.update({package_path: inductor_configs}))
     for flags, tuned in ((["--disable_inductor_tuning_flags"], set()), ([], {"double", "single"})):
@@ -312,7 +312,7 @@ def test_use_packages_tunes_the_blocks_alone(build, args_for, tmp_path, monkeypa
         args, pipeline = args_for("tiny-flux", *flags), build("tiny-flux", layers="1+1")
         chosen = plan.make_plan(args, configs_of(pipeline), plan.Hardware("cpu"))
         chosen.decisions["inductor flags"] = Decision(not flags, "as on a GPU")
-        use_packages(pipeline, args, chosen, StageLog(quiet=True))
+        use_packages(chosen, pipeline, args, StageLog(quiet=True))
         assert {unit.name for unit in units if unit.settings} == tuned
         assert {unit.name for unit in units} == {"double", "single", "decoder"}
     for unit in units:

@@ -57,7 +57,7 @@ def write(path, record):
 def test_ladder_table_shows_the_newest_finished_records(results):
     rows = {cells[0]: cells[1:] for cells in cells_of(tables.table("made-up/schnell"))}
     assert len(rows) == 4
-    found = rows["[+ float8, one scale a row](results/made-up/schnell/6_float8.2.json)"]
+    found = rows["[+ float8, per-row scales](results/made-up/schnell/6_float8.2.json)"]
     assert found == ["**0.320** (0.310–0.330)", "2.50", "10.0", "64.0", "40.0", "1.70 %", "26.6"]
     assert [row[5] for name, row in rows.items() if "memory_8gib" in name] == ["–"]
 
@@ -188,7 +188,7 @@ def test_kernel_table_adds_up():
         assert abs(sum(shown[:-1]) - shown[-1]) < 0.2 and min(shown) > 1
     assert tables._kind("void cutlass::device_kernel<flash::x>") == "attention"
     assert tables._kind("_adaln_kernel") == "everything else"
-    assert tables._kind("_gemm_kernel") == tables._kind("_product_kernel") == "matrix products"
+    assert tables._kind("_gemm_kernel") == tables._kind("_product_kernel") == "GEMMs"
 
 
 def test_roofline_table_has_cublas_beside_each_gemm():

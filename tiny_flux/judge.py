@@ -1,9 +1,9 @@
-"""Which emoji, in which style, on which background does a picture show? Asked of tiny-flux's pictures.
+"""Judges which emoji a picture of tiny-flux shows, in which style and on which background.
 
     python -m tiny_flux.judge --output-json results/tiny/judge.json      # two cores, 2 minutes
 
-The judge has never seen the model: it looks for the nearest of all 1,094 emoji in both styles and 19 poses, as 16x16
-pixels on the background asked for. On the data's own pictures in random poses it is right 99 times of 100.
+The judge is independent of the model. It finds the nearest of all 1,094 emoji in both styles and 19 poses, as 16x16
+pixels on the requested background. It recognizes 99 of 100 training pictures in random poses.
 """
 
 import argparse
@@ -32,19 +32,19 @@ POSES = [(1.0, 0, 0), *((scale, x, y) for scale in (0.93, 0.85) for x in (-1, 0,
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a picture should show: an index into `read_captions`, and two words of the grammar."""
+    """A picture's requested content: an index into `read_captions`, a style and a background colour."""
     emoji: int
     style: str
     colour: str
 
 
 def read_captions() -> list[dict]:
-    """slug, name, keywords and category of every emoji, in the order of the references."""
+    """Returns the slug, name, keywords and category of every emoji, in the order of the references."""
     return json.loads(CAPTIONS.read_text())["emoji"]
 
 
 def write_references(data: Path) -> None:
-    """The judge's files, which the repository keeps, and their notices, from the folder that data.py wrote."""
+    """Writes the judge's files and their notices, which are in the repository, from the folder that data.py wrote."""
     for name in ("captions.json", "NOTICE"):
         (HERE / name).write_bytes((data / name).read_bytes())
     pictures = torch.from_numpy(load_pictures(data, [one["slug"] for one in read_captions()])).flatten(0, 1)
@@ -58,6 +58,8 @@ def write_references(data: Path) -> None:
 
 
 class Judge:
+    """Compares pictures with every emoji in every style and pose."""
+
     def __init__(self):
         self.count = len(read_captions())
         with PIL.Image.open(REFERENCES) as sheet:
@@ -73,7 +75,11 @@ class Judge:
         self.references = torch.stack(placed, 1).flatten(0, 1)  # (style, emoji, pose), alpha premultiplied
 
     def distances(self, images: list[PIL.Image.Image], colours: list[str]) -> torch.Tensor:
-        """How far each picture is from each style of each emoji, in its nearest pose: (pictures, style, emoji)."""
+        """Returns the distance of each picture to each emoji's nearest pose, (pictures, styles, emoji).
+
+        Args:
+            colours: the requested background of each picture.
+        """
         pixels, found = torch.stack([shrink(image) for image in images]), {}
         for name in set(colours):
             colour = PALETTE[COLOUR_NAMES.index(name)][:, None, None]
@@ -84,8 +90,11 @@ class Judge:
         return torch.stack([found[i] for i in range(len(images))])
 
     def verdicts(self, images: list[PIL.Image.Image], wanted: list[Wanted]) -> dict[str, float]:
-        """Shares of the pictures where the emoji is the nearest (top1), is among the nearest five (top5), and where its
-        style and the background are right."""
+        """Returns the number of "pictures", and the shares of pictures that pass each test.
+
+        "top1": the requested emoji is the nearest. "top5": it is among the nearest five. "style" and "background": they
+        match the request.
+        """
         far = self.distances(images, [one.colour for one in wanted])
         emoji = torch.tensor([one.emoji for one in wanted])
         nearest = far.amin(1)
@@ -98,17 +107,21 @@ class Judge:
 
 
 def share(right: torch.Tensor) -> float:
+    """Returns the share of true values."""
     return right.float().mean().item()
 
 
 def shrink(image: PIL.Image.Image) -> torch.Tensor:
-    """(3, 16, 16) in [0, 1], by averaging."""
+    """Returns the picture at 16x16 pixels, (3, 16, 16) from 0 to 1, by averaging."""
     return torch.from_numpy(np.array(image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BOX))
                             ).permute(2, 0, 1).float() / 255
 
 
 def background(image: PIL.Image.Image) -> str:
-    """The name of the colour nearest to the median of the picture's four corners, an eighth of its side each."""
+    """Returns the name of the colour nearest to the median of the picture's four corners.
+
+    A corner's side is an eighth of the picture's.
+    """
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).float() / 255
     side = pixels.shape[0] // 8
     corners = [pixels[y, x] for y in (slice(side), slice(-side, None)) for x in (slice(side), slice(-side, None))]
@@ -116,10 +129,13 @@ def background(image: PIL.Image.Image) -> str:
     return COLOUR_NAMES[(PALETTE - colour).norm(dim=1).argmin()]
 
 
-# --- what is asked ---
+# --- requests ---
 
 def training_captions(count: int) -> list[Wanted]:
-    """Emoji from all categories by name, styles and backgrounds in turn, no combination that was held out."""
+    """Returns `count` requests that training may have shown, without held-out combinations.
+
+    The emoji come from all categories, the styles alternate, and the backgrounds are random with a fixed seed.
+    """
     emoji = read_captions()
     unseen = set(held_out([one["slug"] for one in emoji]))
     draw, found = random.Random(0), []
@@ -131,13 +147,16 @@ def training_captions(count: int) -> list[Wanted]:
 
 
 def held_out_captions() -> list[Wanted]:
-    """Every combination of emoji and background that no training picture showed."""
+    """Returns every combination of emoji and background that training held out."""
     slugs = [one["slug"] for one in read_captions()]
     return [Wanted(slugs.index(slug), STYLES[i % 2], colour) for i, (slug, colour) in enumerate(held_out(slugs))]
 
 
 def edits_of(pictures: list[Wanted]) -> tuple[list[str], list[Wanted]]:
-    """An instruction for each picture, in turn for its background, its style and both, and what it should become."""
+    """Returns an instruction for each picture, and the requested content after the edit.
+
+    The instructions change in turn the background, the style, and both.
+    """
     draw, texts, found = random.Random(1), [], []
     for i, one in enumerate(pictures):
         colour = draw.choice([name for name in COLOUR_NAMES if name != one.colour]) if i % 3 != 1 else None
@@ -148,7 +167,12 @@ def edits_of(pictures: list[Wanted]) -> tuple[list[str], list[Wanted]]:
 
 
 def draw_pictures(pipeline, texts: list[str], steps: int, images=None, at_once: int = 25) -> list[PIL.Image.Image]:
-    """One picture a text, 128x128, each from a seed of its own; with `images`, edits of them."""
+    """Draws one 128x128 picture for each text. The index of a text is its seed.
+
+    Args:
+        images: pictures to edit; None for text to image.
+        at_once: texts in one call of the pipeline.
+    """
     found = []
     for start in range(0, len(texts), at_once):
         part = slice(start, start + at_once)
@@ -162,7 +186,7 @@ def draw_pictures(pipeline, texts: list[str], steps: int, images=None, at_once: 
 
 
 def evaluate(device: str, checkpoint: Path) -> tuple[dict, dict]:
-    """The verdicts on the checkpoint, and the pictures, both by the name of what was asked."""
+    """Draws and judges the checkpoint's pictures. Returns the verdicts and the pictures, both by the test's name."""
     judge, dev = Judge(), DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device)
     dev.set_progress_bar_config(disable=True)
     names = [one["name"] for one in read_captions()]
@@ -187,10 +211,11 @@ def evaluate(device: str, checkpoint: Path) -> tuple[dict, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--references", type=Path, metavar="DATA", help="only write the judge's files, from data.py's")
+    parser.add_argument("--references", type=Path, metavar="DATA",
+                        help="only write the judge's files, from data.py's folder DATA")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--output-json", type=Path)
-    parser.add_argument("--sheet", type=Path, help="also write the first 100 pictures of 28 steps")
+    parser.add_argument("--sheet", type=Path, help="also write 100 of the 28-step pictures as one image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.references:

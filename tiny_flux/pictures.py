@@ -1,11 +1,12 @@
-"""What one set of switches does to tiny-flux's pictures: `experiments.py run GPU --suite tiny` calls this once a row.
+"""Measures how flags changes tiny-flux's pictures. `experiments.py run GPU --suite tiny` runs it for each row.
 
     python -m tiny_flux.pictures --keep eager.safetensors -- --disable_bf16
     python -m tiny_flux.pictures --reference eager.safetensors --output-json row.json -- --text_encoder_quant
 
-What follows `--` are flags of gen_image.py. 28 steps, the same prompts and seeds for all. Half of the prompts name
-style and background, half leave them open, where small errors can tip a picture over. Such a small model shows whether
-a switch engages and whether it breaks something; it does not show which method is better on FLUX.1's 12 B.
+The flags after `--` are gen_image.py's. All rows take 28 steps, with the same prompts and seeds. Half of the prompts
+name style and background. The other half leave them open, so that a small error can change the whole picture. A small
+model shows whether a technique engages and whether it breaks something. It does not show which method is better on
+FLUX.1's 12 B parameters.
 """
 
 import argparse
@@ -39,14 +40,17 @@ SHOWN, SIDE = 4, 80  # pictures on a sheet, and their pixels
 
 @dataclass
 class Drawn:
-    """The pictures of all prompts, the latents (N, steps, S, C) that led to them, and what made them."""
+    """The pictures of all prompts, and their latents and origin."""
     images: list[PIL.Image.Image]
-    latents: Tensor
-    made: dict
+    latents: Tensor  # (N, steps, S, C)
+    made: dict  # from `origin`
 
 
 def prompts(count: int) -> tuple[list[str], list[judge.Wanted]]:
-    """The first half with style and background, the second half names alone."""
+    """Returns the prompts and the requested contents.
+
+    The first half of the prompts name style and background. The second half only name the emoji.
+    """
     names, wanted = [one["name"] for one in judge.read_captions()], judge.training_captions(count)
     random.Random(2).shuffle(wanted)
     texts = [caption(names[one.emoji], one.style, one.colour) for one in wanted[:count // 2]]
@@ -54,7 +58,11 @@ def prompts(count: int) -> tuple[list[str], list[judge.Wanted]]:
 
 
 def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
-    """One picture a prompt, as gen_image.py makes them, and what the record says of it."""
+    """Draws one picture for each prompt, as gen_image.py does. Returns the pictures, and facts for the record.
+
+    Args:
+        args: of gen_image.py.
+    """
     pipeline = optimize(load_pipeline(args), args)
     images, latents, cached, compared, computed = [], [], [], [], []
     start = time.perf_counter()
@@ -77,8 +85,17 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
 
 
 def per_step(cached: list[list[int]], compared: list[dict[int, float]], steps: int) -> dict:
-    """Of a step cache: the share of pictures in which each step was cached, and the median of each step's residual
-    differences over the pictures in which one was taken."""
+    """Returns a step cache's statistics by step.
+
+    Args:
+        cached: the cached steps of each picture; [] without a step cache.
+        compared: the residual differences of each picture, by step.
+        steps: the number of steps.
+
+    Returns:
+        "cached_share": the share of pictures in which each step was cached. "residual_diffs": each step's median
+        residual difference over the pictures that have one. Both are None without a step cache.
+    """
     if not cached:
         return {"cached_share": None, "residual_diffs": None}
     taken = {step: [one[step] for one in compared if step in one] for step in range(steps)}
@@ -87,7 +104,11 @@ def per_step(cached: list[list[int]], compared: list[dict[int, float]], steps: i
 
 
 def noise(pipeline, kwargs: dict) -> Tensor:
-    """What the pipeline would start from in bf16, in any dtype: up to torch 2.11 a seed's numbers depend on it."""
+    """Returns the initial latents in bf16, whatever the pipeline's dtype: up to torch 2.11 the noise depends on it.
+
+    Args:
+        kwargs: of the pipeline's call.
+    """
     latents, *_ = pipeline.prepare_latents(1, pipeline.transformer.config.in_channels // 4, kwargs["height"],
                                            kwargs["width"], torch.bfloat16, pipeline._execution_device,
                                            kwargs["generator"])
@@ -95,14 +116,19 @@ def noise(pipeline, kwargs: dict) -> Tensor:
 
 
 def origin(argv: list[str], count: int, device: str) -> dict:
-    """What pictures must have in common to be compared, and the flags that made them."""
-    found = environment(device)
-    return {"argv": argv, "prompts": count, "gpu": found.get("gpu"), "packages": found["packages"],
+    """Returns the flags that drew the pictures, and the facts that comparable pictures share.
+
+    Args:
+        argv: gen_image.py's flags.
+        count: of prompts.
+    """
+    machine = environment(device)
+    return {"argv": argv, "prompts": count, "gpu": machine.get("gpu"), "packages": machine["packages"],
             "weights": weight_files.identity(tiny_presets.CHECKPOINT)}
 
 
 def keep(drawn: Drawn, path: Path) -> None:
-    """Writes the pictures whole or not at all."""
+    """Writes the pictures and latents to a safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in drawn.images]))
     with atomic_write(path) as temporary:
@@ -110,7 +136,7 @@ def keep(drawn: Drawn, path: Path) -> None:
 
 
 def read_origin(path: Path) -> dict | None:
-    """What made the pictures of `path`; None without such a file."""
+    """Returns the `origin` of the pictures in a file; None without the file."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
@@ -118,23 +144,29 @@ def read_origin(path: Path) -> dict | None:
 
 
 def read(path: Path, like: dict) -> Drawn:
-    """The pictures of `path`, made on the same machine by the same versions as `like` says.
+    """Reads pictures from a file.
+
+    Args:
+        like: the `origin` of the pictures to compare with.
 
     Raises:
-        RecipeError: there are none.
+        RecipeError: the file is missing, or its prompts, GPU, versions or weights differ from `like`.
     """
-    made = read_origin(path)
-    if made is None or any(made.get(key) != like[key] for key in ("prompts", "gpu", "packages", "weights")):
-        raise RecipeError(f"{path} holds no pictures of {like['prompts']} prompts by this machine's versions: make it "
-                          "with --keep.")
+    stored = read_origin(path)
+    if stored is None or any(stored.get(key) != like[key] for key in ("prompts", "gpu", "packages", "weights")):
+        raise RecipeError(f"{path} holds no pictures of {like['prompts']} prompts by this machine's versions. Draw "
+                          "them with --keep.")
     with safe_open(path, "pt") as file:
         images = [PIL.Image.fromarray(pixels) for pixels in file.get_tensor("pixels").numpy()]
-        return Drawn(images, file.get_tensor("latents"), made)
+        return Drawn(images, file.get_tensor("latents"), stored)
 
 
 def compare(drawn: Drawn, reference: Drawn) -> dict:
-    """How far the pictures and their latents are from the reference's; prompts with all words given and open ones
-    apart."""
+    """Compares pictures and latents with the reference's.
+
+    Returns:
+        `picture_drift` of the prompts with all words ("given") and of the others ("open"), and `latent_drift`.
+    """
     half = len(drawn.images) // 2
     return {"given": picture_drift(drawn.images[:half], reference.images[:half]),
             "open": picture_drift(drawn.images[half:], reference.images[half:]),
@@ -142,7 +174,12 @@ def compare(drawn: Drawn, reference: Drawn) -> dict:
 
 
 def judged(images: list[PIL.Image.Image], wanted: list[judge.Wanted]) -> dict[str, float]:
-    """Shares of pictures of what was asked for. Where no background was, the emoji is looked for on the one drawn."""
+    """Returns the judge's "top1" and "top5". For a prompt without a background, the drawn background counts.
+
+    Args:
+        images: the first half from prompts with style and background.
+        wanted: the requested contents, from `prompts`.
+    """
     half = len(images) // 2
     asked = wanted[:half] + [judge.Wanted(one.emoji, one.style, judge.background(image))
                              for one, image in zip(wanted[half:], images[half:], strict=True)]
@@ -151,12 +188,12 @@ def judged(images: list[PIL.Image.Image], wanted: list[judge.Wanted]) -> dict[st
 
 
 def shown(count: int) -> list[int]:
-    """Which pictures are on the sheets: from both halves, evenly."""
+    """Returns the indices of the sheet's pictures, evenly from all prompts."""
     return [i * count // SHOWN for i in range(SHOWN)]
 
 
 def write_sheet(images: list[PIL.Image.Image], path: Path) -> None:
-    """A row of small pictures, 3 kB."""
+    """Writes a row of small pictures as a WebP of about 3 kB."""
     sheet = PIL.Image.new("RGB", (SIDE * len(images), SIDE))
     for i, image in enumerate(images):
         sheet.paste(image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS), (SIDE * i, 0))
@@ -165,44 +202,45 @@ def write_sheet(images: list[PIL.Image.Image], path: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="draw and keep: what other rows are compared with")
-    parser.add_argument("--reference", type=Path, metavar="FILE", help="the kept pictures to compare with")
-    parser.add_argument("--twin", type=Path, metavar="FILE", help="also with these, of the same recipe without a cache")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="only draw, and save the pictures as a reference")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="compare with these pictures, from --keep")
+    parser.add_argument("--twin", type=Path, metavar="FILE",
+                        help="also compare with these pictures, of the same recipe without its step cache")
     parser.add_argument("--output-json", type=Path, metavar="FILE")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="a few of the pictures side by side")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write a few of the pictures side by side")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("recipe", nargs="*", help="after --: flags of gen_image.py")
-    own = parser.parse_args()
-    if bool(own.keep) == bool(own.reference):
-        parser.error("give either --keep or --reference")
+    options = parser.parse_args()
+    if bool(options.keep) == bool(options.reference):
+        parser.error("give either --keep FILE or --reference FILE")
 
-    args = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--quiet", *own.recipe])
+    args = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--quiet", *options.recipe])
     check_args(args)
-    made = origin(own.recipe, own.prompts, args.device)
-    if own.keep and read_origin(own.keep) == made:
+    drawn_by = origin(options.recipe, options.prompts, args.device)
+    if options.keep and read_origin(options.keep) == drawn_by:
         return
-    reference = read(own.reference, made) if own.reference else None
-    twin = read(own.twin, made) if own.twin else None
-    texts, wanted = prompts(own.prompts)
+    reference = read(options.reference, drawn_by) if options.reference else None
+    twin = read(options.twin, drawn_by) if options.twin else None
+    texts, wanted = prompts(options.prompts)
     drawn, facts = draw(args, texts)
-    if own.keep:
-        drawn.made = made
-        keep(drawn, own.keep)
+    if options.keep:
+        drawn.made = drawn_by
+        keep(drawn, options.keep)
         return
 
-    which = shown(own.prompts)
+    which = shown(options.prompts)
     pictures = [drawn.images[i] for i in which]
-    record = {"schema_version": SCHEMA_VERSION, "argv": own.recipe, "prompts": own.prompts, **facts,
+    record = {"schema_version": SCHEMA_VERSION, "argv": options.recipe, "prompts": options.prompts, **facts,
               **compare(drawn, reference), "broken": broken_share(drawn.images, drawn.latents[:, -1]),
               "judge": judged(drawn.images, wanted),
               "twin": {"argv": twin.made["argv"], **compare(drawn, twin)} if twin else None,
               "shown": [{"prompt": texts[i], **picture_drift([image], [reference.images[i]])}
                         for i, image in zip(which, pictures, strict=True)],
               "environment": environment(args.device)}
-    if own.sheet:
-        write_sheet(pictures, own.sheet)
-    if own.output_json:
-        write_json(str(own.output_json), record)
+    if options.sheet:
+        write_sheet(pictures, options.sheet)
+    if options.output_json:
+        write_json(str(options.output_json), record)
 
 
 if __name__ == "__main__":

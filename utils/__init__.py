@@ -1,5 +1,8 @@
-"""The recipe's parts. Importing any of them first settles what its libraries read from the environment, and quiets what
-they print while they load."""
+"""The modules of the recipe.
+
+Importing any of them first sets the environment variables that the libraries read, and silences the libraries' output
+while they load.
+"""
 
 import logging
 import os
@@ -9,8 +12,8 @@ from utils import start
 
 start.settle()
 
-# Optional image processors without torchvision, native extensions for kernels that are not used here: none of it is
-# news to a user of this recipe. Errors still show, and each variable can be set from outside.
+# The libraries warn about image processors that need torchvision, and about native extensions of unused kernels. These
+# warnings do not concern a user of this recipe. Errors still appear, and the user may set each variable.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")

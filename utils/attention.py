@@ -1,17 +1,18 @@
-"""Attention of a FLUX block in fp8: one custom op over FlashAttention-3 (NVIDIA) or AITER (AMD), and its processor.
+"""fp8 attention of a FLUX block: one custom op over FlashAttention-3 (NVIDIA) or AITER (AMD), and its processor.
 
-Layout is (B, S, H, D) throughout, text tokens before image tokens, as diffusers' Flux processor has it.
+The layout is (B, S, H, D) throughout, with the text tokens before the image tokens, as in diffusers' Flux processor.
 
-FlashAttention-3 multiplies e4m3 tensors and takes one descale factor per batch item and head. Its fp8 kernel was
-published with unscaled casts in flux-fast: values over 448 then saturate, or, in eager mode on torch <= 2.11, become
-NaN and the image black. Here
+FlashAttention-3 multiplies e4m3 tensors and takes one descale factor per batch item and head. flux-fast used this
+kernel with unscaled casts. Values over 448 then saturate; in eager mode on torch <= 2.11 they become NaN and the image
+is black. This module scales them:
 
-* q and k get a *static* scale. RMSNorm gives each head vector the length sqrt(D), so after the norm's weight w and a
-  rotation no element exceeds sqrt(D) * max|w|. e4m3 is a floating-point format: its relative precision is the same
-  anywhere between 2^-6 and 448, so a bound that is a few times too wide costs nothing, and no pass over the data.
-* v gets its measured maximum, per batch item and head.
+* q and k get a *static* scale. RMSNorm gives each head vector the length sqrt(D). After the norm's weight w and RoPE,
+  therefore, no element exceeds sqrt(D) * max|w|. A bound that is a few times too wide costs no precision: e4m3 is a
+  floating-point format with the same relative precision anywhere between 2^-6 and 448. The static scale also needs no
+  pass over the data.
+* v gets the measured maximum of each batch item and head.
 
-AITER quantizes by itself and is handed q, k, v in high precision.
+AITER quantizes by itself, so it gets q, k and v in high precision.
 """
 
 import importlib
@@ -26,9 +27,9 @@ from torch import Tensor
 E4M3_MAX = 448.0
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-AITER_MODULES = ("aiter.ops.triton.attention.mha", "aiter.ops.triton.mha")  # since 2026, and before
+AITER_MODULES = ("aiter.ops.triton.attention.mha", "aiter.ops.triton.mha")  # AITER since 2026, and before 2026
 
-# What each name of --attention_backend hands to the op: (library, precision).
+# {--attention_backend: (library that the op calls, precision of its inputs)}
 BACKENDS = {
     "fa3": ("fa3", "fp8"),
     "fa3_unscaled": ("fa3", "fp8_unscaled"),
@@ -36,17 +37,25 @@ BACKENDS = {
     "aiter": ("aiter", "bf16"),
 }
 
-# FlashAttention-3's tile of queries for e4m3 heads of 128; a tile is one multiprocessor's work at a time.
+# FlashAttention-3's number of queries in a tile, for e4m3 and a head dimension of 128. An SM (streaming multiprocessor)
+# computes one tile of one head at a time.
 QUERY_TILE = 128
-MOST_KEY_PARTS = 6  # dividing keys further costs more to merge than it saves (H100, 4,352 tokens)
+MOST_KEY_PARTS = 6  # with more parts of the keys, the merge costs more than it saves (H100, 4,352 tokens)
 
 _functions: dict[str, Callable] = {}
 
 
 def find_library(library: str) -> tuple[Callable | None, str]:
-    """The attention function of "fa3" or "aiter", and where it came from; or None, and how to get or mend it.
+    """Imports the attention function of a library.
 
-    FlashAttention-3's own build installs `flash_attn_interface`; the `fa3-fwd` wheel (CUDA 13) `fa3_fwd_interface`.
+    A build of FlashAttention-3 from source installs `flash_attn_interface`. The `fa3-fwd` wheel (CUDA 13) installs
+    `fa3_fwd_interface`.
+
+    Args:
+        library: "fa3" or "aiter".
+
+    Returns:
+        The function and the name of its module; or None and a sentence that says how to install or repair the library.
     """
     modules, function = ((FA3_MODULES, "flash_attn_func") if library == "fa3" else
                          (AITER_MODULES, "flash_attn_fp8_func"))
@@ -55,7 +64,7 @@ def find_library(library: str) -> tuple[Callable | None, str]:
             return getattr(importlib.import_module(module), function), module
         except ModuleNotFoundError:
             continue
-        except Exception as error:  # an undefined symbol, another CUDA, a missing driver: installed, but not usable
+        except Exception as error:  # an undefined symbol, another CUDA version, a missing driver
             return None, f"{module} is installed but cannot be used ({type(error).__name__}: {error})"
     if library == "fa3":
         return None, ("FlashAttention-3 is not installed: `pip install fa3-fwd==0.0.3` (CUDA 13), or build "
@@ -64,12 +73,12 @@ def find_library(library: str) -> tuple[Callable | None, str]:
 
 
 def register_library(library: str, function: Callable) -> None:
-    """Makes `function` what the op calls for `library`. Its signature is read here, once, not in every call."""
+    """Makes the op call `function` for `library`. The signature of `function` is read once, here, not in every call."""
     accepted = inspect.signature(function).parameters
     any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     fixed = {"causal": False, "return_lse": False, "return_attn_probs": False}
     fixed = {name: value for name, value in fixed.items() if name in accepted}
-    # FlashAttention-3's older builds always return the log-sum-exp.
+    # Older builds of FlashAttention-3 have no such option and always return the log-sum-exp.
     for_lse = {name: True for name in ("return_lse", "return_attn_probs") if name in accepted}
     takes_descale = any_keyword or "q_descale" in accepted
     op = _op_under(function)
@@ -83,12 +92,12 @@ def register_library(library: str, function: Callable) -> None:
                 op(q[:, :first], k, v, out=out[:, :first], num_splits=1, **descale)
                 op(q[:, first:], k, v, out=out[:, first:], num_splits=parts, **descale)
                 return out
-        found = function(q, k, v, **fixed | (for_lse if with_lse else {}), **descale)
-        # Some builds return the output alone, some (output, log-sum-exp): never index a tensor's batch.
-        out, *rest = found if isinstance(found, (tuple, list)) else (found,)
+        result = function(q, k, v, **fixed | (for_lse if with_lse else {}), **descale)
+        # Some builds return the output, others (output, log-sum-exp). `result[0]` of a tensor would be a batch item.
+        out, *rest = result if isinstance(result, (tuple, list)) else (result,)
         if with_lse and not rest:
-            raise RuntimeError(f"this build of {library} does not give the log-sum-exp that a ring of GPUs merges by: "
-                               "use --context_parallel ulysses or --attention_backend native")
+            raise RuntimeError(f"--context_parallel ring needs the log-sum-exp, and this build of {library} does not "
+                               "return it: use --context_parallel ulysses or --attention_backend native")
         out = out.to(torch.bfloat16).contiguous()
         return (out, rest[0]) if with_lse else out
 
@@ -96,8 +105,12 @@ def register_library(library: str, function: Callable) -> None:
 
 
 def _op_under(function: Callable) -> Callable | None:
-    """FlashAttention-3's operator below its Python function, if this build has one that writes where it is told and can
-    divide the keys among several programs."""
+    """The torch operator that FlashAttention-3's Python function calls.
+
+    Returns:
+        None if this build's operator has no `out` (a tensor to write to), `num_splits` (into how many parts the keys
+        are split) or `q_descale`.
+    """
     module = inspect.getmodule(function)
     for name in ("flash_attn_3_cuda", "fa3_fwd_cuda"):
         op = getattr(getattr(module, name, None), "fwd", None)
@@ -112,22 +125,25 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def two_launches(tokens: int, heads: int, units: int) -> tuple[int, int]:
-    """How many queries to attend to first, and among how many programs the keys of the others are divided then.
+    """Splits the queries into two launches if the last wave of one launch would leave most SMs idle.
 
-    A tile of queries of one head takes one of `units` multiprocessors as long as any other, so that few tiles beyond a
-    whole number of rounds take a round of their own in which the others idle: schnell's 34 x 24 tiles are 6.2 rounds of
-    132 and take seven. The queries of those few are left to a second launch, in which several multiprocessors share
-    each tile's keys. So with Kontext's 12.4 rounds; dev's 6.5 stay as they are. (bench/kernels.py times attention.)
+    All tiles of queries take equally long, and each SM computes one at a time. A few tiles beyond a whole number of
+    waves therefore cost a whole wave: schnell's 34 x 24 tiles are 6.2 waves on 132 SMs and take seven. A second launch
+    computes the queries of these few tiles and splits the keys of each tile among several SMs. Kontext's 12.4 waves are
+    split in the same way; dev's 6.5 waves stay one launch. bench/kernels.py times attention.
 
     Args:
-        heads: of all batch items together.
+        tokens: the number of queries per batch item.
+        heads: the number of heads of all batch items together.
+        units: the number of SMs.
 
     Returns:
-        (tokens, 1) if one launch is best.
+        The number of queries in the first launch, and the number of parts into which the second launch splits the
+        keys. (tokens, 1) if one launch is best.
     """
     rows = -(-tokens // QUERY_TILE)
     left = rows * heads % units
-    last = -(-left // heads)  # whole rows of tiles
+    last = -(-left // heads)  # a row of tiles has the same queries of all heads
     if not 0 < last < rows or units // (last * heads) < 2:
         return tokens, 1
     return (rows - last) * QUERY_TILE, min(MOST_KEY_PARTS, units // (last * heads))
@@ -139,12 +155,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_desca
     """softmax(q k^T / sqrt(D)) v, not causal, no mask.
 
     Args:
-        q, k, v: (B, S, H, D), e4m3 with descale factors, e4m3 without (unscaled), or bf16.
-        q_descale, k_descale, v_descale: (B, H) float32, or None for 1: q * q_descale is the true value.
+        q, k, v: (B, S, H, D), e4m3 with descale factors, e4m3 without descale factors (unscaled), or bf16.
+        q_descale, k_descale, v_descale: (B, H) float32, or None for 1. q * q_descale is the true value.
         library: a name given to `register_library`.
 
     Returns:
-        (B, S, H, D), bf16, contiguous, whatever the inputs' dtype.
+        (B, S, H, D), bf16 for every dtype of the inputs, contiguous.
     """
     return _functions[library](q, k, v, q_descale, k_descale, v_descale)
 
@@ -156,7 +172,7 @@ def _(q, k, v, q_descale, k_descale, v_descale, library):
 
 @attention.register_kernel("cpu")
 def reference_attention(q, k, v, q_descale, k_descale, v_descale, library=""):
-    """The same function in float32 through PyTorch: what the GPU kernels are tested against, and the CPU's kernel."""
+    """`attention` in float32 through PyTorch: the CPU's kernel, and the reference in the tests of the GPU kernels."""
     q, k, v = (x.float() if descale is None else x.float() * descale[:, None, :, None]
                for x, descale in ((q, q_descale), (k, k_descale), (v, v_descale)))
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -164,14 +180,22 @@ def reference_attention(q, k, v, q_descale, k_descale, v_descale, library=""):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own attention, in the inputs' dtype. (B, S, H, D), all of them."""
+    """PyTorch's attention. q, k, v and the result are (B, S, H, D) in the inputs' dtype."""
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
                        v_descale: Tensor | None, library: str) -> tuple[Tensor, Tensor]:
-    """`attention`, or with "sdpa" as library PyTorch's in the inputs' dtype, of some of the keys; with what it takes to
-    merge it with that of the others: the log-sum-exp of each row of q k^T / sqrt(D), (B, H, S) float32."""
+    """`attention` to one part of the keys, and the log-sum-exp that merges it with the results of the other parts.
+
+    Args:
+        q, k, v, q_descale, k_descale, v_descale: as for `attention`; k and v may have another length than q.
+        library: a name given to `register_library`, or "sdpa" for PyTorch's attention in the inputs' dtype.
+
+    Returns:
+        The result (B, S, H, D), bf16 or, with "sdpa", in the inputs' dtype; and the log-sum-exp of each row of
+        q k^T / sqrt(D), (B, H, S) float32.
+    """
     if q.device.type == "cpu":
         dtype = q.dtype if library == "sdpa" else torch.bfloat16
         q, k, v = (x.float() if descale is None else x.float() * descale[:, None, :, None]
@@ -185,31 +209,39 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads, None, True)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads)
-    return out.transpose(1, 2), lse[..., :q.shape[1]]  # padded to whole tiles
+    return out.transpose(1, 2), lse[..., :q.shape[1]]  # the kernel pads it to whole tiles
 
 
 def measured_scale(x: Tensor) -> Tensor:
-    """(B, H) float32: the largest |x| of each batch item and head of x (B, S, H, D) over e4m3's largest, never zero."""
+    """The scale of each batch item and head of x (B, S, H, D): max|x| / 448, (B, H) float32, never zero."""
     return x.abs().amax(dim=(1, 3)).float().clamp(min=1e-12) / E4M3_MAX
 
 
 def norm_scale(*norms: torch.nn.RMSNorm) -> Tensor:
-    """() float32: a scale that no output of any of these RMSNorms, rotated or not, exceeds. See the module's text."""
+    """The static scale of the outputs of these RMSNorms, () float32: the bound sqrt(D) * max|w| / 448.
+
+    The bound holds with and without RoPE. The module docstring derives it.
+    """
     bound = max(norm.normalized_shape[-1] ** 0.5 * norm.weight.detach().abs().max().float() for norm in norms)
     return bound.clamp(min=1e-12) / E4M3_MAX
 
 
 def quantize_per_head(x: Tensor, scale: Tensor) -> Tensor:
-    """x (B, S, H, D) over its scale (B, H), as e4m3. Values stay below 464, where a cast would turn to NaN."""
+    """Divides x (B, S, H, D) by its scale (B, H) and casts the result to e4m3.
+
+    The scale must keep the result below 464, where the cast would give NaN.
+    """
     return (x.float() / scale[:, None, :, None]).to(torch.float8_e4m3fn)
 
 
 class FusedAttnProcessor:
-    """Flux attention through `flux_faster::attention`, with fused or separate q, k, v projections.
+    """Flux attention through `flux_faster::attention`, with fused or separate q, k and v projections.
 
     Args:
-        attend, agree: on several GPUs, what to call in the op's place, and what makes scales of each GPU's tokens those
-            of all.
+        library: a name given to `register_library`, or "sdpa" if `attend` takes it.
+        precision: of the op's inputs: "fp8", "fp8_unscaled", "bf16" or, for any other name, as they are.
+        attend: a function with the op's arguments. With --context_parallel it attends to the tokens of all GPUs.
+        agree: with --context_parallel, makes the scales of this GPU's v, (B, H), the maximum over all GPUs.
     """
 
     def __init__(self, library: str, precision: str, attend: Callable = attention, agree: Callable | None = None):
@@ -221,8 +253,23 @@ class FusedAttnProcessor:
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  attention_mask: Tensor | None = None,
                  image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends, with the arguments of diffusers' FluxAttnProcessor.
+
+        Args:
+            attn: a FluxAttention.
+            hidden_states: (B, S, C), the image tokens; in a single block, all tokens.
+            encoder_hidden_states: (B, T, C), the text tokens of a double block.
+            attention_mask: must be None.
+            image_rotary_emb: cosine and sine of RoPE, each (S + T, D).
+
+        Returns:
+            (B, S, C) in a single block, without an output projection; (image, text) in a double block, projected.
+
+        Raises:
+            ValueError: there is an attention mask.
+        """
         if attention_mask is not None:
-            raise ValueError("this attention takes no mask: use --disable_fa3 for pipelines that pass one")
+            raise ValueError("this attention takes no mask, and the pipeline passes one: use --disable_fa3")
         q, k, v = _project(attn, hidden_states, ("to_q", "to_k", "to_v"), "to_qkv")
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:
@@ -257,7 +304,7 @@ class FusedAttnProcessor:
 
 
 def _project(attn, x: Tensor, separate: tuple[str, str, str], fused: str) -> list[Tensor]:
-    """q, k, v of x (B, S, C), each (B, S, H, D), through one fused Linear or three."""
+    """Projects x (B, S, C) to q, k and v, each (B, S, H, D), through one fused Linear or three separate ones."""
     parts = (getattr(attn, fused)(x).chunk(3, dim=-1) if attn.fused_projections else
              [getattr(attn, name)(x) for name in separate])
     return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
@@ -265,11 +312,14 @@ def _project(attn, x: Tensor, separate: tuple[str, str, str], fused: str) -> lis
 
 def use_attention_library(transformer: torch.nn.Module, backend: str, attend: Callable = attention,
                           agree: Callable | None = None) -> None:
-    """Puts the processor of BACKENDS[backend], or of "native", on every attention of a FluxTransformer2DModel. `attend`
-    and `agree` are the processor's; "native" is for an `attend` that knows the library "sdpa".
+    """Puts a `FusedAttnProcessor` on every attention of a FluxTransformer2DModel. Call it after LoRA weights are fused.
 
-    The static scales of q and k become buffers of each attention module: they follow it to other devices, and one
-    compiled block serves all layers. Call it after LoRA weights are fused.
+    The static scales of q and k become buffers of each attention module. So they follow the module to other devices,
+    and all layers can share one compiled block.
+
+    Args:
+        backend: a key of `BACKENDS`, or "native", which needs an `attend` that takes the library "sdpa".
+        attend, agree: of the processor.
     """
     library, precision = ("sdpa", "as it is") if backend == "native" else BACKENDS[backend]
     for module in transformer.modules():

@@ -1,4 +1,4 @@
-"""What a checkpoint is, known from its configs before any weights load: which FLUX.1, how big, can it be had."""
+"""Reads and checks a checkpoint's configs before any weights load: which FLUX.1 it is, its sizes, and access to it."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ from utils.common import RecipeError, reading
 
 CLASSES = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
            "text_encoder_2": "T5EncoderModel", "tokenizer": None, "tokenizer_2": None, "scheduler": None}
-# Without these a library takes defaults that are not FLUX.1's, and the shapes of weights do not show it.
+# If a key is absent, the library takes a default that is not FLUX.1's. The shapes of the weights do not show the error.
 REQUIRED = {"vae": ("scaling_factor", "shift_factor", "norm_num_groups", "sample_size"),
             "text_encoder": ("num_attention_heads", "hidden_act", "eos_token_id"),
             "text_encoder_2": ("num_heads", "feed_forward_proj"),
@@ -44,7 +44,7 @@ CONFIG_FILES = {
 
 @dataclass(frozen=True)
 class Model:
-    """What a kind of FLUX.1 needs of its caller."""
+    """The default settings of one FLUX.1 model, and whether it needs a reference image."""
     name: str
     num_inference_steps: int
     guidance_scale: float
@@ -60,7 +60,11 @@ MODELS = {
 
 
 def identify(configs: dict) -> Model:
-    """The `Model` of a checkpoint or pipeline: by its pipeline class and guidance embedding, never by its name."""
+    """Returns the `Model` of a checkpoint or pipeline, by its pipeline class and guidance embedding, not by name.
+
+    Args:
+        configs: from `read_configs` or `configs_of`.
+    """
     if configs["pipeline_class"] == "FluxKontextPipeline":
         return MODELS["kontext"]
     return MODELS["dev" if configs["transformer"]["guidance_embeds"] else "schnell"]
@@ -68,7 +72,7 @@ def identify(configs: dict) -> Model:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What an image takes: the flags, and the model's defaults where they say nothing."""
+    """The settings of an image: the flags, and the model's defaults for absent flags. Height and width in pixels."""
     model: Model
     height: int
     width: int
@@ -78,7 +82,11 @@ class ImageSettings:
 
 
 def image_settings(args, configs: dict) -> ImageSettings:
-    """`args` over the defaults of the checkpoint that `configs` (see `read_configs`) belong to."""
+    """Returns the image settings: `args`, and the checkpoint's defaults for absent flags.
+
+    Args:
+        configs: from `read_configs`.
+    """
     model = identify(configs)
     size = configs["vae"]["sample_size"]
     return ImageSettings(
@@ -88,13 +96,19 @@ def image_settings(args, configs: dict) -> ImageSettings:
 
 
 def read_configs(ckpt: str, revision: str | None = None, random_layers: str | None = None) -> dict:
-    """The configs of a checkpoint's components, weights untouched: a few kB from the Hub, a folder, or built in.
+    """Reads the configs of a checkpoint's components, without its weights.
+
+    The configs come from a local folder, from the Hub (a few kB), or from the built-in architectures.
 
     Args:
-        random_layers: "full" or "2+4" for the architecture of `ckpt`'s name with random weights; None for its own.
+        random_layers: "full" or "2+4" for random weights in the architecture that `ckpt` names; None for the
+            checkpoint's own weights.
+
+    Returns:
+        The config of each component of `CONFIG_FILES`, and "pipeline_class".
 
     Raises:
-        RecipeError: unknown, gated or incomplete checkpoint, or no network.
+        RecipeError: the checkpoint is unknown, gated or incomplete, or there is no network.
     """
     if random_layers:
         return random_weights.architecture(ckpt, random_layers)
@@ -110,24 +124,24 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
                           else (None, None))
         if not found or (expected and found != expected):
             raise RecipeError(f"--ckpt {ckpt}: model_index.json names {found or 'nothing'}"
-                              f"{f' of {library}' if library else ''} as {name}; this recipe needs a "
-                              f"{expected or name} in bf16, and quantizes by itself.")
+                              f"{f' of {library}' if library else ''} as {name}. This recipe needs a "
+                              f"{expected or name} in bf16: it quantizes the model itself.")
     configs = {name: _read_json(ckpt, path, revision) for name, path in CONFIG_FILES.items()}
     _require(ckpt, configs)
     for name, config in configs.items():
         if how := config.get("quantization_config"):
             method = how.get("quant_method") if isinstance(how, dict) else how
             raise RecipeError(f"--ckpt {ckpt}: {name} is quantized by {method}. Give the checkpoint in bf16: this "
-                              "recipe quantizes by itself.")
+                              "recipe quantizes the model itself.")
         if name in DIFFUSERS_CLASSES:
             configs[name] = _with_defaults(f"--ckpt {ckpt}: {CONFIG_FILES[name]}", DIFFUSERS_CLASSES[name], config)
     _check_sizes(ckpt, configs)
     _check_configs(ckpt, configs)
-    # Tokenizers without a limit of their own are cut at what the model was trained on.
+    # A tokenizer without a limit gets the length that the model was trained on.
     length = configs["tokenizer_2"].setdefault("model_max_length", 512)
     if isinstance(length, bool) or not isinstance(length, (int, float)) or length < 2:
-        raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES['tokenizer_2']} has the model_max_length {length!r}: it must "
-                          "be a number of tokens.")
+        raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES['tokenizer_2']} has the model_max_length {length!r}. It must "
+                          "be a number of tokens, 2 or more.")
     return configs | {"pipeline_class": index["_class_name"]}
 
 
@@ -135,29 +149,33 @@ def _require(ckpt: str, configs: dict) -> None:
     for name, keys in REQUIRED.items():
         if absent := [key for key in keys if key not in configs[name]]:
             raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES[name]} lacks {', '.join(absent)}. Compare it with the "
-                              "config of the model it was made from.")
+                              "config of the original model.")
 
 
 def _refuse_what_is_no_folder(ckpt: str) -> None:
     path = Path(ckpt).expanduser()
     if path.is_file():
         kind = "a GGUF file, which is quantized" if path.suffix.lower() == ".gguf" else "a single file"
-        raise RecipeError(f"--ckpt {ckpt} is {kind}. Give a diffusers folder, which holds model_index.json. "
-                          "diffusers' from_single_file and save_pretrained make one of a single .safetensors file.")
+        raise RecipeError(f"--ckpt {ckpt} is {kind}. Give a diffusers folder, which holds model_index.json. diffusers' "
+                          "from_single_file and save_pretrained convert a single .safetensors file to such a folder.")
     if not path.exists() and (ckpt.startswith((".", "/", "~")) or ckpt.count("/") != 1 or "\\" in ckpt):
-        raise RecipeError(f"--ckpt {ckpt}: there is no such folder, and a checkpoint on the Hub is called OWNER/NAME. "
-                          "Known ones: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: tiny-flux.")
+        raise RecipeError(f"--ckpt {ckpt}: there is no such folder, and the name is not OWNER/NAME, as on the Hub. "
+                          "Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: "
+                          "tiny-flux.")
 
 
 def _with_defaults(where: str, model: type, config: dict) -> dict:
-    """The config with the model's defaults where it says nothing, as diffusers reads it. Each value must have the type
-    of its default."""
+    """Completes a config with the model's defaults, as diffusers does.
+
+    Raises:
+        RecipeError: a value has another type than its default.
+    """
     known = {name: one.default for name, one in inspect.signature(model).parameters.items()}
     for name, default in known.items():
         value = config.get(name, default)
         if not _alike(value, default):
-            raise RecipeError(f"{where} has the {name} {value!r}, where a value like {default!r} belongs. Compare the "
-                              "file with the config of the model it was made from.")
+            raise RecipeError(f"{where} has the {name} {value!r}; expected a value like {default!r}. Compare the file "
+                              "with the config of the original model.")
     return {name: config.get(name, default) for name, default in known.items()} | {
         name: value for name, value in config.items() if name.startswith("_")}
 
@@ -175,21 +193,21 @@ def _alike(value, default) -> bool:
 
 
 def _check_sizes(ckpt: str, configs: dict) -> None:
-    """Refuses sizes of which a model could be built only in hours: FLUX.1's largest count of layers is 38."""
+    """Refuses sizes with which building the model would take hours. FLUX.1 has at most 38 layers of a kind."""
     for component in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         for name, value in configs[component].items():
             sizes = [one for one in (value if isinstance(value, (list, tuple)) else [value])
                      if isinstance(one, (int, float)) and not isinstance(one, bool)]
             if sizes and max(sizes) > (1000 if "layers" in name else 10**6):
-                raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES[component]} has the {name} {value}, beyond all sizes "
-                                  "of FLUX.1. Compare the file with the config of the model it was made from.")
+                raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES[component]} has the {name} {value}, larger than any "
+                                  "FLUX.1. Compare the file with the config of the original model.")
 
 
 def _check_configs(ckpt: str, configs: dict) -> None:
-    """Refuses values that no FLUX.1 has and that shapes alone do not show."""
+    """Refuses values that no FLUX.1 has. The shapes of the weights alone do not show them."""
     transformer, vae = configs["transformer"], configs["vae"]
     faults = {
-        f"in_channels {transformer['in_channels']} (FLUX.1's 64: Fill, Depth and Canny take more and are not run)":
+        f"in_channels {transformer['in_channels']} (FLUX.1 has 64; Fill, Depth and Canny have more, unsupported here)":
             transformer["in_channels"] != 64 or transformer["out_channels"] not in (None, 64),
         "axes_dims_rope that do not add up to attention_head_dim":
             sum(transformer["axes_dims_rope"]) != transformer["attention_head_dim"]
@@ -199,13 +217,13 @@ def _check_configs(ckpt: str, configs: dict) -> None:
         f"latent_channels {vae['latent_channels']} (FLUX.1's VAE has 16)": vae["latent_channels"] != 16,
         "a scaling_factor or sample_size of 0": not (vae["scaling_factor"] and vae["sample_size"]),
     }
-    if said := [fault for fault, wrong in faults.items() if wrong]:
-        raise RecipeError(f"--ckpt {ckpt} is no FLUX.1 by its configs: {'; '.join(said)}. Compare them with the "
-                          "configs of the model it was made from.")
+    if present := [fault for fault, wrong in faults.items() if wrong]:
+        raise RecipeError(f"--ckpt {ckpt}: its configs are not FLUX.1's: {'; '.join(present)}. Compare them with the "
+                          "configs of the original model.")
 
 
 def configs_of(pipeline) -> dict:
-    """The same dictionary as `read_configs`, from a pipeline that is already there."""
+    """Returns the dictionary of `read_configs` from a loaded pipeline."""
     configs = {name: dict(getattr(pipeline, name).config) for name in ("transformer", "vae")}
     configs |= {name: getattr(pipeline, name).config.to_dict() for name in ("text_encoder", "text_encoder_2")}
     configs["tokenizer_2"] = {"model_max_length": pipeline.tokenizer_2.model_max_length}
@@ -218,24 +236,30 @@ def _read_json(ckpt: str, filename: str, revision: str | None) -> dict:
         path = folder / filename
         if not path.is_file():
             raise RecipeError(f"--ckpt {ckpt} is not a diffusers checkpoint: it has no {filename}. Give the folder "
-                              "that holds model_index.json (a single .safetensors file has to be converted first).")
+                              "that holds model_index.json. Convert a single .safetensors file first.")
     else:
         with hub_errors("--ckpt", ckpt, revision):
             path = hf_hub_download(ckpt, filename, revision=revision)
     def refuse(constant):
-        raise ValueError(f"it holds {constant}, which is no number")
+        raise ValueError(f"it holds {constant}, which is not a number")
 
     with reading(f"--ckpt {ckpt}: {filename}", "Download it again."):
         found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
         if not isinstance(found, dict):
             raise ValueError("it holds no JSON object")
         if any(isinstance(value, float) and not math.isfinite(value) for value in found.values()):
-            raise ValueError("it holds a number beyond all bounds")
+            raise ValueError("it holds a number too large for float64")
         return found
 
 
 class hub_errors:
-    """Turns what the Hub client raises into a sentence that says what to do, about a checkpoint or (--lora) a LoRA."""
+    """Context manager: turns errors of the Hub client into a RecipeError that says how to proceed.
+
+    Args:
+        flag: "--ckpt" or "--lora", which decides the advice.
+        repo: OWNER/NAME on the Hub.
+        revision: branch, tag or commit; None for the default branch.
+    """
 
     def __init__(self, flag: str, repo: str, revision: str | None = None):
         self.flag, self.repo, self.revision = flag, repo, revision
@@ -255,15 +279,16 @@ class hub_errors:
         elif isinstance(error, RevisionNotFoundError):
             text = f"{here} has no revision '{self.revision}'. Give a branch, a tag or a full commit hash."
         elif isinstance(error, LocalEntryNotFoundError):
-            text = (f"{here}: there is no such local folder, the Hub cannot be reached, and the local cache of the Hub "
-                    "lacks it. Check the network (or unset HF_HUB_OFFLINE), or give a local "
+            text = (f"{here}: there is no such local folder, the Hub cannot be reached, and the Hub's local cache does "
+                    "not have it. Check the network (or unset HF_HUB_OFFLINE), or give a local "
                     + ("file." if is_lora else "folder, --ckpt tiny-flux or --random_weights."))
         elif isinstance(error, EntryNotFoundError):
             text = f"{here}: {error}" if is_lora else f"{here} is not a diffusers checkpoint: {error}"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            text = (f"{here}: neither a local folder nor a {'LoRA' if is_lora else 'checkpoint'} on the Hub (private "
-                    "ones need `hf auth login`)." + ("" if is_lora else " Known ones: black-forest-labs/FLUX.1-schnell"
-                                                     ", -dev, -Kontext-dev; built in: tiny-flux."))
+            text = (f"{here}: neither a local folder nor a {'LoRA' if is_lora else 'checkpoint'} on the Hub (a private "
+                    "repository needs `hf auth login`)." + (
+                        "" if is_lora else " Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; "
+                                           "built in: tiny-flux."))
         elif isinstance(error, HfHubHTTPError):
             text = f"{here}: the Hub answered with an error: {str(error).splitlines()[0]}"
         else:
@@ -272,7 +297,16 @@ class hub_errors:
 
 
 def meta_models(configs: dict) -> dict[str, torch.nn.Module]:
-    """The components with weights, on the meta device: no memory, 0.3 s for 17 B parameters. Do not change them."""
+    """Builds the components with weights on the meta device, without memory (0.3 s for 17 B parameters).
+
+    The models are cached and shared: do not change them.
+
+    Args:
+        configs: from `read_configs`.
+
+    Returns:
+        "transformer", "vae", "text_encoder" and "text_encoder_2".
+    """
     return _meta_models_of(json.dumps({name: configs[name] for name in ("transformer", "vae", "text_encoder",
                                                                         "text_encoder_2")}, sort_keys=True))
 
@@ -291,6 +325,6 @@ def _meta_models_of(text: str) -> dict[str, torch.nn.Module]:
 
 
 def model_shapes(configs: dict) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shape of each parameter of each component, by its name."""
+    """Returns the shape of each parameter: {component: {parameter name: shape}}."""
     return {name: {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
             for name, module in meta_models(configs).items()}

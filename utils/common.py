@@ -1,4 +1,4 @@
-"""What every part shares: errors and their boundary, the stage log, and how a program ends."""
+"""Helpers that every module shares: error classes and their handling, the stage log, and a program's exit."""
 
 import argparse
 import atexit
@@ -17,27 +17,27 @@ from utils import start
 
 
 class RecipeError(Exception):
-    """Something the user can put right. The scripts print its text as one paragraph and exit with `exit_code`."""
+    """An error that the user can correct. The scripts print its text as one paragraph and exit with `exit_code`."""
 
     exit_code = 2
 
 
 class BrokenResult(RecipeError):
-    """The pipeline ran, but its result is not a picture: NaN, or a single colour."""
+    """The pipeline ran, but its result is not a picture: it contains NaN or has a single color."""
 
     exit_code = 3
 
 
 @contextmanager
 def reading(what: str, cure: str):
-    """The one boundary around code that reads somebody's file: whatever a library raises there becomes one paragraph.
+    """Turns any exception of a library that reads a user's file into a one-paragraph error.
 
     Args:
         what: the flag and the file, such as "--ckpt me/model: transformer/config.json".
-        cure: a sentence that says what to do about it.
+        cure: a sentence that tells the user how to fix the problem.
 
     Raises:
-        RecipeError: in the place of every exception but another RecipeError and a lack of GPU memory.
+        RecipeError: replaces every exception except RecipeError and torch.OutOfMemoryError.
     """
     try:
         yield
@@ -48,11 +48,11 @@ def reading(what: str, cure: str):
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception in one line: its text, or its text behind its class where the text alone says nothing."""
+    """An exception as one line of at most 300 characters: its text, after its class if the text alone is unclear."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # torch's and transformers' first line is often a heading, which ends in a colon.
+    # The first line of an error of torch or transformers is often a heading that ends in a colon.
     text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
     if isinstance(error, (KeyError, IndexError, AttributeError, TypeError, AssertionError)) or " " not in text:
         text = f"{type(error).__name__} {text}".strip()
@@ -60,10 +60,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def finite_float(text: str) -> float:
-    """A number for argparse. Python's own `float` also takes nan and inf.
+    """Parses a finite number for argparse. Python's own `float` also accepts nan and inf.
 
     Raises:
-        argparse.ArgumentTypeError: the text is no number, or not a finite one.
+        argparse.ArgumentTypeError: the text is not a finite number.
     """
     try:
         value = float(text)
@@ -75,23 +75,26 @@ def finite_float(text: str) -> float:
 
 
 def run_cli(main):
-    """Runs a script's main. Whatever goes wrong becomes one paragraph and an exit code: 2 for what the user can put
-    right, 3 for a broken result, 130 for Ctrl-C, 1 for a fault of this program. Tracebacks are for --debug."""
+    """Runs a script's main function. Every error becomes one paragraph on stderr and an exit code.
+
+    The exit codes are 2 for an error that the user can correct, 3 for a broken result, 130 for Ctrl-C, and 1 for a bug
+    in this program. Only --debug prints the traceback.
+    """
     code = 2
     try:
         start.hand_over()
         try:
             main()
-        except SystemExit:  # argparse's, of --help
+        except SystemExit:  # argparse raises it after --help
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here, where it may fail
+        sys.stdout.flush()  # inside the try block, because a flush may fail
         code = 0
     except RecipeError as error:
         _explain(error, str(error))
         code = error.exit_code
     except torch.OutOfMemoryError as error:
-        _explain(error, f"out of GPU memory ({reason_of(error)}). What helps, in this order: "
+        _explain(error, f"out of GPU memory ({reason_of(error)}). Try, in this order: "
                  "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
                  "--height and --width, --offload text, --offload group.")
     except KeyboardInterrupt:
@@ -100,10 +103,10 @@ def run_cli(main):
         code = 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and start.reader_has_gone():
-            os._exit(141)  # of `| head`: as a program that SIGPIPE ends
+            os._exit(141)  # after `| head`, as when SIGPIPE ends a program
         frame = traceback.extract_tb(error.__traceback__)[-1]
         _explain(error, f"{type(error).__name__}: {reason_of(error)} ({Path(frame.filename).name}:{frame.lineno}). "
-                 "This is a fault of the program: --debug prints the traceback, which belongs into a report.")
+                 "This is a bug in the program. Run it again with --debug and report the traceback.")
         code = 1
     if torch.distributed.is_initialized():
         _end_among_others(code)
@@ -118,28 +121,35 @@ def _explain(error: Exception, text: str) -> None:
 
 
 def _end_among_others(code: int) -> None:
-    """Ends this process of several. Not the usual way, which waits: for the CUDA graphs that hold NCCL's communicator,
-    and, after an error, for processes that wait for this one. torchrun sees the code and ends them."""
+    """Ends one of several processes at once, with the exit code `code`.
+
+    A normal exit would block: CUDA graphs hold NCCL's communicator, and after an error the other processes wait for
+    this one. torchrun sees the exit code and ends the other processes.
+    """
     if code == 0:
-        torch.distributed.barrier()  # what others still read from this GPU stays until then
+        torch.distributed.barrier()  # other ranks may still read from this GPU's memory
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def freeze_gc() -> None:
-    """Takes everything that exists by now out of Python's garbage collection, for processes that keep their pipeline.
+    """Excludes all existing objects from Python's garbage collection. It is for processes that keep their pipeline.
 
-    Half a million objects of modules and compilers never become garbage, and one full look at them takes 0.25 s.
-    Python's share of a 1024x1024 image, all models replaced by stubs, fell from 14.7 to 9.6 ms (median, one CPU core).
+    Modules and compilers hold half a million objects that never become garbage, and a full collection takes 0.25 s.
+    With stubs for all models, Python's time for a 1024x1024 image fell from 14.7 to 9.6 ms (median, one CPU core).
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # or Triton 3.9 takes its own types for leaked, and says so at the end
+    atexit.register(gc.unfreeze)  # otherwise Triton 3.9 reports its own types as leaked at exit
 
 
 class StageLog:
-    """One line per stage with its seconds, on stderr; the seconds go into the JSON as well."""
+    """Prints one line per stage with its seconds to stderr. `seconds` keeps them for the JSON record.
+
+    Args:
+        quiet: print nothing.
+    """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -147,11 +157,13 @@ class StageLog:
 
     @contextmanager
     def stage(self, name: str):
+        """Times the body as the stage `name`."""
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
         self.line(f"{name:<12} {self.seconds[name]:8.2f} s")
 
     def line(self, text: str) -> None:
+        """Prints a line to stderr, unless `quiet` is set."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)

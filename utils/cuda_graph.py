@@ -1,4 +1,4 @@
-"""Records what a module launches on the GPU once per kind of input, and replays it as one CUDA graph."""
+"""CUDA graphs: records a module's GPU work once per input signature (shapes, dtypes, values), then replays it."""
 
 import sys
 from collections import OrderedDict
@@ -10,13 +10,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def signature(args: tuple, kwargs: dict) -> tuple:
-    """What two calls must have in common to share a graph, compared exactly, never as a hash alone.
+    """The key of a call: calls with equal keys share a CUDA graph.
 
-    The tree of arguments (positional and named), for each tensor its shape, dtype and device, for anything else its
-    type and value. Strides do not count: inputs are copied into buffers of the recording's own.
+    The key has the tree of positional and named arguments, the shape, dtype and device of each tensor, and the type and
+    value of every other argument. Strides do not count, because each recording copies its inputs into its own buffers.
+    Keys must be compared exactly, not as hashes alone.
 
     Raises:
-        TypeError: an argument that is neither a tensor nor hashable.
+        TypeError: an argument is neither a tensor nor hashable.
     """
     leaves, tree = tree_flatten((args, kwargs))
     described = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x)
@@ -26,7 +27,7 @@ def signature(args: tuple, kwargs: dict) -> tuple:
 
 
 class _Recording:
-    """One CUDA graph with its static input buffers and the output tensors that it overwrites."""
+    """One CUDA graph, its static input buffers, and the output tensors that each replay overwrites."""
 
     def __init__(self, module: torch.nn.Module, args: tuple, kwargs: dict, pool, stream: torch.cuda.Stream):
         leaves, tree = tree_flatten((args, kwargs))
@@ -34,8 +35,8 @@ class _Recording:
         self.inputs = [x for x in static if isinstance(x, torch.Tensor)]
         static_args, static_kwargs = tree_unflatten(static, tree)
 
-        # Compilation, autotuning and lazy library handles must not happen inside a recording, and nothing may run on
-        # the default stream meanwhile: warm up, then record, on a stream of our own.
+        # A recording must not include compilation, autotuning or the creation of library handles, so the module runs
+        # twice first. Warm-up and recording use their own stream, because nothing may run on the default stream.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -48,6 +49,7 @@ class _Recording:
         self.outputs, self.output_tree = tree_flatten(outputs)
 
     def replay(self, args: tuple, kwargs: dict):
+        """Copies the inputs into the static buffers, replays the graph, and returns copies of the outputs."""
         leaves, _ = tree_flatten((args, kwargs))
         torch._foreach_copy_(self.inputs, [x for x in leaves if isinstance(x, torch.Tensor)])
         self.graph.replay()
@@ -60,10 +62,10 @@ class _Recording:
 
 
 class ModuleProxy(torch.nn.Module):
-    """Stands in the place of `module`: attributes that are not its own (config, cache_context, ...) are the module's.
+    """Replaces `module` in a pipeline and forwards unknown attributes (config, cache_context, ...) to it.
 
-    The module is no registered submodule: diffusers walks through all modules of all models about ten times an image
-    to ask for their device, which takes longer than some of the work does once that is a single replay.
+    The module is not registered as a submodule. diffusers walks through all submodules of all models about ten times
+    per image to find their device. Once a model is a single graph replay, this walk takes longer than some of the work.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -73,7 +75,7 @@ class ModuleProxy(torch.nn.Module):
         self.device, self.dtype = weight.device, weight.dtype
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers asks for this after each image, to clear hooks that a recorded module cannot have."""
+        """Does nothing. diffusers calls it after each image to clear hooks, which a recorded module cannot have."""
 
     def __getattr__(self, name):
         try:
@@ -83,37 +85,52 @@ class ModuleProxy(torch.nn.Module):
 
 
 class CUDAGraphModule(ModuleProxy):
-    """`module` behind CUDA graphs, one for each `signature` that it is called with.
+    """Runs `module` as CUDA graphs, one for each `signature` of its calls.
 
-    Weights must stay where they are: a graph holds their addresses. Not for modules that wait for the GPU or decide by
+    The weights must not move, because a graph holds their addresses. The module must not wait for the GPU or branch on
     its results.
 
     Args:
-        module: what to record. Its outputs may be any tree of tensors; the caller gets copies.
-        pool: a memory pool to share (`torch.cuda.graph_pool_handle()`). Sharing is safe because outputs are copied
-            out before anything else can be replayed on the stream.
-        max_graphs: above it the least recently used recording is dropped, with a line on stderr.
+        module: the module to record. Its outputs may be any tree of tensors; the caller gets copies.
+        pool: a memory pool that several modules share (`torch.cuda.graph_pool_handle()`). Sharing is safe, because the
+            outputs are copied before another graph can be replayed on the stream.
+        max_graphs: beyond this number the least recently used recording is dropped, with a line on stderr.
     """
 
-    may_record = True  # see `recording_is_an_error`
+    may_record = True  # False within `recording_is_an_error`
 
     def __init__(self, module: torch.nn.Module, pool=None, max_graphs: int = 8):
         super().__init__(module)
         self.pool = pool
         self.max_graphs = max_graphs
-        self.stream = None  # to record on, its own: a stream has a workspace of cuBLAS, and T5 and CLIP run at once
+        # Each module records on its own stream: cuBLAS has one workspace per stream, and T5 and CLIP run concurrently.
+        self.stream = None
         self.recordings: OrderedDict[tuple, _Recording] = OrderedDict()
 
     def forward(self, *args, **kwargs):
+        """Replays the graph of this call's `signature`; the first call of a signature records it (about one second).
+
+        Args:
+            args, kwargs: the module's arguments. Tensors may have any strides. Other arguments must be hashable.
+
+        Returns:
+            The module's outputs, as copies that later replays do not overwrite.
+
+        Raises:
+            RuntimeError: the call would record a graph within `recording_is_an_error`.
+            TypeError: an argument is neither a tensor nor hashable.
+        """
         key = signature(args, kwargs)
         recording = self.recordings.get(key)
         if recording is None:
             if not self.may_record:
-                raise RuntimeError(f"a CUDA graph of {type(self.module).__name__} would be recorded here: its "
-                                   f"{len(self.recordings)} recordings are of other inputs than {key}")
+                raise RuntimeError(f"{type(self.module).__name__} would record a CUDA graph within "
+                                   f"recording_is_an_error: none of its {len(self.recordings)} recordings has the "
+                                   f"signature {key}")
             if len(self.recordings) >= self.max_graphs:
-                print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} kinds of input, "
-                      "dropping the one unused for longest (recording again costs about a second)", file=sys.stderr)
+                print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} input signatures. "
+                      "The least recently used graph is dropped; to record it again takes about a second.",
+                      file=sys.stderr)
                 self.recordings.popitem(last=False)
             self.stream = self.stream or torch.cuda.Stream()
             recording = self.recordings[key] = _Recording(self.module, args, kwargs, self.pool, self.stream)
@@ -123,8 +140,11 @@ class CUDAGraphModule(ModuleProxy):
 
 @contextmanager
 def recording_is_an_error():
-    """Within it `CUDAGraphModule` raises RuntimeError instead of recording, as `error_on_recompile` does for
-    compilation: all that is timed was recorded before."""
+    """Within this context, a `CUDAGraphModule` raises RuntimeError instead of recording a graph.
+
+    Benchmarks use it to prove that no timed call includes a recording. torch's `error_on_recompile` is the equivalent
+    for compilation.
+    """
     CUDAGraphModule.may_record = False
     try:
         yield

@@ -1,45 +1,63 @@
-"""Static per-channel equalization: a strong channel in an activation, and the weak column that reads it, look alike.
+"""Static per-channel equalization: it balances a strong activation channel and the weak weight column that reads it.
 
-A quantized activation has one scale a row, and so does a quantized weight. A neuron, head or channel that is many times
-stronger than the others sets the scale of the row, and the others round to zero. Where one Linear's output channel is
-another Linear's input channel, the first can be divided and the second multiplied by any number. The function stays.
-This is SmoothQuant's idea (arXiv 2211.10438), from the weights alone, without calibration data.
+Quantized activations and weights have per-row scales. A neuron, head or channel that is many times stronger than the
+others sets the scale of the row, and the others round to zero. Where one Linear writes a channel and another Linear
+reads it, the first can be divided and the second multiplied by any number. The function stays the same. This is
+SmoothQuant's idea (arXiv 2211.10438), applied to the weights alone, without calibration data.
 """
 
 import torch
 from torch import Tensor
 
-# How much of a channel's share lies on the activation's side. The rest lies on the weight's side, whose scale is
-# measured, and which can bear more than an activation whose scale is a bound.
+# SmoothQuant's migration strength a: the exponent of the activation in `channel_shares`; the weight has 1 - a. The
+# weight can take more than the activation, because its scale is measured and the activation's scale is a bound.
 EQUALIZATION = 0.75
 
 
 def reach(weight: Tensor, bias: Tensor) -> Tensor:
-    """(N,): about the largest |w_j x + b_j| over many rows x of unit variance, four standard deviations."""
+    """Estimates the largest |w_j x + b_j| over many rows x of unit variance, as four standard deviations.
+
+    Args:
+        weight: (N, K). bias: (N,).
+
+    Returns:
+        (N,)
+    """
     return 4 * weight.norm(dim=1) + bias.abs()
 
 
 def channel_shares(written: Tensor, read: Tensor) -> Tensor:
-    """The static share e (K,) of each channel: the activation is divided by it, and the weight that reads the
-    activation is multiplied by it.
+    """The static factor e of each channel: the activation is divided by e, and its weight column multiplied by e.
 
-    As SmoothQuant chooses them, e = written^a / read^(1 - a), up to a factor for all channels that both scales take in.
-    A channel that is n times stronger, and is read n times weaker, gets e = n: both sides look as if it was like the
-    others. A channel of real weight spreads it over both sides.
+    The formula is SmoothQuant's (arXiv 2211.10438): e = written^a / read^(1 - a), up to a factor common to all
+    channels, which the scales of both sides absorb. A channel that is n times stronger, and is read n times weaker,
+    gets e = n: both sides then have the magnitude of the other channels. If a strong channel is not read weaker, both
+    sides share its strength.
 
     Args:
-        written: (K,) how far each channel reaches. read: (K,) the largest |w| of the column that reads it.
+        written: (K,), the largest |activation| of each channel, as `reach` estimates it.
+        read: (K,), the largest |w| of the weight column that reads the channel.
+
+    Returns:
+        (K,) float32.
     """
     sides = [(x / x.amax().clamp(min=1e-30)).clamp(min=2.0**-24) for x in (written.double(), read.double())]
     return (sides[0] ** EQUALIZATION / sides[1] ** (1 - EQUALIZATION)).float()
 
 
 def column_powers(weights: list[Tensor]) -> Tensor:
-    """(K,) powers of two: how much more than the median the rows of `weights`, (N, K) each, read of each input channel.
+    """How strongly the weights read each input channel, relative to the median channel, as powers of two.
 
-    Rows count alike, however long they are. Where an input channel is multiplied by its power, and the columns are
-    divided by it, the length of an input says how large a GEMM's results can be: channels that hardly anybody reads,
-    such as massive ones that no modulation undoes, add little to it.
+    All rows of the weights count alike, since each is divided by its length. The caller multiplies each input channel
+    by its power and divides the weights' columns by it. The length of an input row then bounds the results of a GEMM
+    tightly: channels that the weights hardly read, such as massive ones that no modulation reduces, add little to the
+    length.
+
+    Args:
+        weights: (N, K) each; N may differ.
+
+    Returns:
+        (K,), powers of two from 2^-14 to 2^14.
     """
     squares = sum((weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-30)).square().sum(0) for weight in weights)
     columns = squares.sqrt()
@@ -49,10 +67,10 @@ def column_powers(weights: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def equalize_values(block: torch.nn.Module) -> None:
-    """Equalizes v and the columns that read attention's result, in the weights of one of diffusers' FLUX blocks.
+    """Equalizes v and the columns that read attention's result, in place, in the weights of one diffusers FLUX block.
 
-    Shares are powers of two, so that nothing is rounded. A double block's streams have common shares: attention mixes
-    their values.
+    The factors are powers of two, so the weights are not rounded. The text and image streams of a double block share
+    their factors, because attention mixes their values.
     """
     attn = block.attn
     single = not hasattr(block, "ff")

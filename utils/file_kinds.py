@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: for messages about files that hold something else than a flag takes."""
+"""Recognizes a file's kind by its first bytes, for errors about files of a kind that a flag does not accept."""
 
 import re
 
@@ -10,12 +10,12 @@ _BEGINNINGS = {
     b"SQLite format 3": "an SQLite database", b"\x93NUMPY": "a NumPy array", b"GGUF": "a GGUF checkpoint",
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"\xff\x0a": "a JPEG XL picture", b"\x00\x00\x00\x0cJXL ": "a JPEG XL picture", b"8BPS": "a Photoshop file",
-    b"%!PS": "a PostScript file", b"version https://git-lfs": "a Git LFS pointer in the place of the file",
+    b"%!PS": "a PostScript file", b"version https://git-lfs": "a Git LFS pointer instead of the file",
 }
 
 
 def kind_of(data: bytes) -> str | None:
-    """What the bytes of a file evidently are, with its article; None where nothing says so."""
+    """The kind of file that `data` begins, with an article such as "a PDF file", or None if it is unknown."""
     for beginning, kind in _BEGINNINGS.items():
         if data.startswith(beginning):
             return kind

@@ -1,24 +1,25 @@
-"""A result is looked at before it is called one: NaN, infinite values, and pictures of a single colour."""
+"""Checks results for NaN, infinite values and pictures of a single color."""
 
 import PIL.Image
 import torch
 
 from utils.common import BrokenResult, RecipeError
 
-SHOWN = 3
+SHOWN = 3  # names, or broken pictures, that an error lists
 
 
 def flaw_of(image: PIL.Image.Image, is_finite: bool) -> str | None:
-    """Why an image is no picture, or None.
+    """The reason why an image is broken, or None.
 
     Args:
-        is_finite: whether the decoder's output was, of which 8-bit pixels tell nothing.
+        image: of any mode.
+        is_finite: whether the decoder's output is finite. The 8-bit pixels do not show it.
     """
     if not is_finite:
-        return "the picture holds NaN or infinite values"
+        return "the picture contains NaN or infinite values"
     extremes = image.convert("RGB").getextrema()
     if all(low == high for low, high in extremes):
-        return f"the picture is of one colour, {tuple(low for low, _ in extremes)}"
+        return f"the picture has a single color, {tuple(low for low, _ in extremes)}"
     return None
 
 
@@ -30,13 +31,13 @@ def non_finite_weights(pipeline) -> list[str]:
 
 @torch.no_grad()
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """True also for what cannot be looked at: without memory, or of a kind that lacks the operation."""
+    """Whether all values are finite. Meta tensors, and tensor types that lack the operation, count as finite."""
     try:
         if not tensor.is_floating_point() or tensor.is_meta:
             return True
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # quantized
             tensor = tensor.dequantize()
-        if tensor.element_size() == 1:  # float8 knows no arithmetic
+        if tensor.element_size() == 1:  # float8 has no arithmetic
             tensor = tensor.float()
         return bool(tensor.isfinite().all())
     except (RuntimeError, NotImplementedError, TypeError, AttributeError):
@@ -44,7 +45,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def how_to_mend(pipeline) -> str:
-    """A sentence: the weights to blame, or the techniques to switch off."""
+    """Sentences that name the weights at fault, or the techniques to switch off."""
     names = non_finite_weights(pipeline)
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -59,11 +60,11 @@ def how_to_mend(pipeline) -> str:
 
 
 def raise_errors(errors: list[RecipeError], pipeline) -> None:
-    """Raises one error for all that went wrong with a run's results, once everything that could be kept is.
+    """Raises one error that combines all errors about a run's results. Call it after the results are saved.
 
     Raises:
-        BrokenResult: one of them is; with what to do about it.
-        RecipeError: none is.
+        BrokenResult: at least one error is a BrokenResult. The message tells the user how to fix it.
+        RecipeError: there are errors, but none is a BrokenResult.
     """
     broken = [str(error) for error in errors if isinstance(error, BrokenResult)]
     others = [str(error) for error in errors if not isinstance(error, BrokenResult)]

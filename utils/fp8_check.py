@@ -1,9 +1,11 @@
-"""Does fp8 hold on these weights? One step in fp8 against the same step in bf16, at every start.
+"""The fp8 check: every start compares denoising steps in fp8 with the same steps in bf16.
 
-A recipe in fp8 that holds on one checkpoint may fail on another one, whose activations have other outliers, and a
-picture alone does not tell. The reference is the model as it was loaded, in bf16, on the inputs of the real call. It
-makes two steps of it, the first one and one from the middle of the schedule. The same inputs go through the quantized
-blocks before these are compiled, recorded or cached, and those of the first step once more through the finished recipe.
+fp8 that is accurate on one checkpoint may fail on another, because the activations have other outliers. A picture alone
+does not show the failure. The reference is the loaded model in bf16 on the inputs of the real call. The check compares
+two steps, the first and one from the middle of the schedule:
+
+* The quantized blocks compute both steps, before the blocks are compiled, recorded as CUDA graphs or cached.
+* The finished recipe computes the first step once more.
 """
 
 import sys
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from utils.common import RecipeError
 
-# On full-width weights shaped as trained ones are (bench/trained_like.py), a step differs by 1 to 12 % where a recipe
-# holds: results/h200/2026-11/fp8_error. Fused per-tensor scales, from bounds, failed with 21 to 34 %. tiny-flux has
-# short rows, and its steps amplify what came before: its pictures are right with up to 18 %.
+# The largest relative error of a step that passes. On full-width weights with the distribution of trained weights
+# (bench/trained_like.py), a step of an accurate recipe differs by 1 to 12 %: results/h200/2026-11/fp8_error. Fused
+# per-tensor scales, derived from bounds, failed with 21 to 34 %. tiny-flux has short rows, and its steps amplify
+# earlier errors: its pictures are right with up to 18 %.
 BOUND = 0.2
-# What helps, in the order of what it costs.
+# Flags that replace each lossy technique, the cheapest first.
 CURES = {"fused": "--disable_fused_kernels (per-row float8 by torchao)",
          "fp8 attention": "--attention_backend fa3_bf16 (attention in bf16)",
          "float8": "--quant_dtype int8",
@@ -26,11 +29,11 @@ CURES = {"fused": "--disable_fused_kernels (per-row float8 by torchao)",
 
 
 class Fp8Check:
-    """The reference of a pipeline that is not quantized yet, and the errors found since.
+    """Holds the bf16 reference steps of a pipeline, and the errors of the steps measured since.
 
     Args:
-        pipeline: as loaded, its unquantized transformer on the GPU.
-        kwargs: of a call of it that makes one image.
+        pipeline: the loaded pipeline, with its unquantized transformer on the GPU.
+        kwargs: the arguments of a pipeline call that makes one image.
     """
 
     def __init__(self, pipeline, kwargs: dict):
@@ -46,18 +49,21 @@ class Fp8Check:
         finally:
             handle.remove()
         self.tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
-        # True classifier-free guidance makes two calls a step: the first of each step.
+        # True classifier-free guidance makes two calls per step. Both indices below are the first call of their step.
         self.steps = {"first": calls[0], "middle": calls[len(calls) // 2]}
         self.errors: dict[str, float] = {}
 
     def measure(self, transformer: torch.nn.Module) -> None:
-        """Both steps through a transformer that is quantized, and not compiled yet."""
+        """Measures both steps of a transformer that is quantized and not yet compiled."""
         for name, (inputs, expected) in self.steps.items():
             self._compare(name, run_step(transformer, inputs), expected)
 
     @contextmanager
     def measure_next_call(self, transformer: torch.nn.Module):
-        """The finished recipe: the next call of `transformer` gets the first step's inputs in the place of its own."""
+        """Measures the finished recipe: the next call of `transformer` gets the first step's inputs, not its own.
+
+        A call with inputs of another shape keeps its own inputs, and is not measured.
+        """
         inputs, expected = self.steps["first"]
         replaced = {name: inputs[name] for name in ("hidden_states", "encoder_hidden_states")}
         handles = []
@@ -81,41 +87,44 @@ class Fp8Check:
                 handles.pop().remove()
 
     def _compare(self, name: str, found: Tensor, expected: Tensor) -> None:
-        # Kontext's reference tokens lie behind the picture's, and the pipeline drops what is made of them.
+        # Kontext's reference tokens come after the image tokens, and the pipeline drops their outputs.
         self.errors[name] = relative_error(found[:, :self.tokens], expected[:, :self.tokens])
 
     @property
     def difference(self) -> float:
-        """The mean of both steps, or the finished recipe's first step if that is larger; NaN if any is."""
+        """The mean error of both steps, or the finished recipe's error if it is larger. NaN if any error is NaN."""
         steps = [self.errors[name] for name in self.steps if name in self.errors]
         finished = [self.errors["finished"]] if "finished" in self.errors else []
         return torch.tensor([*([sum(steps) / len(steps)] if steps else []), *finished]).amax().item()
 
     @property
     def holds(self) -> bool:
+        """True if the error is at most `BOUND`. NaN fails."""
         return self.difference <= BOUND
 
     def line(self) -> str:
+        """The measured error, for the log."""
         return f"a step differs from bf16's by {100 * self.difference:.1f} %"
 
     def record(self) -> dict:
-        """For the benchmark's JSON."""
+        """The check's result, for the benchmark's JSON."""
         return {"difference": self.difference, "errors": self.errors, "bound": BOUND, "holds": self.holds}
 
     def report(self, lossy: set[str], strict: bool) -> None:
-        """Warns on stderr, whatever --quiet says, if fp8 does not hold.
+        """Warns on stderr if the check failed, even with --quiet.
 
         Args:
-            lossy: which of `CURES` is on, so that only flags that change something are named.
+            lossy: the keys of `CURES` whose technique is on. The warning names only their flags.
+            strict: raise an error instead of the warning.
 
         Raises:
-            RecipeError: with `strict`, instead of the warning.
+            RecipeError: the check failed, and `strict` is set.
         """
         if self.holds:
             return
         cures = [flags for name, flags in CURES.items() if name in lossy | {"any"}]
-        text = (f"fp8 check: {self.line()}, and {100 * BOUND:.0f} % is the most that fp8 has where it holds. The "
-                f"picture may be wrong. What helps, in this order: {'; '.join(cures)}.")
+        text = (f"fp8 check: {self.line()}, and the limit is {100 * BOUND:.0f} %. The picture may be wrong. "
+                f"Try these flags, in this order: {'; '.join(cures)}.")
         if strict:
             raise RecipeError(f"--strict: {text}")
         stars = "*" * 80
@@ -124,12 +133,19 @@ class Fp8Check:
 
 @torch.no_grad()
 def run_step(transformer: torch.nn.Module, inputs: dict) -> Tensor:
-    """The output (B, S, C) of a captured step, outside a denoising loop. Fused blocks need their modulations first."""
+    """Computes one captured step outside a denoising loop. Fused blocks get their modulations first.
+
+    Args:
+        inputs: the arguments of the transformer's call.
+
+    Returns:
+        (B, S, C)
+    """
     if hasattr(transformer.time_text_embed, "prepare"):
         transformer.time_text_embed.prepare(inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"])
     return transformer(**inputs)[0]
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:
-    """||found - reference|| / ||reference||, in float64; NaN if anything is NaN."""
+    """||found - reference|| / ||reference||, computed in float64. NaN if an element is NaN."""
     return ((found.double() - reference.double()).norm() / reference.double().norm()).item()

@@ -1,4 +1,4 @@
-"""Images out: 8-bit pixels made on the GPU, and files that say how they were made."""
+"""Output images: 8-bit pixels computed on the GPU, and image files whose metadata has the generation parameters."""
 
 import hashlib
 import json
@@ -18,42 +18,47 @@ EXIF_IMAGE_DESCRIPTION = 0x010E
 
 
 class CheckedImageProcessor(VaeImageProcessor):
-    """diffusers' image processor, which also notes whether the images of a call are finite: 8 bits do not tell."""
+    """diffusers' image processor, which also records whether the images are finite. 8-bit pixels do not show NaN."""
 
-    device = torch.device("cpu")  # where a reference goes
-    finite: torch.Tensor | None = None  # (B,) of the last call, on its device: who reads it waits for the GPU
+    device = torch.device("cpu")  # of the preprocessed reference image
+    # (B,) bool: which images of the last call are finite, on the images' device. To read it is to wait for the GPU.
+    finite: torch.Tensor | None = None
 
     def postprocess(self, image: torch.Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None):
-        """image: (B, 3, H, W) in [-1, 1]. NaN becomes black."""
+        """Converts image (B, 3, H, W), in [-1, 1], to PIL images or `output_type`. NaN becomes black."""
         if output_type == "pil":
             self.note_finite(image)
-            image = image.nan_to_num(nan=-1.0)  # NumPy warns of NaN
+            image = image.nan_to_num(nan=-1.0)  # NumPy would warn of NaN
         return super().postprocess(image, output_type, do_denormalize)
 
     def note_finite(self, image: torch.Tensor) -> None:
+        """Sets `finite` (B,) from image (B, ...)."""
         self.finite = image.isfinite().all(dim=tuple(range(1, image.ndim)))
 
 
 class GPUImageProcessor(CheckedImageProcessor):
-    """diffusers' image processor, with pixels as 8 bits whenever they are copied between CPU and GPU.
+    """diffusers' image processor, which copies pixels between CPU and GPU as 8 bits.
 
-    diffusers copies float32 pixels and rounds them with NumPy: 23.2 ms for 1024x1024, and 2.8 this way (H100,
-    results/h100/2026-11/schnell). Kontext's reference it makes float32 with NumPy, then copies it, while the GPU waits.
-    The results are the same, bit by bit.
+    diffusers copies float32 pixels and rounds them with NumPy. At 1024x1024 that takes 23.2 ms, and 2.8 ms with this
+    class (H100, results/h100/2026-11/schnell). diffusers also converts Kontext's reference to float32 with NumPy before
+    it copies it, while the GPU waits. The results are bit-identical.
     """
 
     def preprocess(self, image, height: int | None = None, width: int | None = None, **options) -> torch.Tensor:
-        """A PIL image to (1, 3, height, width) in [-1, 1], if it has that size, which Kontext's pipeline has given it.
-        Anything else is left to diffusers."""
+        """Converts an RGB PIL image of size (width, height) to (1, 3, height, width) float32 in [-1, 1], on `device`.
+
+        Kontext's pipeline has resized the image to that size before. diffusers processes all other inputs.
+        """
         if not isinstance(image, PIL.Image.Image) or image.mode != "RGB" or image.size != (width, height) or options:
             return super().preprocess(image, height, width, **options)
         pixels = torch.from_numpy(np.array(image)[None]).to(self.device)
-        # A tensor: by a number CUDA does not divide, it multiplies by what 1 / 255 is rounded to.
+        # The divisor is a tensor, because torch on CUDA replaces a division by a Python number with a multiplication by
+        # the rounded 1 / 255.
         whole = torch.full((), 255.0, device=self.device)
         return self.normalize(pixels.permute(0, 3, 1, 2).float() / whole)
 
     def postprocess(self, image: torch.Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None):
-        """image: (B, 3, H, W) in [-1, 1]. Anything but "pil" is left to diffusers."""
+        """Converts image (B, 3, H, W), in [-1, 1], to PIL images. diffusers makes every output type but "pil"."""
         if output_type != "pil":
             return super().postprocess(image, output_type, do_denormalize)
         self.note_finite(image)
@@ -63,26 +68,28 @@ class GPUImageProcessor(CheckedImageProcessor):
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
-        """images: (B, H, W, 3), uint8 pixels or floats in [0, 1]."""
+        """Converts images (B, H, W, 3), uint8 or floats in [0, 1], to PIL images."""
         if images.dtype != np.uint8:
             return VaeImageProcessor.numpy_to_pil(images)
         return [PIL.Image.fromarray(image) for image in images]
 
 
 def numbered_path(path: str | Path, *numbers: int) -> Path:
-    """output.png, 3, 42 -> output_003_42.png: the first number is padded, so that files sort."""
+    """output.png, 3, 42 -> output_003_42.png. The first number is padded with zeros, so that the files sort."""
     path = as_path(path)
     name = "_".join([path.stem, *(f"{n:03d}" if i == 0 else str(n) for i, n in enumerate(numbers))])
     return path.with_name(name + path.suffix)
 
 
 def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> dict:
-    """What an image file says of how it was made. Names are for people; "contents" and "image_sha256" say which files
-    bore them.
+    """The generation parameters for an image file's metadata.
+
+    "model", "lora" and "image" are names as the user gave them. The digests in "contents" and "image_sha256" identify
+    the files.
 
     Args:
-        pipeline: as `optimize` leaves it, with its techniques, and with its contents from `load_pipeline`.
-        kwargs: of the pipeline call (`call_kwargs`).
+        pipeline: the pipeline after `load_pipeline`, which sets `contents`, and `optimize`, which sets `techniques`.
+        kwargs: the arguments of the pipeline call (`call_kwargs`).
     """
     names = ("height", "width", "num_inference_steps", "guidance_scale")
     parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
@@ -115,23 +122,23 @@ def write_picture(image: PIL.Image.Image, path: Path, parameters: dict) -> None:
 
 
 def save_image(image: PIL.Image.Image, path: str | Path, parameters: dict) -> None:
-    """Writes an image with its parameters whole or not at all.
+    """Writes an image with its parameters atomically.
 
     Raises:
-        OSError: among others, for a file that is there and not an image of this program.
+        OSError: the write failed, or `path` exists and is not an image of this program.
     """
     with atomic_write(path, is_our_image) as temporary:
         write_picture(image, temporary, parameters)
 
 
 def keep_image(image: PIL.Image.Image, path: Path, parameters: dict, is_finite: bool) -> RecipeError | None:
-    """Saves an image; a broken one, or one that cannot be saved there, under another name.
+    """Saves an image as `path`. A broken image, or an image that cannot be saved there, gets another name.
 
     Args:
-        is_finite: as `CheckedImageProcessor.finite` has it.
+        is_finite: the image's element of `CheckedImageProcessor.finite`.
 
     Returns:
-        None, or an error, not raised, that says why and where the image is now.
+        None; or an error, not raised, with the reason and the path of the saved image.
     """
     flaw = flaw_of(image, is_finite)
     target = free_name(path, "broken") if flaw else path
@@ -142,15 +149,15 @@ def keep_image(image: PIL.Image.Image, path: Path, parameters: dict, is_finite: 
 
 
 def keep_images(pipeline, images: list, paths: list[Path], parameters: list[dict], log) -> None:
-    """Saves what a call of the pipeline has made, and looks at it before.
+    """Checks and saves the images of a pipeline call.
 
     Raises:
-        RecipeError: as `raise_errors` has it, once all images are kept.
+        RecipeError: an image is broken or was not saved as its path (see `raise_errors`). All images are kept before.
     """
     errors = []
-    for image, path, own, is_finite in zip(images, paths, parameters, pipeline.image_processor.finite.tolist(),
-                                           strict=True):
-        error = keep_image(image, path, own, is_finite)
+    for image, path, image_params, is_finite in zip(images, paths, parameters,
+                                                    pipeline.image_processor.finite.tolist(), strict=True):
+        error = keep_image(image, path, image_params, is_finite)
         if error:
             errors.append(error)
         else:
@@ -159,20 +166,20 @@ def keep_images(pipeline, images: list, paths: list[Path], parameters: list[dict
 
 
 def read_parameters(path: str | Path) -> dict:
-    """What `write_picture` wrote beside the pixels."""
+    """Reads the parameters that `write_picture` wrote into the file's metadata."""
     with PIL.Image.open(path) as image:
         return json.loads(image.info.get("parameters") or image.getexif()[EXIF_IMAGE_DESCRIPTION])
 
 
 def is_our_image(path: Path) -> bool:
-    """Whether the file is an image of this program. Raises, or is False, where it is not."""
+    """Whether the file is an image of this program. If not, it returns False or raises any exception."""
     return "techniques" in dict(read_parameters(path))
 
 
 def decode(path: Path) -> None:
-    """Reads an image file to its end. Raises where something is missing or damaged."""
+    """Decodes a whole image file. Raises any of PIL's exceptions if the file is truncated or damaged."""
     with PIL.Image.open(path) as image:
         if image.format == "PNG":
-            image.verify()  # checksums, and the end
+            image.verify()  # the checksums and the end chunk
     with PIL.Image.open(path) as image:
         image.load()

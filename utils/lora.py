@@ -1,6 +1,7 @@
-"""LoRAs in the weights before everything else: the only way that costs nothing a step and survives fusing and float8.
+"""Merges LoRAs into the weights before the other techniques. A merged LoRA costs no time per step and works with fused
+projections and float8.
 
-Every tensor of the file is used, or an error counts and names the rest. diffusers' loader drops what it does not know.
+If a tensor of the file has no place in the model, an error names it. diffusers' loader drops unknown tensors silently.
 """
 
 import json
@@ -18,7 +19,7 @@ from utils.lora_files import CONFIG, contents, locate, split
 from utils.lora_names import Rows, find, looks_like, spellings
 from utils.safetensors_header import Tensor, read_header
 
-_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"  # peft's name of the LoRA, "default" or anything
+_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"  # peft's name of the LoRA, "default" or any other
 SUFFIXES = {kind: re.compile(rf"(?P<name>.+?)\.{suffix}") for kind, suffix in {
     "down": rf"(?:lora_A{_ADAPTER}|lora_down|lora\.down|lora_linear_layer\.down|down)\.weight",
     "up": rf"(?:lora_B{_ADAPTER}|lora_up|lora\.up|lora_linear_layer\.up|up)\.weight",
@@ -40,32 +41,32 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass
 class Change:
-    """What a LoRA does to the weight and the bias of one module, or of several that its trainer stacks."""
+    """A LoRA's change of the weight and the bias of one module, or of several modules that the trainer stacks."""
     component: str
     rows: tuple[Rows, ...]
-    name: str  # the module as the file names it, without the component
-    keys: dict[str, str] = field(default_factory=dict)  # by kind, see SUFFIXES
+    name: str  # the module's name in the file, without the component
+    keys: dict[str, str] = field(default_factory=dict)  # the file's keys by kind, see SUFFIXES
     adapters: set[str] = field(default_factory=set)
     method: str | None = None  # of METHODS
     rank: int | None = None
-    alpha: float | None = None  # of the file's metadata or of adapter_config.json
+    alpha: float | None = None  # from the file's metadata or adapter_config.json
     rank_stabilised: bool = False
 
 
 @dataclass
 class Lora:
-    """A LoRA whose every tensor has its place in the model; see `read_lora`."""
-    name: str  # as given, without the scale
+    """A LoRA and its changes of the model; see `read_lora`."""
+    name: str  # the --lora argument without the scale
     scale: float
     path: Path
     changes: list[Change]
-    left_out: str  # what --lora_partial leaves out, in words; "" if nothing
-    sha256: str | None = None  # of its contents (`utils.lora_files.contents`), once it is merged
-    changed: bool | None = None  # whether any weight is another one, once it is merged
+    left_out: str  # one sentence on the tensors that --lora_partial leaves out; "" without such tensors
+    sha256: str | None = None  # of the contents (`utils.lora_files.contents`); None before the merge
+    changed: bool | None = None  # whether the merge changed any weight; None before the merge
 
 
 def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], partial: bool) -> list[Lora]:
-    """`read_lora` of each PATH[:SCALE]; says on stderr what --lora_partial leaves out."""
+    """Calls `read_lora` for each PATH[:SCALE]. Prints the tensors that --lora_partial leaves out to stderr."""
     loras = [read_lora(spec, shapes, partial) for spec in specs or ()]
     for lora in loras:
         if lora.left_out:
@@ -74,7 +75,10 @@ def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], par
 
 
 def merge_loras(pipeline, loras: list[Lora], quiet: bool) -> None:
-    """`merge_lora` of each, with a line on stderr."""
+    """Calls `merge_lora` for each LoRA and prints its summary to stderr.
+
+    With `quiet` it prints only LoRAs that changed no weight.
+    """
     for lora in loras:
         line = merge_lora(pipeline, lora)
         if not quiet or not lora.changed:
@@ -82,15 +86,16 @@ def merge_loras(pipeline, loras: list[Lora], quiet: bool) -> None:
 
 
 def read_lora(spec: str, shapes: dict[str, dict[str, tuple]], partial: bool = False) -> Lora:
-    """What a LoRA will change, from its header: before any weights load, and without those of the LoRA.
+    """Reads from a LoRA's header which weights it changes, before any weights load.
 
     Args:
         spec: PATH[:SCALE] of --lora.
-        shapes: of the parameters of "transformer", "text_encoder" and "text_encoder_2", by name.
-        partial: leave out what does not fit, instead of refusing it.
+        shapes: the shape of each parameter by name, for "transformer", "text_encoder" and "text_encoder_2".
+        partial: whether to leave out tensors that do not fit, instead of an error.
 
     Raises:
-        RecipeError: not to be had, damaged, ambiguous, of another model, or (unless `partial`) partly so.
+        RecipeError: the file is unavailable, damaged, ambiguous or of another model, or (unless `partial`) some of its
+            tensors do not fit.
     """
     given, scale = split(spec)
     path = locate(given)
@@ -111,27 +116,27 @@ def read_lora(spec: str, shapes: dict[str, dict[str, tuple]], partial: bool = Fa
     reason = next((f" ({why})" for why in unused.values() if why), "")
     if not changes:
         raise RecipeError(f"{here}: none of its {len(header)} tensors belongs to this model"
-                          f"{looks_like(names, metadata)}; not used: {listed}{reason}. Give a LoRA of FLUX.1.")
+                          f"{looks_like(names, metadata)}; not used: {listed}{reason}. Give a LoRA for FLUX.1.")
     left_out = f"{len(header) - len(names)} of {len(header)} tensors fit; not used: {listed}{reason}." if names else ""
     if left_out and not partial:
-        raise RecipeError(f"{here}: {left_out} Add --lora_partial to merge the part that fits.")
+        raise RecipeError(f"{here}: {left_out} Add --lora_partial to merge only the tensors that fit.")
     return Lora(given, scale, path, changes, left_out)
 
 
 def merge_lora(pipeline, lora: Lora) -> str:
-    """Adds a LoRA to the weights, in float32 on their device, rounded once. Sets `lora.sha256`.
+    """Adds a LoRA to the weights, in float32 on their device, rounded once. Sets `lora.sha256` and `lora.changed`.
 
     Returns:
-        What was done, in a line.
+        A summary in one line.
 
     Raises:
-        RecipeError: a tensor, or a weight with the LoRA in it, is not finite. Nothing has been changed then.
+        RecipeError: a tensor of the LoRA or a changed weight is not finite. The weights are unchanged then.
     """
     here, strengths, changed, count = f"--lora {lora.name}", set(), False, 0
     with reading(here, "Download it again, or give another file."), torch.no_grad(), \
             safe_open(lora.path, framework="pt") as file:
         lora.sha256 = contents(lora.path)
-        for write in (False, True):  # twice, since the weights of a full model do not fit twice
+        for write in (False, True):  # check every weight, then write: a copy of the old weights would not fit in memory
             for change in lora.changes:
                 module = getattr(pipeline, change.component)
                 device = module.get_parameter(f"{change.rows[0].module}.weight").device
@@ -139,8 +144,8 @@ def merge_lora(pipeline, lora: Lora) -> str:
                 for kind, tensor in factors.items():
                     factors[kind] = _squeezed(tensor.to(device).float())
                     if not factors[kind].isfinite().all():
-                        raise RecipeError(f"{here}: {change.keys[kind]} is not finite (NaN or infinite): the training "
-                                          "of this LoRA failed, or the file is damaged. Give another file.")
+                        raise RecipeError(f"{here}: {change.keys[kind]} holds NaN or infinity: the training of this "
+                                          "LoRA failed, or the file is damaged. Give another file.")
                 strength = _strength(change, factors)
                 for kind in ("weight", "bias"):
                     if not _changes(change, kind):
@@ -151,8 +156,8 @@ def merge_lora(pipeline, lora: Lora) -> str:
                     new = (_weight if kind == "weight" else _bias)(old, change, factors, strength, lora.scale)
                     new = new.to(parts[0].dtype)
                     if not write and not new.isfinite().all():
-                        raise RecipeError(f"{here}: {change.name} with it is not finite in {new.dtype}. Give a "
-                                          "smaller :SCALE, or another file.")
+                        raise RecipeError(f"{here}: the merged weight {change.name} is not finite in {new.dtype}. Give "
+                                          "a smaller :SCALE, or another file.")
                     if write:
                         changed = changed or not torch.equal(new, torch.cat(parts))
                         for part, rows in zip(parts, new.split([len(part) for part in parts]), strict=True):
@@ -165,13 +170,13 @@ def merge_lora(pipeline, lora: Lora) -> str:
         low, high = min(strengths), max(strengths)
         text += f", alpha / rank {low:g}" + (f" to {high:g}" if high > low else "")
     lora.changed = changed
-    return text if changed else f"{text}; no weight has changed: every difference is zero or rounds to it"
+    return text if changed else f"{text}; no weight has changed: every difference is zero or rounds to zero"
 
 
-# --- what the keys say ---
+# --- keys and shapes ---
 
 def _sort(here: str, header: dict[str, Tensor], shapes: dict) -> tuple[list[Change], dict[str, str]]:
-    """The changes of a file, by module, and the keys that mean nothing here, with the reason if there is one."""
+    """Returns the changes of a file, one for each module, and {unknown key: reason}, where the reason may be ""."""
     known = {component: spellings(component, of) for component, of in shapes.items()}
     changes, unused = {}, {}
     for key in header:
@@ -186,8 +191,8 @@ def _sort(here: str, header: dict[str, Tensor], shapes: dict) -> tuple[list[Chan
             kind = "norm"
         change = changes.setdefault((component, rows), Change(component, rows, name))
         if kind in change.keys:
-            raise RecipeError(f"{here}: {change.keys[kind]} and {key} are for the same weight. Keep one of the two in "
-                              "the file.")
+            raise RecipeError(f"{here}: {change.keys[kind]} and {key} change the same weight. Keep only one of the two "
+                              "in the file.")
         change.keys[kind] = key
         if kind in ("down", "up", "up_bias") or match.groupdict().get("adapter"):
             change.adapters.add(match.groupdict().get("adapter") or "")
@@ -195,7 +200,7 @@ def _sort(here: str, header: dict[str, Tensor], shapes: dict) -> tuple[list[Chan
 
 
 def _check(change: Change, header: dict[str, Tensor], shapes: dict[str, tuple], config: dict) -> dict[str, str]:
-    """Completes a change by its method, rank and alpha. Returns its keys and the reason if it does not fit."""
+    """Sets the method, rank and alpha of a change. Returns {key: reason} if the change does not fit, else {}."""
     keys, has = change.keys, set(change.keys)
     shape = {kind: _squeezed_shape(header[key].shape) for kind, key in keys.items()}
     weight = [shapes[f"{rows.module}.weight"] for rows in change.rows]
@@ -205,14 +210,14 @@ def _check(change: Change, header: dict[str, Tensor], shapes: dict[str, tuple], 
         return dict.fromkeys([key for kind, key in keys.items() if kind not in but], why)
 
     if "convolution" in has:
-        return refused(f"{keys['convolution']} is of a convolution, which FLUX.1's transformer and encoders lack")
+        return refused(f"{keys['convolution']} changes a convolution; FLUX.1's transformer and encoders have none")
     if "full" in has:
-        return refused(f"{keys['full']} is a full weight, as in a fine-tuned checkpoint (--ckpt), and not a change")
+        return refused(f"{keys['full']} is a full weight, as in a fine-tuned checkpoint (--ckpt), not a change")
     if len(change.adapters) > 1:
-        return refused(f"{change.name} has tensors of several LoRAs, named {sorted(change.adapters)}")
+        return refused(f"{change.name} has tensors of several LoRAs: {sorted(change.adapters)}")
     if any(header[key].dtype not in FLOATS and kind != "alpha" for kind, key in keys.items()):
         key = next(key for kind, key in keys.items() if header[key].dtype not in FLOATS and kind != "alpha")
-        return refused(f"{key} holds {header[key].dtype} and not floating-point numbers")
+        return refused(f"{key} holds {header[key].dtype}, not floating-point numbers")
     methods = [method for method, kinds in METHODS.items() if has & kinds]
     if len(methods) > 1:
         return refused(f"{change.name} mixes {' and '.join(methods)}")
@@ -220,12 +225,12 @@ def _check(change: Change, header: dict[str, Tensor], shapes: dict[str, tuple], 
     missing = _missing(change.method, keys)
     if missing:
         return refused(f"{change.name} lacks {missing}")
-    # An alpha or a magnitude is of a product.
+    # An alpha or a magnitude scales a product of factors, so that it needs one.
     factored = change.method in ("LoRA", "LoHa", "LoKr")
     alone = {"alpha", "magnitude"} if not factored else set()
     alone |= {"up_bias"} if change.method != "LoRA" else set()
     if has & alone:
-        return refused(f"{keys[min(has & alone)]} has no product of matrices beside it")
+        return refused(f"{keys[min(has & alone)]} has no LoRA factors that it would scale")
 
     if change.method:
         try:
@@ -234,16 +239,17 @@ def _check(change: Change, header: dict[str, Tensor], shapes: dict[str, tuple], 
             return refused(f"{change.name}: {error}")
         expected = (height, *weight[0][1:])
         if found != expected or any(one[1:] != weight[0][1:] for one in weight):
-            return refused(f"{change.name} is {list(expected)} here, and {list(found)} in the file")
+            return refused(f"{change.name} is {list(expected)} in the model and {list(found)} in the file")
     if "magnitude" in has and shape["magnitude"] not in ((height,), (height, 1), (1, weight[0][-1])):
-        return refused(f"{keys['magnitude']} is {list(shape['magnitude'])}, for a weight of {list(expected)}")
+        return refused(f"{keys['magnitude']} is {list(shape['magnitude'])}, which does not fit a weight of "
+                       f"{list(expected)}")
     if math.prod(shape.get("alpha", ())) != 1:
-        return refused(f"{keys['alpha']} is {list(shape['alpha'])} and not one number")
+        return refused(f"{keys['alpha']} is {list(shape['alpha'])}, not a single number")
     for kind in {"up_bias", "diff_b"} & has:
         if any(f"{rows.module}.bias" not in shapes for rows in change.rows) or shape[kind] != (height,):
-            return refused(f"{keys[kind]} is no bias of {change.name}")
+            return refused(f"{keys[kind]} does not fit the bias of {change.name}, or {change.name} has no bias")
     if {"up_bias", "diff_b"} <= has:
-        return refused(f"{change.name} has two changes of its bias")
+        return refused(f"{change.name} has two changes of one bias")
     if config and change.method == "LoRA":
         if config.get("use_dora") and "magnitude" not in has:
             return refused(f"{change.name} lacks the magnitudes of a DoRA")
@@ -251,12 +257,12 @@ def _check(change: Change, header: dict[str, Tensor], shapes: dict[str, tuple], 
             change.alpha, rank = _of_module(config, "lora_alpha", change.name), _of_module(config, "r", change.name)
             change.rank_stabilised = bool(config.get("use_rslora"))
             if rank != change.rank:
-                return refused(f"{change.name} is of rank {change.rank}, and of rank {rank} in the adapter config")
+                return refused(f"{change.name} has rank {change.rank}, and rank {rank} in the adapter config")
     return {}
 
 
 def _missing(method: str | None, keys: dict[str, str]) -> str:
-    """What a method lacks, in words."""
+    """Names the keys that a method needs and the file lacks; "" if it has all."""
     if method == "LoRA" and not METHODS[method] <= keys.keys():
         other = {"lora_A": "lora_B", "lora_B": "lora_A", "down": "up", "up": "down"}
         return re.sub(r"(?<=[._])(lora_[AB]|down|up)(?=(\.[^.]+)?\.weight$)", lambda half: other[half[0]],
@@ -267,15 +273,23 @@ def _missing(method: str | None, keys: dict[str, str]) -> str:
         for factor in ("lokr_w1", "lokr_w2"):
             halves = {f"{factor}_a", f"{factor}_b"} & keys.keys()
             if len(halves) + 2 * (factor in keys) != 2:
-                return f"{factor}, whole or as a product of two"
+                return f"{factor}, or both {factor}_a and {factor}_b"
     return ""
 
 
 def _product(method: str, shape: dict[str, tuple]) -> tuple[int | None, tuple]:
-    """The rank and the shape of the change that factors of these shapes make; ValueError if they do not multiply."""
+    """Returns the rank, and the shape of the change, from the shapes of its factors.
+
+    Args:
+        method: of METHODS.
+        shape: the shape of each tensor, by kind.
+
+    Raises:
+        ValueError: the factors cannot be multiplied.
+    """
     def times(a: str, b: str) -> tuple[int, tuple]:
         if len(shape[a]) != 2 or len(shape[b]) != 2 or shape[a][1] != shape[b][0] or not shape[b][0]:
-            raise ValueError(f"{list(shape[a])} times {list(shape[b])} is no product")
+            raise ValueError(f"{list(shape[a])} times {list(shape[b])} is not a matrix product")
         return shape[b][0], (shape[a][0], shape[b][1])
 
     if method == "LoRA":
@@ -283,21 +297,25 @@ def _product(method: str, shape: dict[str, tuple]) -> tuple[int | None, tuple]:
     if method == "LoHa":
         one, other = times("hada_w1_a", "hada_w1_b"), times("hada_w2_a", "hada_w2_b")
         if one != other:
-            raise ValueError(f"its factors make {list(one[1])} of rank {one[0]} and {list(other[1])} of {other[0]}")
+            raise ValueError(f"its factors multiply to {list(one[1])} with rank {one[0]} and to {list(other[1])} with "
+                             f"rank {other[0]}")
         return one
     if method == "LoKr":
         one, other = ((None, shape[w]) if w in shape else times(f"{w}_a", f"{w}_b") for w in ("lokr_w1", "lokr_w2"))
         if len(one[1]) != 2 or len(other[1]) != 2 or (one[0] and other[0] and one[0] != other[0]):
-            raise ValueError(f"its factors are {list(one[1])} of rank {one[0]} and {list(other[1])} of {other[0]}")
+            raise ValueError(f"its factors are {list(one[1])} with rank {one[0]} and {list(other[1])} with rank "
+                             f"{other[0]}")
         return one[0] or other[0], (one[1][0] * other[1][0], one[1][1] * other[1][1])
     return None, shape["diff" if method == "difference" else "norm"]
 
 
 def _configs(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
-    """peft's config for each component: from the file's metadata, as diffusers saves it, or from the file beside it.
+    """Returns peft's config for each component, or {} without a config.
+
+    The config is in the file's metadata (diffusers writes it there), or in adapter_config.json in the same folder.
 
     Raises:
-        ValueError: it is damaged, or of a kind of adapter that is none of a LoRA's.
+        ValueError: the config is damaged, or it describes an unsupported adapter.
     """
     components = ("transformer", "text_encoder", "text_encoder_2")
     if "lora_adapter_metadata" in metadata:
@@ -310,12 +328,12 @@ def _configs(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
         return {}
     for config in configs.values():
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"its adapter config says {config['peft_type']}, which is not read")
+            raise ValueError(f"its adapter config has the peft_type {config['peft_type']}, which is not supported")
         if config.get("fan_in_fan_out"):
-            raise ValueError("its adapter config says fan_in_fan_out, which no layer of FLUX.1 is")
+            raise ValueError("its adapter config sets fan_in_fan_out, which no layer of FLUX.1 has")
         if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
-            raise ValueError(f"it was trained on weights that {config['init_lora_weights']} had changed: convert it "
-                             "to a plain LoRA with peft first")
+            raise ValueError(f"its training started from weights that {config['init_lora_weights']} had changed: "
+                             "convert it to a plain LoRA with peft first")
     return configs
 
 
@@ -330,10 +348,17 @@ def _object(where: str, text: str) -> dict:
 
 
 def _of_module(config: dict, name: str, module: str) -> float:
-    """lora_alpha or r, as peft resolves them: by the first pattern that matches the end of the module's name, if any.
+    """Returns lora_alpha or r of a module, as peft resolves them.
+
+    The first pattern of alpha_pattern or rank_pattern that matches the end of the module's name wins.
+
+    Args:
+        config: peft's, of the module's component.
+        name: "lora_alpha" or "r".
+        module: the module's name.
 
     Raises:
-        ValueError: it is not there, or not a finite number.
+        ValueError: the value is absent or not a finite number.
     """
     patterns = config.get({"lora_alpha": "alpha_pattern", "r": "rank_pattern"}[name]) or {}
     value = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),
@@ -348,8 +373,9 @@ def _refuse_control(here: str, changes: list[Change], header: dict[str, Tensor],
         if change.component == "transformer" and change.rows[0].module == "x_embedder" and "down" in change.keys:
             width = header[change.keys["down"]].shape[1:2]
             if width != shapes["transformer"]["x_embedder.weight"][1:]:
-                raise RecipeError(f"{here} takes a control image: its {change.name} reads {width and width[0]} "
-                                  "channels. Such LoRAs are of FluxControlPipeline, which this recipe does not run.")
+                raise RecipeError(f"{here} needs a control image: its {change.name} reads {width and width[0]} "
+                                  "channels. Such LoRAs are for FluxControlPipeline, which this recipe does not "
+                                  "support. Give a LoRA for FluxPipeline or FluxKontextPipeline.")
 
 
 def _refuse_overlap(here: str, changes: list[Change]) -> None:
@@ -358,19 +384,19 @@ def _refuse_overlap(here: str, changes: list[Change]) -> None:
         for rows in change.rows:
             for other, start, stop in taken.setdefault((change.component, rows.module), []):
                 if rows.start < stop and start < rows.stop:
-                    raise RecipeError(f"{here}: {other} and {change.name} are the same weight in two spellings. Keep "
-                                      "one of the two in the file.")
+                    raise RecipeError(f"{here}: {other} and {change.name} name the same weight. Keep only one of the "
+                                      "two in the file.")
             taken[change.component, rows.module].append((change.name, rows.start, rows.stop))
 
 
-# --- what they do ---
+# --- merging ---
 
 def _changes(change: Change, kind: str) -> bool:
     return bool(change.method) if kind == "weight" else bool({"up_bias", "diff_b"} & change.keys.keys())
 
 
 def _squeezed_shape(shape: tuple) -> tuple:
-    """Linears that were trained as convolutions of one pixel have two more dimensions."""
+    """Drops the last two dimensions of a Linear that was trained as a 1x1 convolution."""
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
@@ -379,7 +405,10 @@ def _squeezed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _strength(change: Change, factors: dict[str, torch.Tensor]) -> float:
-    """alpha / rank. Where nothing says an alpha it is the rank, and LyCORIS has none for a LoKr in two full factors."""
+    """Returns alpha / rank, or alpha / sqrt(rank) if rank-stabilised. Without an alpha it is 1.
+
+    LyCORIS ignores alpha for a LoKr with two full factors, which has no rank: its strength is 1 as well.
+    """
     if change.rank is None:
         return 1.0
     alpha = factors["alpha"].item() if "alpha" in factors else change.alpha
@@ -389,11 +418,17 @@ def _strength(change: Change, factors: dict[str, torch.Tensor]) -> float:
 
 
 def _weight(old: torch.Tensor, change: Change, factors: dict, strength: float, scale: float) -> torch.Tensor:
-    """The weight with the LoRA in it, float32.
+    """Returns the merged weight (rows, columns) in float32, or (channels,) for a norm.
 
     LoRA: W + s B A (arXiv 2106.09685). LoHa: W + s (A1 B1) * (A2 B2) (2108.06098). LoKr: W + s W1 (x) W2 (2309.14859).
-    With magnitudes m, a DoRA: m V / ||V|| with V = W + s B A (2402.09353), normed over the inputs for m of one column,
-    over the outputs for m of one row. A norm beside a LoRA takes the place of the model's.
+    DoRA has magnitudes m: m V / ||V|| with V = W + s B A (2402.09353). The norm runs over the inputs if m is a column,
+    and over the outputs if m is a row. A norm's weight in the file replaces the model's at scale 1.
+
+    Args:
+        old: the model's weight, float32.
+        factors: the LoRA's tensors by kind, float32.
+        strength: s, from `_strength`.
+        scale: of --lora PATH:SCALE.
     """
     if change.method == "norm":
         return torch.lerp(old, factors["norm"], scale)

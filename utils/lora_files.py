@@ -1,4 +1,4 @@
-"""Where a LoRA lies: PATH[:SCALE] of --lora as a file on this machine."""
+"""Finds the file of a LoRA from PATH[:SCALE] of --lora, locally or on the Hub."""
 
 import hashlib
 import math
@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from utils.checkpoint import hub_errors
 from utils.common import RecipeError, reading
 
-CONFIG = "adapter_config.json"  # peft's, beside the weights
+CONFIG = "adapter_config.json"  # peft's config, in the folder of the weights
 DEFAULTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and peft's
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = ('python -c "import torch, sys; from safetensors.torch import save_file; '
@@ -18,7 +18,7 @@ CONVERT = ('python -c "import torch, sys; from safetensors.torch import save_fil
 
 
 def split(spec: str) -> tuple[str, float]:
-    """PATH[:SCALE] -> (path, scale); the scale is 1 if what follows the last colon is no number.
+    """Splits PATH[:SCALE] into (path, scale). The scale is 1 if no number follows the last colon.
 
     Raises:
         RecipeError: the scale is not finite.
@@ -31,17 +31,20 @@ def split(spec: str) -> tuple[str, float]:
     if not path:
         return spec, 1.0
     if not math.isfinite(scale):
-        raise RecipeError(f"--lora {spec}: the scale {text} is not finite. Give a number such as 0.8 behind the colon.")
+        raise RecipeError(f"--lora {spec}: the scale {text} is not finite. Give a number such as 0.8 after the colon.")
     return path, scale
 
 
 def locate(path: str) -> Path:
-    """The file of a LoRA: a local file, the one LoRA of a local folder, or OWNER/REPO[/FILE] of the Hub.
+    """Returns the local file of a LoRA. Downloads it first, with peft's adapter_config.json, if it is on the Hub.
 
-    Offline the Hub's local cache is read instead. peft's adapter_config.json lies beside the file if it has one.
+    Without a network the Hub's local cache is used.
+
+    Args:
+        path: a file, a folder with one LoRA, or OWNER/REPO[/FILE] on the Hub.
 
     Raises:
-        RecipeError: there is none, or several, or a pickled one.
+        RecipeError: there is no LoRA, or more than one, or the file is pickled.
     """
     with reading(f"--lora {path}", "Give a file, a folder, OWNER/REPO or OWNER/REPO/FILE.safetensors."):
         local = Path(path).expanduser()
@@ -53,30 +56,30 @@ def locate(path: str) -> Path:
             _refuse_pickled(path, "", [path])
             if local.is_file():
                 return local
-            raise RecipeError(f"--lora {path} is neither a file nor a folder.")
+            raise RecipeError(f"--lora {path} is neither a file nor a folder. Give a .safetensors file.")
         parts = path.split("/")
         if path.startswith(("/", "./", "../", "~")) or "\\" in path or len(parts) == 1 or "" in parts or (
                 len(parts) == 2 and path.endswith((".safetensors", *PICKLED))):
-            raise RecipeError(f"--lora {path}: there is no such file or folder.")
+            raise RecipeError(f"--lora {path}: there is no such file or folder. Give a file, a folder, OWNER/REPO or "
+                              "OWNER/REPO/FILE.safetensors.")
         repo, name = "/".join(parts[:2]), "/".join(parts[2:])
         if name:
             _refuse_pickled(path, "", [name])
         if name and not name.endswith(".safetensors"):
-            raise RecipeError(f"--lora {path}: there is no such file or folder here, and a file on the Hub is "
+            raise RecipeError(f"--lora {path}: there is no such local file or folder. Give a file on the Hub as "
                               "OWNER/REPO/FILE.safetensors.")
         with hub_errors("--lora", repo):
             return _download(path, repo, name)
 
 
 def contents(file: Path) -> str:
-    """The SHA-256 of what decides a LoRA's effect: the file, and peft's config beside it if there is one, which holds
-    alpha."""
-    found, beside = hashlib.sha256(), file.parent / CONFIG
-    for path in (file, beside) if beside.is_file() else (file,):
+    """Returns the SHA-256 of a LoRA's file and of peft's config in the same folder, which holds alpha, if any."""
+    total, config = hashlib.sha256(), file.parent / CONFIG
+    for path in (file, config) if config.is_file() else (file,):
         with open(path, "rb") as content:
             while part := content.read(2**24):
-                found.update(part)
-    return found.hexdigest()
+                total.update(part)
+    return total.hexdigest()
 
 
 def _download(path: str, repo: str, name: str) -> Path:
@@ -85,7 +88,7 @@ def _download(path: str, repo: str, name: str) -> Path:
         names = HfApi().list_repo_files(repo)
     except (RepositoryNotFoundError, HFValidationError):
         raise
-    except Exception:  # no network, in one of the many ways that clients say it
+    except Exception:  # no network: the Hub's clients raise many types for it
         where = f"the Hub cannot be reached, and the local copy of {repo}"
         folder = Path(snapshot_download(repo, local_files_only=True))
         names = [found.relative_to(folder).as_posix() for found in sorted(folder.rglob("*")) if found.is_file()]
@@ -99,27 +102,31 @@ def _download(path: str, repo: str, name: str) -> Path:
 
 
 def _choose(path: str, names: list[str]) -> str:
-    """The one LoRA among a folder's files."""
+    """Returns the name of the only LoRA among a folder's files; a default name wins over others.
+
+    Raises:
+        RecipeError: there is no LoRA, or more than one.
+    """
     usable = [name for name in names if name.endswith(".safetensors") and "/" not in name and name[0] != "."]
     named = [name for name in usable if name in DEFAULTS]
     for only in (named, usable):
         if len(only) == 1:
             return only[0]
     if usable:
-        raise RecipeError(f"--lora {path} holds several LoRAs: {_listed(usable)}. Say which: --lora "
+        raise RecipeError(f"--lora {path} holds several LoRAs: {_listed(usable)}. Choose one, as in --lora "
                           f"{path.rstrip('/')}/{usable[0]}")
     if _listed(names):
-        raise RecipeError(f"--lora {path} holds LoRAs in folders only: {_listed(names)}. Say which: --lora "
+        raise RecipeError(f"--lora {path} holds LoRAs only in subfolders: {_listed(names)}. Choose one, as in --lora "
                           f"{path.rstrip('/')}/{next(name for name in names if name.endswith('.safetensors'))}")
     _refuse_pickled(path, f"{path.rstrip('/')}/", names)
-    raise RecipeError(f"--lora {path} holds no safetensors file.")
+    raise RecipeError(f"--lora {path} holds no safetensors file. Give a file, or another folder.")
 
 
 def _refuse_pickled(path: str, folder: str, names: list[str]) -> None:
     pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
-        raise RecipeError(f"--lora {path}: {pickled[0]} is a pickled file, which can run code and is not read. "
-                          f"Convert it: {CONVERT.format(folder + pickled[0])}")
+        raise RecipeError(f"--lora {path}: {pickled[0]} is a pickled file. Reading a pickled file can run code, so it "
+                          f"is refused. Convert it: {CONVERT.format(folder + pickled[0])}")
 
 
 def _listed(names: list[str]) -> str:

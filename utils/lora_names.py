@@ -1,19 +1,19 @@
-"""Which weights of a FLUX.1 the keys of a LoRA file mean, in the spellings of its trainers."""
+"""Maps the keys of a LoRA file, in the spelling of any trainer, to FLUX.1's weights."""
 
 import re
 from typing import NamedTuple
 
 
 class Rows(NamedTuple):
-    """Rows of the weight, and entries of the bias, of one module."""
+    """Rows `start` to `stop` of a module's weight, and the same entries of its bias."""
     module: str
     start: int
     stop: int
 
 
 QKV, ADDED_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-# Black Forest Labs' names, behind "double_blocks.N." and "single_blocks.N.", and the modules of diffusers' block whose
-# rows they stack: https://github.com/black-forest-labs/flux, src/flux/modules/layers.py. "processor" is x-flux's.
+# Black Forest Labs' names after "double_blocks.N." and "single_blocks.N.", and the modules of diffusers' block whose
+# rows they stack (https://github.com/black-forest-labs/flux, src/flux/modules/layers.py). x-flux uses "processor".
 DOUBLE = {
     "img_attn.qkv": QKV, "img_attn.proj": ("attn.to_out.0",), "img_mlp.0": ("ff.net.0.proj",),
     "img_mlp.2": ("ff.net.2",), "img_mod.lin": ("norm1.linear",), "img_attn.norm.query_norm": ("attn.norm_q",),
@@ -37,7 +37,7 @@ OUTSIDE = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }
-# Longest first: "" takes what no other does. T5 is lora_te3 in kohya's sd-scripts and lora_te2 in OneTrainer.
+# Longest first: "" matches every remaining name. T5 is lora_te3 in kohya's sd-scripts and lora_te2 in OneTrainer.
 PREFIXES = [(prefix, component) for component, prefixes in {
     "text_encoder": ("text_encoders.clip_l.transformer.", "text_encoder.", "lora_te1_", "lora_te_"),
     "text_encoder_2": ("text_encoders.t5xxl.transformer.", "text_encoder_2.", "lora_te2_", "lora_te3_"),
@@ -58,14 +58,17 @@ OTHER_MODELS = [
 
 
 def spellings(component: str, shapes: dict[str, tuple]) -> dict[str, tuple[Rows, ...]]:
-    """Every name of every module of a component, dotted and with underscores, and the rows that it stands for.
+    """Returns every spelling of every module of a component, and the rows that it names.
+
+    Each spelling occurs with dots and with underscores.
 
     Args:
-        shapes: of its parameters, by diffusers' or transformers' name.
+        component: "transformer", "text_encoder" or "text_encoder_2".
+        shapes: the shape of each of the component's parameters, by diffusers' or transformers' name.
     """
     rows = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if name.endswith(".weight")}
     known = {module: (module,) for module in rows}
-    if component == "text_encoder":  # transformers 5 dropped the level that older files name
+    if component == "text_encoder":  # transformers 5 dropped the level "text_model", which older files have
         known |= {f"text_model.{module}": (module,) for module in rows}
         known |= {module.removeprefix("text_model."): (module,) for module in rows}
     elif component == "transformer":
@@ -75,24 +78,28 @@ def spellings(component: str, shapes: dict[str, tuple]) -> dict[str, tuple[Rows,
             for n in {module.split(".")[1] for module in rows if module.startswith(f"{ours}.")}:
                 known |= {f"{theirs}.{n}.{alias}": tuple(f"{ours}.{n}.{module}" for module in modules)
                           for alias, modules in names.items()}
-        for module in rows:  # diffusers' oldest LoRAs: attn.processor.to_q_lora
+        for module in rows:  # diffusers' oldest LoRAs have names such as attn.processor.to_q_lora
             block, inside, leaf = module.partition(".attn.")
             if inside:
                 known[f"{block}.attn.processor.{leaf.removesuffix('.0')}_lora"] = (module,)
     stacked = {alias: tuple(Rows(module, 0, rows[module]) for module in modules)
                for alias, modules in known.items() if all(module in rows for module in modules)}
     if component == "transformer" and "norm_out.linear" in rows:
-        half = rows["norm_out.linear"] // 2  # shift, then scale; diffusers has them the other way around
+        half = rows["norm_out.linear"] // 2  # shift, then scale; diffusers has the scale first
         stacked["final_layer.adaLN_modulation.1"] = (Rows("norm_out.linear", half, 2 * half),
                                                      Rows("norm_out.linear", 0, half))
     return {alias.replace(".", "_"): where for alias, where in stacked.items()} | stacked
 
 
 def find(name: str, known: dict[str, dict[str, tuple[Rows, ...]]]) -> tuple[str, str, tuple[Rows, ...]] | None:
-    """What a key means without its suffix: the component, the name in it, and the rows; None if nothing here.
+    """Finds the module that a key of a LoRA file names.
 
     Args:
+        name: the key without its suffix.
         known: `spellings` of each component.
+
+    Returns:
+        The component, the module's name in it and its rows; None for an unknown name.
     """
     name = name.removeprefix("base_model.model.")
     for prefix, component in PREFIXES:
@@ -104,9 +111,15 @@ def find(name: str, known: dict[str, dict[str, tuple[Rows, ...]]]) -> tuple[str,
 
 
 def looks_like(names, metadata: dict[str, str]) -> str:
-    """Half a sentence on the model that a LoRA seems to be of, or nothing."""
-    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or ""
-    if said and "flux" not in said.lower():
-        return f", its header says {said[:60]!r}"
-    found = next((model for pattern, model in OTHER_MODELS if any(re.search(pattern, name) for name in names)), None)
-    return f", it looks like one for {found}" if found else ""
+    """Returns a clause that guesses the model of a foreign LoRA, or "".
+
+    Args:
+        names: the file's keys.
+        metadata: of the file's header.
+    """
+    base_model = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or ""
+    if base_model and "flux" not in base_model.lower():
+        return f"; its header names {base_model[:60]!r}"
+    model_name = next((model for pattern, model in OTHER_MODELS if any(re.search(pattern, name) for name in names)),
+                      None)
+    return f"; it looks like a LoRA for {model_name}" if model_name else ""

@@ -1,4 +1,4 @@
-"""What this machine has, asked as the libraries will ask it: launchers, caches, a compiler, memory."""
+"""Queries this machine in the same way as the libraries do: launchers, caches, compilers, memory."""
 
 import os
 import re
@@ -17,62 +17,62 @@ from utils.start import GIVEN, can_write, compiler_of, nearest_parent
 
 # --- processes ---
 
-# torchrun and `accelerate launch` set all of them.
+# torchrun and `accelerate launch` set all of these variables.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What mpirun and srun set in each of the processes that they start. An allocation of Slurm's sets SLURM_NTASKS as well
-# where a single process runs.
+# mpirun and srun set these variables in each process that they start. SLURM_NTASKS is not among them, because a Slurm
+# allocation sets it even for a single process.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def world_size() -> int:
-    """How many processes torchrun, or accelerate, has started.
+    """The number of processes that torchrun or accelerate has started.
 
     Raises:
-        RecipeError: variables of a launcher that are not complete, or make no sense; or a launcher of another kind.
+        RecipeError: a launcher's variables are incomplete or invalid, or another kind of launcher started the process.
     """
-    found = {name: os.environ.get(name, "").strip() for name in LAUNCHER}
-    size = _number("WORLD_SIZE", found["WORLD_SIZE"] or "1", 1)
-    missing = [name for name, value in found.items() if not value]
+    variables = {name: os.environ.get(name, "").strip() for name in LAUNCHER}
+    size = _number("WORLD_SIZE", variables["WORLD_SIZE"] or "1", 1)
+    missing = [name for name, value in variables.items() if not value]
     if size > 1 and missing:
         raise RecipeError(f"WORLD_SIZE={size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-                          "set: no launcher has started this process. For one process run it with `env -u WORLD_SIZE`, "
-                          "for several with torchrun or accelerate launch.")
+                          "set, so no launcher has started this process. Run a single process with "
+                          "`env -u WORLD_SIZE`, or start several with torchrun or accelerate launch.")
     if not missing:
         for name, least, end in (("RANK", 0, size), ("LOCAL_RANK", 0, size), ("MASTER_PORT", 0, 2**16)):
-            _number(name, found[name], least, end)
+            _number(name, variables[name], least, end)
         return size
     for name in MPI_SIZES:
         value = os.environ.get(name, "").strip()
         if value.isdecimal() and int(value) > 1:
-            raise RecipeError(f"{name}={value}: mpirun or srun has started this process, and each of {value} would do "
-                              "the same work. Start several with torchrun or accelerate launch, or run a single one "
-                              f"with `env -u {name}`.")
+            raise RecipeError(f"{name}={value}: mpirun or srun has started this process, and all {value} processes "
+                              "would do the same work. Start them with torchrun or accelerate launch, or run a single "
+                              f"process with `env -u {name}`.")
     return 1
 
 
 def _number(name: str, text: str, least: int, end: int | None = None) -> int:
     if not text.isdecimal() or int(text) < least or (end is not None and int(text) >= end):
         limits = f"from {least} to {end - 1}" if end is not None else f"of at least {least}"
-        raise RecipeError(f"{name}={text} is not a number {limits}, and torchrun sets such a number. If no launcher "
-                          f"has started this process, run it with `env -u WORLD_SIZE -u {name}`.")
+        raise RecipeError(f"{name}={text} is not a number {limits}, as torchrun sets it. If no launcher has started "
+                          f"this process, run it with `env -u WORLD_SIZE -u {name}`.")
     return int(text)
 
 
 def own_gpu() -> int:
-    """The GPU of this process, one of several that a launcher has started here.
+    """The index of this process's GPU, when a launcher has started several processes on this host.
 
     Raises:
-        RecipeError: there are fewer GPUs than processes.
+        RecipeError: this host has fewer GPUs than processes.
     """
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
-        raise RecipeError(f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', world_size())} processes here and "
-                          f"PyTorch sees {torch.cuda.device_count()} GPUs: one process a GPU.")
+        raise RecipeError(f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', world_size())} processes on this "
+                          f"host, but PyTorch sees {torch.cuda.device_count()} GPUs. Start one process per GPU.")
     return local
 
 
 def forget_launchers() -> None:
-    """For a process by itself: takes out of its environment what accelerate would read as one of several."""
+    """Deletes the launchers' variables of a single process, from which accelerate would infer several processes."""
     prefixes = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
     for name in [name for name in os.environ if name in (*LAUNCHER, "LOCAL_WORLD_SIZE") or name.startswith(prefixes)]:
         del os.environ[name]
@@ -81,62 +81,72 @@ def forget_launchers() -> None:
 # --- caches ---
 
 def kernel_cache(cache_dir: str) -> Path:
-    """Where inductor keeps compiled kernels: a second start finds most of them there. PyTorch's own variable wins, if
-    it was set by the user and not, as it is on import, by PyTorch."""
+    """The folder where inductor keeps compiled kernels. A second start finds most kernels there.
+
+    TORCHINDUCTOR_CACHE_DIR takes precedence if the user set it. PyTorch sets the variable itself on import.
+
+    Raises:
+        RecipeError: `cache_dir` begins with the home folder of an unknown user.
+    """
     try:
         return Path(GIVEN["TORCHINDUCTOR_CACHE_DIR"] or Path(cache_dir).expanduser() / "inductor").absolute()
-    except RuntimeError as error:  # ~ of nobody
-        raise RecipeError(f"--cache-dir {cache_dir}: {reason_of(error)}. Choose another.") from error
+    except RuntimeError as error:  # ~ of an unknown user
+        raise RecipeError(f"--cache-dir {cache_dir}: {reason_of(error)}. Choose another folder.") from error
 
 
 def use_kernel_cache(cache_dir: str) -> None:
-    """Has inductor and Triton keep their kernels there, from now on.
+    """Makes inductor and Triton keep their kernels in `kernel_cache(cache_dir)` from now on.
 
     Raises:
-        RecipeError: nothing can be written there.
+        RecipeError: the folder cannot be created or is not writable.
     """
     folder = kernel_cache(cache_dir)
     flag = "TORCHINDUCTOR_CACHE_DIR" if GIVEN["TORCHINDUCTOR_CACHE_DIR"] else "--cache-dir"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{flag}: cannot make {folder} ({reason_of(error)}). Choose another.") from error
+        raise RecipeError(f"{flag}: cannot create {folder} ({reason_of(error)}). Choose another folder.") from error
     if not can_write(folder):
-        raise RecipeError(f"{flag}: {folder} is not writable. Choose another.")
-    if (made := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) and made != GIVEN["TORCHINDUCTOR_CACHE_DIR"]:
+        raise RecipeError(f"{flag}: {folder} is not writable. Choose another folder.")
+    if (default := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) and default != GIVEN["TORCHINDUCTOR_CACHE_DIR"]:
         with suppress(OSError):
-            os.rmdir(made)  # by PyTorch on import; it stays if anything is in it
+            os.rmdir(default)  # PyTorch creates it on import; rmdir fails if it is not empty
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     if not (GIVEN["TRITON_CACHE_DIR"] or GIVEN["TRITON_HOME"]):
         os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     from torch._inductor import codecache
-    if hasattr(codecache, "_HEADER_DIR"):  # read once, on import, and not from the variable
+    if hasattr(codecache, "_HEADER_DIR"):  # inductor sets it once, on import
         codecache._HEADER_DIR = str(folder / "precompiled_headers")
         codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
 
 
 def noexec_obstacle(path: str | Path, cure: str) -> str | None:
-    """Why no code can be loaded from files in `path`, which need not be there yet."""
+    """The reason why code cannot be loaded from files in `path`, or None. The path need not exist yet.
+
+    Args:
+        cure: the end of the reason, which tells the user how to fix it.
+    """
     with suppress(OSError, AttributeError):  # Windows has no statvfs
         if os.statvfs(nearest_parent(path)).f_flag & os.ST_NOEXEC:
-            return f"{path} is on a file system mounted noexec, and compiled code could not be loaded from it. {cure}"
+            return f"{path} is on a file system mounted noexec, so compiled code cannot be loaded from it. {cure}"
     return None
 
 
 def code_obstacle(cache_dir: str) -> str | None:
-    """Why no compiled code could be loaded from where inductor puts it."""
+    """The reason why compiled code cannot be loaded from inductor's cache, or None."""
     return noexec_obstacle(kernel_cache(cache_dir), "Choose another --cache-dir")
 
 
 def package_obstacle() -> str | None:
-    """Why no package could be opened: PyTorch unpacks its code into the temporary folder."""
+    """The reason why packages cannot be opened, or None. PyTorch unpacks their code into the temporary folder."""
     return noexec_obstacle(tempfile.gettempdir(), "Set TMPDIR to another folder")
 
 
 # --- compilers ---
 
 def cpp_compiler() -> str | None:
-    """The compiler that torch._inductor will call, if it works; see `utils.start.settle_compilers`."""
+    """The C++ compiler that torch._inductor will call, or None if it does not work. See
+    `utils.start.settle_compilers`."""
     default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     if sys.platform == "win32":
         from shutil import which
@@ -145,32 +155,37 @@ def cpp_compiler() -> str | None:
 
 
 def header_obstacle() -> str | None:
-    """torch.compile's code includes Python.h; that of packages does not, on a CPU."""
+    """The reason why torch.compile cannot build its code, which includes Python.h, or None.
+
+    On a CPU the code of packages does not include Python.h.
+    """
     if sys.platform == "darwin" or Path(sysconfig.get_path("include"), "Python.h").exists():
-        return None  # a framework of macOS has it elsewhere, where torch looks
+        return None  # on macOS torch finds the header inside Python's framework
     return "no Python.h (Debian, Ubuntu: apt install python3-dev)"
 
 
 def libstdcxx_obstacle() -> str | None:
-    """Without libstdc++.so a compiler links libstdc++.a into each package. Two copies of it in one process have two
-    ideas of a locale, and a package crashes when it is opened, in std::regex. Not so on macOS, whose library is
-    another."""
+    """The reason why packages would crash for lack of libstdc++.so, or None.
+
+    Without libstdc++.so the compiler links libstdc++.a into each package. Two copies of the library in one process
+    disagree about locales, so std::regex crashes when the package is opened. macOS uses another C++ library.
+    """
     compiler = cpp_compiler()
     if compiler is None or sys.platform != "linux":
         return None
-    found = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
-    if found != "libstdc++.so":
+    path = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
+    if path != "libstdc++.so":  # the compiler found the library and printed its full path
         return None
-    return (f"{compiler} finds no libstdc++.so, and packages with a libstdc++ of their own crash when they are opened. "
+    return (f"{compiler} finds no libstdc++.so, and packages with their own copy of libstdc++ crash when opened. "
             "Install it (Debian, Ubuntu: apt install libstdc++-13-dev, or the version of your g++)")
 
 
 @contextmanager
 def compiling():
-    """Around what compiles: a compiler that fails all the same becomes one paragraph.
+    """Turns a compiler's failure in the body into a one-paragraph error.
 
     Raises:
-        RecipeError: in the place of what torch._inductor and Triton raise then.
+        RecipeError: replaces the exceptions of torch._inductor and Triton about a failed compiler.
     """
     try:
         yield
@@ -179,12 +194,12 @@ def compiling():
             raise
         lines = [line.strip() for line in str(error).splitlines()]
         first = next((line for line in lines if re.search(r"\berror:", line)), reason_of(error)).rstrip(".")
-        raise RecipeError(f"compilation failed ({os.environ.get('CXX', 'g++')}): {first[:300]}. Mend the compiler, or "
-                          "use --compile_export_mode disabled, which needs none on a CPU.") from error
+        raise RecipeError(f"compilation failed ({os.environ.get('CXX', 'g++')}): {first[:300]}. Repair the compiler, "
+                          "or use --compile_export_mode disabled, which needs no compiler on a CPU.") from error
 
 
 def _is_of_a_compiler(error: BaseException | None) -> bool:
-    """Whether it, or what it was raised from, is a compiler's failure."""
+    """Whether `error`, or an exception in its chain of causes, is a compiler's failure."""
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
     known = BackendCompilerFailed, InductorError, CppCompileError, InvalidCxxCompiler, subprocess.CalledProcessError
@@ -198,9 +213,16 @@ def _is_of_a_compiler(error: BaseException | None) -> bool:
 # --- memory ---
 
 def available_memory(sysfs: str = "/sys/fs/cgroup", of_self: str = "/proc/self/cgroup") -> int:
-    """Bytes that this process may still take: of the machine, swap included, and within the limits of its control
-    groups (both versions)."""
-    found = [psutil.virtual_memory().available + psutil.swap_memory().free]
+    """The number of bytes that this process may still allocate.
+
+    It is the smallest of the machine's free memory, swap included, and the free memory of each control group (cgroup
+    v1 and v2).
+
+    Args:
+        sysfs: where control groups are mounted.
+        of_self: the file that names this process's control groups.
+    """
+    free_bytes = [psutil.virtual_memory().available + psutil.swap_memory().free]
     lines = []
     with suppress(OSError):
         lines = Path(of_self).read_text().splitlines()
@@ -213,18 +235,18 @@ def available_memory(sysfs: str = "/sys/fs/cgroup", of_self: str = "/proc/self/c
             mount = Path(sysfs, "memory")
         else:
             continue
-        own = mount / path.strip("/")
-        for folder in (own, *own.parents):  # a limit above holds here too
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents):  # a parent group's limit holds as well
             if folder.is_relative_to(mount):
-                found += _left_in(folder, *files)
-    return max(0, min(found))
+                free_bytes += _left_in(folder, *files)
+    return max(0, min(free_bytes))
 
 
 def _left_in(group: Path, limit: str, usage: str, reclaimable: str) -> list[int]:
-    """[bytes left in a control group], or [] if it has no limit."""
+    """[free bytes of a control group], or [] if the group has no limit. `limit` and `usage` are file names in it."""
     try:
         most, used = int((group / limit).read_text()), int((group / usage).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return [most - used + int(stat.get(reclaimable, 0))]
-    except (OSError, ValueError):  # not there, or "max"
+    except (OSError, ValueError):  # the file is missing or says "max"
         return []

@@ -1,8 +1,8 @@
-"""A file of prompts: images in batches, over every process that `accelerate launch` starts, and resumable.
+"""Makes the images of --prompts-file in batches, over all processes of `accelerate launch`. A run can be resumed.
 
-What is done is read from the images' own metadata, not from the manifest: an image is renamed into its place whole, so
-a crash loses the batch being computed and the one being written. The manifest is a list for people and programs, one
-line of JSON an image; where an image was made again, its last line counts.
+The images' own metadata, not the manifest, decides which images are done. Each image is renamed into its place whole,
+so a crash loses only the batch being computed and the batch being written. The manifest lists the images for people and
+programs, one line of JSON per image. If an image was made again, its last line counts.
 """
 
 import hashlib
@@ -31,22 +31,32 @@ from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 
 
 class Request(NamedTuple):
-    """One image to make."""
+    """An image to make."""
     prompt: str
     seed: int
     path: Path
 
 
 def join_processes(args) -> PartialState | None:
-    """This process's place among those of `accelerate launch`, its GPU made the current one. Only the first one talks.
-    Without --prompts-file None, since it takes a call of nvidia-smi.
+    """Joins the processes of `accelerate launch` and makes this process's GPU the current one.
+
+    Sets `args.quiet` in every process but the first.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        accelerate's state, or None without --prompts-file, because accelerate calls nvidia-smi.
+
+    Raises:
+        RecipeError: there are fewer GPUs than processes, or a launcher's variables are wrong.
     """
     if not args.prompts_file:
         return None
     if world_size() == 1:
         forget_launchers()
-        # On several RTX 40 cards with an old driver accelerate refuses to start without these, for the sake of NCCL,
-        # which a single process does not use. `accelerate launch` sets them itself.
+        # With several RTX 40 cards and an old driver, accelerate refuses to start unless these variables disable
+        # NCCL's P2P and InfiniBand. A single process does not use NCCL. `accelerate launch` sets the variables itself.
         for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
             os.environ.setdefault(name, "1")
     elif args.device == "cuda":
@@ -57,8 +67,11 @@ def join_processes(args) -> PartialState | None:
 
 
 def requests_of(prompts: list[Prompt], args) -> list[Request]:
-    """The images to make. Image i of the prompt with index k has --seed + k * --num_images_per_prompt + i for a seed,
-    or the prompt's own + i: batches and processes change neither seeds nor names."""
+    """The images to make.
+
+    Image i of the prompt with index k has the seed --seed + k * --num_images_per_prompt + i. If the file sets the
+    prompt's seed, image i has that seed + i. So batches and processes change neither seeds nor names.
+    """
     count, requests = args.num_images_per_prompt, []
     for prompt in prompts:
         first = args.seed + prompt.index * count if prompt.seed is None else prompt.seed
@@ -68,7 +81,7 @@ def requests_of(prompts: list[Prompt], args) -> list[Request]:
 
 
 def image_paths(args, prompts: list[Prompt] | None) -> list[Path]:
-    """Every file that gen_image.py saves an image to."""
+    """Every file that gen_image.py saves an image to. `prompts` is None without --prompts-file."""
     if prompts:
         return [request.path for request in requests_of(prompts, args)]
     if args.num_images_per_prompt == 1:
@@ -77,38 +90,42 @@ def image_paths(args, prompts: list[Prompt] | None) -> list[Path]:
 
 
 def is_made(path: Path, parameters: dict) -> bool:
-    """Whether the image is there, whole, and says that it was made with these parameters."""
+    """Whether `path` is a complete image whose metadata holds the same parameters."""
     try:
         if _of_the_picture(read_parameters(path)) != _of_the_picture(parameters):
             return False
         decode(path)
         return True
-    except Exception:  # not there, not an image of ours, or not to its end: PIL raises SyntaxError, too
+    except Exception:  # missing, foreign or incomplete; PIL also raises SyntaxError
         return False
 
 
 def _of_the_picture(parameters: dict) -> dict:
-    """Without what is of the run alone: whether packages were exported or loaded, and what files are called."""
+    """The parameters that decide the picture.
+
+    They leave out the FP8 check's result, whether packages were exported or loaded, and the files' names if hashes of
+    the contents are present.
+    """
     techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()
                   if name != "fp8 check"}
     names = {"revision", "lora", "image"} if parameters.get("contents") else set()
     if names and not parameters["random_weights"] and parameters["model"] not in tiny_presets.NAMES:
-        names.add("model")  # one checkpoint of several names otherwise
+        names.add("model")  # one checkpoint may have several names
     return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in names}
                                  | {"techniques": techniques}))
 
 
 def warn_of_long_prompts(pipeline, prompts: list[Prompt], max_sequence_length: int) -> None:
-    """Says once that T5 does not read the ends of some prompts, which it is the tokenizer's way to cut in silence."""
+    """Warns on stderr about prompts whose ends T5 does not read. The tokenizer cuts them off without a warning."""
     tokens = pipeline.tokenizer_2([prompt.text for prompt in prompts]).input_ids
     long = [prompt.line for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > max_sequence_length]
     if long:
-        print(f"{len(long)} of {len(prompts)} prompts longer than the {max_sequence_length} tokens that are read, the "
-              f"first in line {long[0]}: the ends have no effect.", file=sys.stderr)
+        print(f"{len(long)} of {len(prompts)} prompts are longer than the limit of {max_sequence_length} tokens, the "
+              f"first in line {long[0]}. Their ends have no effect.", file=sys.stderr)
 
 
 class Progress:
-    """How far all processes together are: they append to one manifest, and this counts what it gains."""
+    """Counts the images of all processes. The processes append to one manifest, and this class counts its new lines."""
 
     def __init__(self, manifest: Path, total: int):
         self.manifest, self.total, self.done = manifest, total, 0
@@ -116,7 +133,7 @@ class Progress:
         self.start = time.perf_counter()
 
     def line(self) -> str:
-        """Images done, their rate since the start, and what remains at that rate."""
+        """The number of images done, the rate since the start, and the remaining time at that rate."""
         gained = b""
         if self.manifest.exists():
             with open(self.manifest, "rb") as file:
@@ -133,15 +150,17 @@ class Progress:
 
 def write_images(images: list, are_finite: list[bool], requests: list[Request], common: dict, seconds: float,
                  manifest: Path) -> list[RecipeError]:
-    """Saves images and adds their lines to the manifest. Broken images and those that had to go elsewhere get none.
+    """Saves images and appends their lines to the manifest. Broken images and images saved elsewhere get no line.
 
     Args:
-        are_finite: as `CheckedImageProcessor.finite` has it.
+        images: PIL images, one per request.
+        are_finite: whether each image's decoder output was finite, from `CheckedImageProcessor.finite`.
         common: the parameters that all images share.
         seconds: an image's share of its batch's time.
+        manifest: the manifest's path.
 
     Returns:
-        What went wrong, not raised: broken images, and what could not be written where it belongs.
+        Errors that are not raised: about broken images, and about files that could not be written to their places.
     """
     errors = []
     for image, is_finite, request in zip(images, are_finite, requests, strict=True):
@@ -153,40 +172,47 @@ def write_images(images: list, are_finite: list[bool], requests: list[Request], 
             append_line(manifest, {"file": request.path.name, **parameters, "seconds": round(seconds, 4),
                                    "sha256": hashlib.sha256(request.path.read_bytes()).hexdigest()})
         except OSError as error:
-            errors.append(RecipeError(f"{manifest}: {request.path.name} is made, and cannot be added to the list "
-                                      f"({reason_of(error)})"))
+            errors.append(RecipeError(f"{manifest}: {request.path.name} is saved, but could not be added to the "
+                                      f"manifest ({reason_of(error)})"))
     return errors
 
 
 def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, log) -> None:
-    """Makes what is missing of the images of `prompts`, this process its share, with an optimized pipeline.
+    """Makes this process's share of the missing images with an optimized pipeline.
 
-    A batch that is not full is filled up with its last prompt and the surplus dropped: compiled code and CUDA graphs
-    see the one shape that `optimize` warmed up. While a batch is computed, a thread writes the one before. Broken
-    images do not stop the others; an image or a line that cannot be written does.
+    A partial batch is padded with its last prompt, and the surplus images are dropped. So compiled code and CUDA graphs
+    see only the batch size that `optimize` warmed up. A thread writes each batch while the next one is computed. Broken
+    images do not stop the run. An image or a manifest line that cannot be written stops it.
+
+    Args:
+        pipeline: the pipeline that `optimize` returned.
+        args: the parsed command line.
+        prompts: all prompts of the file.
+        processes: the state that `join_processes` returned.
+        log: the stage log.
 
     Raises:
-        RecipeError: as `raise_errors` has it, once all that was computed is kept.
+        RecipeError: the errors that `raise_errors` combines, after all computed images are saved.
     """
     size, manifest = images_per_call(args), manifest_path(args.output_file)
     kwargs = call_kwargs(pipeline, args)
     common = image_parameters(args, pipeline, kwargs, prompt="", seed=0)
     group = None
     if processes.num_processes > 1:
-        # Over gloo: waiting for one another takes no GPU memory, and may take as long as it takes.
+        # With gloo, waiting takes no GPU memory. The timeout lets one process wait very long for another.
         group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     missing, progress = None, None
-    if processes.is_main_process:  # alone, since the others' new images would change the answer
+    if processes.is_main_process:  # one process only, because new images of other ranks would change the result
         warn_of_long_prompts(pipeline, prompts, kwargs["max_sequence_length"])
         warn_of_cut_prompts(pipeline, [("--negative_prompt", args.negative_prompt)], kwargs["max_sequence_length"])
         requests = requests_of(prompts, args)
-        with ThreadPoolExecutor() as readers:  # a picture takes 20 ms, outside Python's lock
+        with ThreadPoolExecutor() as readers:  # decoding takes 20 ms per image and releases the GIL
             made = readers.map(lambda one: is_made(one.path, common | {"prompt": one.prompt, "seed": one.seed}),
                                requests)
             missing = [request for request, is_there in zip(requests, made, strict=True) if not is_there]
         if len(missing) < len(requests):
-            log.line(f"{len(requests) - len(missing)} of {len(requests)} images are there, made with the same "
-                     "parameters: skipped")
+            log.line(f"{len(requests) - len(missing)} of {len(requests)} images exist already with the same "
+                     "parameters and are skipped")
         if missing:
             progress = Progress(manifest, len(missing))
     if group:
@@ -225,5 +251,5 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
 
 
 def must_stop(errors: list[RecipeError]) -> bool:
-    """Whether more images would be as much in danger as the last ones: something could not be written."""
+    """Whether the run must stop because a file could not be written. Broken images alone do not stop it."""
     return any(not isinstance(error, BrokenResult) for error in errors)

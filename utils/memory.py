@@ -1,4 +1,4 @@
-"""What fits where: parameter counts, GPU memory needed, and the device that weights are loaded on."""
+"""Counts parameters, estimates the GPU memory needed, and chooses the device on which weights are loaded."""
 
 import argparse
 
@@ -14,8 +14,10 @@ GIB = 2**30
 
 
 def weight_counts(configs: dict) -> dict[str, int]:
-    """Parameters of each component; of the Linears in the transformer's blocks ("blocks"), which float8 quantizes; and
-    of those among them that int8 leaves alone ("modulation"). Counted from the configs.
+    """Returns the parameter count of each component, from the configs.
+
+    "blocks" counts the Linears in the transformer's blocks, which float8 quantizes. "modulation" counts the blocks'
+    modulation Linears, which int8 leaves in bf16.
     """
     modules = meta_models(configs)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
@@ -27,18 +29,21 @@ def weight_counts(configs: dict) -> dict[str, int]:
 
 
 def bf16_modulations_fit(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> bool:
-    """Whether the GPU has room for the blocks' modulations in bf16, 3 GiB more than in float8."""
+    """Returns whether the GPU has room for the blocks' modulations in bf16, which take 3 GiB more than in float8."""
     _, resident, working = _memory_needed(args, configs, chosen)
     more = weight_counts(configs)["modulation"] * (chosen.dtype.itemsize - 1)
     return resident + working + more <= hardware.free_bytes
 
 
 def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tuple[dict[str, float], float, float]:
-    """Bytes of the finished recipe: of each part's weights, of the weights on the GPU at once, and beyond them.
+    """Estimates the bytes that the finished recipe needs.
 
-    The working set is what an H100 reserved beyond the weights for a 1024x1024 image, CUDA graphs on: 26.6 - 20.4 GiB
-    (results/h100/2026-11/schnell/6_float8.json). Its largest part is the VAE decoder's activations; with tiling it is a
-    guess.
+    The working set is the memory that an H100 reserved beyond the weights for a 1024x1024 image with CUDA graphs:
+    26.6 - 20.4 GiB (results/h100/2026-11/schnell/6_float8.json). The VAE decoder's activations are its largest part.
+    With VAE tiling the working set is a guess.
+
+    Returns:
+        The weights of each part, the weights on the GPU at once, and the working set, in bytes.
     """
     count = weight_counts(configs)
     plain = chosen.dtype.itemsize
@@ -53,17 +58,18 @@ def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tup
     }
     megapixels = chosen.settings.height * chosen.settings.width / 2**20 * images_per_call(args)
     working = (1.5 if args.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
-    # Of T5 two layers at a time are on the GPU; the largest is its embedding, of 0.25 GiB.
+    # Two of T5's layers are on the GPU at a time. The largest layer is the embedding, with 0.25 GiB.
     in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
     resident = {"none": sum(needs.values()), "text": in_turn, "model": max(needs.values()), "group": 0}[args.offload]
     return needs, resident, working
 
 
 def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
-    """The device to put unquantized weights on: the CPU if they fit on the GPU only once they are quantized.
+    """Returns the device for the unquantized weights: "cpu" if only the quantized weights fit on the GPU.
 
     Raises:
-        RecipeError: even the finished recipe does not fit into the GPU's free memory; says by how much and what helps.
+        RecipeError: the finished recipe does not fit into the GPU's free memory. The message has the sizes and the
+            flags that help.
     """
     if hardware.device == "cpu":
         return "cpu"
@@ -84,25 +90,26 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
             helps.insert(0, "quantization (drop --disable_quant)")
         raise RecipeError(
             f"not enough GPU memory: about {(resident + working) / GIB:.1f} GiB are needed ({parts}, working set "
-            f"{working / GIB:.1f}), {hardware.free_bytes / GIB:.1f} GiB are free on {hardware.name}. What helps: "
+            f"{working / GIB:.1f}), and {hardware.free_bytes / GIB:.1f} GiB are free on {hardware.name}. Try: "
             f"{', '.join([*helps, 'a smaller --height and --width'])}.")
     return build_on
 
 
 def check_cpu_memory(configs: dict, dtype: torch.dtype) -> None:
-    """Refuses a model whose weights do not fit into CPU memory, before any is read: the system would kill this process.
-    Weights alone are counted, so that nothing is refused that might fit.
+    """Refuses a model whose weights exceed CPU memory, before they are read: the system would kill this process.
+
+    The estimate counts weights only, so that it never refuses a model that might fit.
 
     Raises:
-        RecipeError: with both numbers and what helps.
+        RecipeError: the weights do not fit. The message has both sizes and the ways out.
     """
     count = weight_counts(configs)
     parts = {name: count[name] * dtype.itemsize for name in ("transformer", "text_encoder_2", "text_encoder", "vae")}
     needed, available = sum(parts.values()), available_memory()
     if needed > available:
         of_each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        half = " without --disable_bf16 half as much," if dtype == torch.float32 else ""
+        half = " dropping --disable_bf16 (half the memory)," if dtype == torch.float32 else ""
         raise RecipeError(f"not enough CPU memory: the weights take {needed / GIB:.1f} GiB ({of_each}), and "
-                          f"{available / GIB:.1f} GiB are available. What helps:{half} a machine with more memory, a "
-                          "GPU that holds the model, --ckpt tiny-flux to try things out. Quantization does not help, "
-                          "since it comes after loading.")
+                          f"{available / GIB:.1f} GiB are available. Try:{half} a machine with more memory, a GPU that "
+                          "holds the model, or --ckpt tiny-flux for a test. Quantization does not help, because it "
+                          "comes after loading.")

@@ -1,4 +1,4 @@
-"""What the last write needs is tried before anything loads: that it harms no file of the user's, and that it works."""
+"""Checks before anything loads that the final write will succeed and that it will not replace a file of the user."""
 
 import argparse
 import errno
@@ -16,19 +16,20 @@ from utils.common import RecipeError, reason_of
 from utils.images import is_our_image, read_parameters, write_picture
 from utils.outputs import as_path, is_manifest, is_record, is_trace, manifest_path, refuse_foreign, temporary_beside
 
-LONGEST_SIDE = {".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # pixels that the formats can count
+LONGEST_SIDE = {".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # the formats' limits in pixels
 RECORD_BYTES = 4 * 2**20
-PIXEL_BYTES = 4  # of a compressed image at most
-METADATA_CHARACTERS = 4096  # of an image, beside its prompt and names
+PIXEL_BYTES = 4  # upper bound per pixel of a compressed image
+METADATA_CHARACTERS = 4096  # upper bound per image, without its prompt and names
 
 
 def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[str]) -> None:
-    """Refuses a run whose files could not be written, or would take the place of what is the user's. Of the folders
-    that it makes to try, those of a refused run go again.
+    """Refuses a run whose files could not be written or would replace files of the user.
+
+    The check creates missing folders. It removes them again if it refuses the run.
 
     Args:
-        images: every file that an image is saved to.
-        prompts: every prompt that is written beside an image.
+        images: every file that the run saves an image to.
+        prompts: every prompt that the run writes into an image's metadata.
 
     Raises:
         RecipeError: names the file, the reason and the way out.
@@ -54,7 +55,7 @@ def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[st
 
 
 def check_output(path: str | Path, flag: str, is_ours: Callable[[Path], bool]) -> None:
-    """`check_outputs` for one file of another program than gen_image.py and run_benchmark.py.
+    """Like `check_outputs`, for a single file of a program other than gen_image.py and run_benchmark.py.
 
     Raises:
         RecipeError: names the file, the reason and the way out.
@@ -67,70 +68,84 @@ def check_output(path: str | Path, flag: str, is_ours: Callable[[Path], bool]) -
 
 
 def check_image_name(args: argparse.Namespace) -> None:
-    """Refuses an --output-file that is no file's name, of no known format, or of one too small for the image."""
+    """Refuses an --output-file that names a folder, has an unknown format, or has a format too small for the image.
+
+    Raises:
+        RecipeError: names the file, the reason and the way out.
+    """
     name, suffix = args.output_file, as_path(args.output_file).suffix
     if name.endswith(("/", os.sep)):
-        raise RecipeError(f"--output-file {name}: it is a folder. Add a name, such as {name}output.png.")
+        raise RecipeError(f"--output-file {name}: it is a folder. Add a file name, such as {name}output.png.")
     if suffix.lower() not in IMAGE_SUFFIXES:
-        raise RecipeError(f"--output-file {name}: unknown image type '{suffix}'. Give a name that ends in one of "
+        raise RecipeError(f"--output-file {name}: unknown image type '{suffix}'. Choose a name that ends in one of "
                           f"{', '.join(IMAGE_SUFFIXES)}, such as output.png.")
     longest = LONGEST_SIDE.get(suffix.lower(), 2**31 - 1)
     for side in ("height", "width"):
         if (getattr(args, side) or 0) > longest:
-            raise RecipeError(f"--output-file {name}: {suffix} holds at most {longest:,} pixels a side, and --{side} "
-                              f"is {getattr(args, side)}. Choose a .png.")
+            raise RecipeError(f"--output-file {name}: {suffix} holds at most {longest:,} pixels per side, but --{side} "
+                              f"is {getattr(args, side)}. Choose a .png file.")
 
 
 def inputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
-    """The files that a run reads, with their flags; not a --ckpt's, which are foreign to every kind of output."""
-    found = [("--image", args.image), ("--prompts-file", args.prompts_file),
+    """The files that a run reads, as (flag, path).
+
+    The files of --ckpt are left out, because `refuse_foreign` never lets an output replace them.
+    """
+    files = [("--image", args.image), ("--prompts-file", args.prompts_file),
              ("--step_cache", None if args.step_cache in STEP_CACHES else args.step_cache)]
     for lora in args.lora or []:
-        found += [("--lora", lora), ("--lora", lora.rpartition(":")[0])]
-    return [(flag, as_path(path)) for flag, path in found if path and "://" not in path]
+        files += [("--lora", lora), ("--lora", lora.rpartition(":")[0])]
+    return [(flag, as_path(path)) for flag, path in files if path and "://" not in path]
 
 
 def refuse_same_files(outputs: list[tuple], inputs: list[tuple[str, Path]]) -> None:
-    """Refuses an output that is an input or another output, whatever the two are called.
+    """Refuses an output that is the same file as an input or as another output, under any name.
+
+    Args:
+        outputs: (flag, path, is_ours) of each output.
+        inputs: (flag, path) of each input.
 
     Raises:
         RecipeError: names both flags.
     """
     read, written = {}, {}
     for flag, path in inputs:
-        with suppress(OSError, ValueError):  # nothing there, such as a repository on the Hub
+        with suppress(OSError, ValueError):  # no such file; the name may be a repository on the Hub
             read[_identity(path)] = flag
     for flag, path, _ in outputs:
         with suppress(OSError):
             if other := read.get(_identity(path)):
-                raise RecipeError(f"{flag} would overwrite {path}, the file of {other}: choose another {flag}.")
-        # Some file systems take names that differ in case for the same.
+                raise RecipeError(f"{flag} would overwrite {path}, the file of {other}. Choose another {flag}.")
+        # Some file systems ignore the case of names.
         other = written.setdefault(str(path).casefold(), flag)
         if other != flag:
-            raise RecipeError(f"{flag} {path} is also the file of {other}: choose another name for one of the two.")
+            raise RecipeError(f"{flag} {path} is also the file of {other}. Choose another name for one of the two.")
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    info = os.stat(path)
+    return info.st_dev, info.st_ino
 
 
 @contextmanager
 def without_new_folders(paths: Iterable[Path]):
-    """After an error, those folders of `paths` go that were not there before and are empty."""
+    """After a RecipeError in the body, removes the empty folders of `paths` that did not exist before."""
     missing = {folder for parent in {path.parent for path in paths} for folder in (parent, *parent.parents)
                if not os.path.exists(folder)}
     try:
         yield
     except RecipeError:
-        for folder in sorted(missing, reverse=True):  # the inner ones first
+        for folder in sorted(missing, reverse=True):  # inner folders first
             with suppress(OSError):
                 folder.rmdir()
         raise
 
 
 def try_folder(folder: Path, flag: str, size: int = RECORD_BYTES) -> None:
-    """Makes a folder, and a file in it that goes again.
+    """Creates a folder if it is missing, and writes and deletes a temporary file in it.
+
+    Args:
+        size: of the temporary file, in bytes.
 
     Raises:
         RecipeError: names the folder and the reason.
@@ -142,16 +157,16 @@ def try_folder(folder: Path, flag: str, size: int = RECORD_BYTES) -> None:
             with open(temporary, "wb") as file:
                 file.write(bytes(size))
                 file.flush()
-                os.fsync(file.fileno())  # some file systems find out that they are full only now
+                os.fsync(file.fileno())  # some file systems report a full disk only now
         finally:
             temporary.unlink()
     except OSError as error:
-        raise RecipeError(f"{flag}: nothing can be written in {folder} ({reason_of(error)}). Choose another folder, or "
-                          "make room.") from error
+        raise RecipeError(f"{flag}: {folder} is not writable ({reason_of(error)}). Choose another folder, or free some "
+                          "space.") from error
 
 
 def try_place(path: Path, flag: str, is_ours: Callable[[Path], bool]) -> None:
-    """Refuses a file in whose place something else is.
+    """Refuses an output path where a foreign file or a folder already is.
 
     Raises:
         RecipeError: names the flag, the file and the reason.
@@ -164,7 +179,7 @@ def try_place(path: Path, flag: str, is_ours: Callable[[Path], bool]) -> None:
 
 
 def try_length(path: Path, flag: str) -> None:
-    """Refuses a name that the file system of its folder, which is there, does not take.
+    """Refuses a file name that the file system does not accept. The folder must exist.
 
     Raises:
         RecipeError: names the flag, the file and the reason.
@@ -177,11 +192,12 @@ def try_length(path: Path, flag: str) -> None:
 
 
 def try_picture(path: Path, args: argparse.Namespace, prompts: list[str]) -> None:
-    """Saves a small picture in `path`'s format and folder, with the longest of `prompts`, and looks for room for those
-    of one call.
+    """Saves a small picture with the longest prompt in the format and folder of `path`, and checks the free space.
+
+    The folder needs room for the images of one pipeline call.
 
     Raises:
-        RecipeError: names the reason.
+        RecipeError: names --output-file, the reason and the way out.
     """
     parameters = {name: getattr(args, name) for name in ("negative_prompt", "ckpt", "lora", "image")}
     parameters |= {"prompt": max(prompts, key=lambda text: len(json.dumps(text))), "more": "x" * METADATA_CHARACTERS}
@@ -190,15 +206,16 @@ def try_picture(path: Path, args: argparse.Namespace, prompts: list[str]) -> Non
     try:
         usage = shutil.disk_usage(path.parent)
         if usage.total and usage.free < needed:
-            raise OSError(errno.ENOSPC, f"{path.parent} has {usage.free / 2**20:.0f} MiB left, and the images may take "
+            raise OSError(errno.ENOSPC, f"{path.parent} has {usage.free / 2**20:.0f} MiB left, but the images may need "
                                         f"{needed / 2**20:.0f}")
         write_picture(PIL.Image.new("RGB", (16, 16)), temporary, parameters)
         if read_parameters(temporary) != parameters:
-            raise ValueError("its metadata would not be read back")
+            raise ValueError("its metadata cannot be read back")
     except OSError as error:
-        raise RecipeError(f"--output-file {path}: {reason_of(error)}. Choose another folder, or make room.") from error
+        raise RecipeError(f"--output-file {path}: {reason_of(error)}. Choose another folder, or free some "
+                          "space.") from error
     except Exception as error:
         raise RecipeError(f"--output-file {path}: {path.suffix} cannot hold the image with its prompt "
-                          f"({reason_of(error)}). Choose a .png, or a shorter prompt.") from error
+                          f"({reason_of(error)}). Choose a .png file, or a shorter prompt.") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The recipe: load a FLUX.1 pipeline, then `optimize` it, top to bottom, in the one order in which the steps work."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
 from utils.memory import GIB, bf16_modulations_fit, check_cpu_memory, choose_load_device
-from utils.plan import Decision, detect, make_plan
+from utils.plan import Decision, Plan, detect, make_plan
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
 from utils.text_encoding import (
@@ -59,18 +60,20 @@ def load_pipeline(args):
         disable_progress_bars()
     configs = read_configs(args.ckpt, args.revision, args.random_weights)
     hardware = detect(args.device, args.gpu_memory_limit)
-    chosen = make_plan(args, configs, hardware)
-    device = choose_load_device(args, configs, hardware, chosen)
+    plan = make_plan(args, configs, hardware)
+    device = choose_load_device(args, configs, hardware, plan)
+    # Weights that are loaded onto the GPU leave room for 3 GiB more than float8 takes.
+    plan.float8_modulations = device != args.device and not bf16_modulations_fit(args, configs, hardware, plan)
     if device == "cpu":
-        check_cpu_memory(configs, chosen.dtype)
-    if chosen.compile_mode != "disabled" or args.device == "cuda":  # Triton's kernels are compiled without it
+        check_cpu_memory(configs, plan.dtype)
+    if plan.compile_mode != "disabled" or args.device == "cuda":  # Triton's kernels are compiled without it
         use_kernel_cache(args.cache_dir)
     if args.step_error and device != args.device:
         raise RecipeError("--step_error needs the unquantized model on the GPU, and it does not fit there.")
     reference = load_reference(args.image) if args.image else None
-    if chosen.context_parallel:
-        width, height = chosen.settings.width, chosen.settings.height
-        context_parallel.check_tokens(chosen.settings.max_sequence_length, width * height // 256,
+    if plan.context_parallel:
+        width, height = plan.settings.width, plan.settings.height
+        context_parallel.check_tokens(plan.settings.max_sequence_length, width * height // 256,
                               reference_tokens(reference, width * height) if reference else 0)
     files, contents = None, None
     if not args.random_weights:
@@ -85,16 +88,17 @@ def load_pipeline(args):
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * GIB / total))
 
     if args.random_weights:
-        pipeline = random_weights.build(configs, device, chosen.dtype)
+        pipeline = random_weights.build(configs, device, plan.dtype)
         contents = f"random {args.ckpt} {args.random_weights}"
     else:
-        pipeline = load_checkpoint(files, chosen.dtype)
+        pipeline = load_checkpoint(files, plan.dtype)
         pipeline.to(device)
         weight_files.refuse_non_finite(args.ckpt, pipeline)
         if args.ckpt in tiny_presets.NAMES:
             pipeline = tiny_presets.as_preset(pipeline, args.ckpt)
     merge_loras(pipeline, loras, args.quiet)
     pipeline.contents = {"weights": contents, "lora": [[lora.sha256, lora.scale] for lora in loras]}
+    pipeline.plan = plan
     show_progress(pipeline, not args.quiet)
     return pipeline
 
@@ -114,156 +118,213 @@ def load_checkpoint(files: weight_files.Checkpoint, dtype: torch.dtype):
 
 @compiling()
 def optimize(pipeline, args, log: StageLog | None = None):
-    """Applies every technique that is switched on, in order, and warms up with the very shapes of the real call.
+    """Applies the plan, weights first, then code from the inside out, and warms up with the real call's shapes.
 
-    Returns `pipeline`, with `pipeline.techniques`: what each technique did, or why it is off.
+    The order is the recipe, and the order of the README's table.
+
+    Returns:
+        `pipeline`. `pipeline.techniques` says what each technique did, or why it is off.
+
+    Raises:
+        RecipeError: packages are missing or do not fit, or, with --strict, the fp8 check fails.
     """
     log = log or StageLog(args.quiet)
-    chosen = make_plan(args, configs_of(pipeline), detect(args.device))
-    techniques = pipeline.techniques = chosen.decisions
-    transformer, vae = pipeline.transformer, pipeline.vae
-    device = torch.device(args.device)
-    check = begin_fp8_check(pipeline, args, chosen, log)
+    plan = pipeline.plan = getattr(pipeline, "plan", None) or make_plan(args, configs_of(pipeline), detect(args.device))
+    pipeline.techniques = plan.decisions
+    transformer, vae, device = pipeline.transformer, pipeline.vae, torch.device(args.device)
+    check = begin_fp8_check(pipeline, args, plan, log)
 
-    # Fusing concatenates weights, which quantized tensors cannot do: before quantization, after LoRA.
-    if chosen.is_on("fused projections"):
+    # Weights. LoRAs are in them. Concatenation comes before quantization: quantized tensors cannot be concatenated.
+    if plan.is_on("fused projections"):
         fuse_projections(transformer)
         fuse_projections(vae)
-    # cuDNN's convolutions on tensor cores want NHWC; converting in between costs more than the convolutions gain.
-    if chosen.is_on("channels_last"):
+    if plan.is_on("channels_last"):  # cuDNN's tensor-core convolutions take NHWC; converting costs more than they gain
         vae.to(memory_format=torch.channels_last)
-    if chosen.is_on("fused VAE"):
-        from utils.kernels.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
-        techniques["fused VAE"] = Decision(True, "{} norms, {} attentions, {} upsamplers".format(*fuse_vae(vae)))
+    if plan.is_on("fused VAE"):
+        put_fused_vae(plan, vae)
     if args.vae_tiling:
         enable_tiling(vae)
-    # Scaled by the norms' weights: after LoRA. Fused blocks call the library themselves.
-    fused = chosen.is_on("fused kernels")
-    if fused:
-        # These need Triton, which CPU builds of torch lack.
-        from utils.kernels.fused_blocks import defer_residuals, fuse_blocks, prune_unused_tokens, share_attention
-        from utils.kernels.modulation import attach_modulation_hook
-    elif chosen.context_parallel:
-        attention.use_attention_library(transformer, chosen.attention_backend,
-                                        context_parallel.ATTENTION[chosen.context_parallel],
-                                        context_parallel.all_reduce_max)
-    elif chosen.attention_backend in attention.BACKENDS:
-        attention.use_attention_library(transformer, chosen.attention_backend)
-    elif techniques["attention"].on:
-        with diffusers_backend("native"):  # on leaving, the process-wide default is what it was
-            transformer.set_attention_backend(chosen.attention_backend)
+    set_attention(plan, transformer)
+    with log.stage("quantize") if plan.quant or args.text_encoder_quant else nullcontext():
+        quantize(plan, pipeline, args)
+    place_weights(pipeline, args.offload, device)
+    if check and not plan.context_parallel:  # on several GPUs only the finished recipe shards the tokens
+        with log.stage("fp8 check"):
+            check.measure(transformer)
 
-    with log.stage("quantize") if chosen.quant or args.text_encoder_quant else nullcontext():
-        cpu = torch.device("cpu")
-        if fused:
-            # Weights that are on the GPU already leave room for 3 GiB more than float8 takes.
-            capped = transformer.device.type != device.type and not bf16_modulations_fit(
-                args, configs_of(pipeline), detect(args.device, args.gpu_memory_limit), chosen)
-            count = fuse_blocks(transformer, device, float8_modulations=capped)
-            techniques["quantization"] = Decision(True, f"{techniques['quantization'].how}, {count} Linears; "
-                                                        f"modulations in {'float8' if capped else 'bf16'}")
-        elif chosen.quant:
-            stored_on = cpu if offloads_transformer(args) else None
-            count = quantize_transformer(transformer, *chosen.quant, device, stored_on)
-            techniques["quantization"] = Decision(True, f"{techniques['quantization'].how}, {count} Linears")
-        if args.text_encoder_quant:
-            quantize_text_encoder(pipeline.text_encoder_2, device, None if t5_on_gpu(args) else cpu)
-    if args.offload == "model":
-        # diffusers' default is GPU 0, whatever the current one is.
+    # Code. A step cache replaces the blocks' callers and reads the signature of the code below them. So packages are
+    # loaded before it. torch.compile works from inside the blocks.
+    if plan.compile_mode == "export_aoti":
+        use_packages(plan, pipeline, args, log)
+    wrap = partial(CUDAGraphModule, pool=torch.cuda.graph_pool_handle()) if plan.is_on("CUDA graphs") else None
+    if plan.context_parallel:
+        shard_fused_attention(plan, transformer, device)
+    if plan.cache:  # it decides in Python: CUDA graphs go around the pieces between its decisions
+        dbcache.enable(pipeline, plan.cache, args.true_cfg_scale > 1, wrap, shared=plan.context_parallel is not None)
+    if plan.compile_mode == "compile":
+        compile_pipeline(pipeline, "no blocks" if plan.is_on("fused kernels") else args.compile_scope, args.cache_dir,
+                         TUNING_FLAGS if plan.is_on("inductor flags") else {}, t5_on_gpu(args))
+    if plan.context_parallel:  # inside the step's CUDA graph, which records the collectives
+        pipeline.transformer = context_parallel.SequenceParallel(pipeline.transformer)
+    if wrap:
+        capture_graphs(plan, pipeline, wrap, t5_on_gpu(args))
+    attach_to_denoising_loop(plan, pipeline)
+    set_image_processor(plan, pipeline, device)
+
+    print_techniques(plan, log)
+    warm_up(plan, pipeline, args, check, log)
+    report_fp8_check(plan, pipeline, args, check, log)
+    return pipeline
+
+
+def put_fused_vae(plan: Plan, vae: torch.nn.Module) -> None:
+    from utils.kernels.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
+
+    plan.decisions["fused VAE"] = Decision(True, "{} norms, {} attentions, {} upsamplers".format(*fuse_vae(vae)))
+
+
+def set_attention(plan: Plan, transformer: torch.nn.Module) -> None:
+    """The attention library of diffusers' blocks. Fused blocks call theirs themselves."""
+    if plan.is_on("fused kernels"):
+        return
+    if plan.context_parallel:
+        attention.use_attention_library(transformer, plan.attention_backend,
+                                        context_parallel.ATTENTION[plan.context_parallel],
+                                        context_parallel.all_reduce_max)
+    elif plan.attention_backend in attention.BACKENDS:
+        attention.use_attention_library(transformer, plan.attention_backend)
+    elif plan.is_on("attention"):
+        with diffusers_backend("native"):  # on leaving, the process-wide default is as before
+            transformer.set_attention_backend(plan.attention_backend)
+
+
+def quantize(plan: Plan, pipeline, args) -> None:
+    """The transformer: blocks on the fused kernels, or torchao's Linears. T5, if a flag asks for it."""
+    transformer, device, cpu = pipeline.transformer, torch.device(args.device), torch.device("cpu")
+    planned = plan.decisions["quantization"].how
+    if plan.is_on("fused kernels"):
+        from utils.kernels.fused_blocks import defer_residuals, fuse_blocks  # need Triton
+
+        count = fuse_blocks(transformer, device, float8_modulations=plan.float8_modulations)
+        defer_residuals(transformer, *((plan.cache.Fn_compute_blocks, plan.cache.Bn_compute_blocks) if plan.cache
+                                       else (0, 0)))
+        plan.decisions["quantization"] = Decision(
+            True, f"{planned}, {count} Linears; modulations in {'float8' if plan.float8_modulations else 'bf16'}")
+    elif plan.quant:
+        count = quantize_transformer(transformer, *plan.quant, device, cpu if offloads_transformer(args) else None)
+        plan.decisions["quantization"] = Decision(True, f"{planned}, {count} Linears")
+    if args.text_encoder_quant:
+        quantize_text_encoder(pipeline.text_encoder_2, device, None if t5_on_gpu(args) else cpu)
+
+
+def place_weights(pipeline, offload: str, device: torch.device) -> None:
+    """Weights on the GPU, or in CPU memory until they are used (--offload)."""
+    if offload == "model":
+        # diffusers' default is GPU 0, whatever the current GPU is.
         pipeline.enable_model_cpu_offload(gpu_id=torch.cuda.current_device(), device=device)
-    elif args.offload == "group":
+    elif offload == "group":
         pipeline.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
                                       offload_type="leaf_level", use_stream=True, record_stream=True)
-    elif args.offload == "text":
-        for module in (transformer, vae, pipeline.text_encoder):
+    elif offload == "text":
+        for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
             module.to(device)
         stream_text_encoder(pipeline.text_encoder_2, device)
     else:
         pipeline.to(device)
 
-    if fused:
-        defer_residuals(transformer, *((chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks) if chosen.cache
-                                  else (0, 0)))
-    if check and not chosen.context_parallel:  # of several GPUs only the finished recipe shares its tokens out
-        with log.stage("fp8 check"):
-            check.measure(transformer)
-    if chosen.compile_mode == "export_aoti":
-        with log.stage("packages"), attach_modulation_hook(pipeline) if fused else nullcontext():
-            techniques["compile"] = Decision(True, use_packages(pipeline, args, chosen, log))
-    graphed = None
-    if chosen.is_on("CUDA graphs"):
-        graphed = partial(CUDAGraphModule, pool=torch.cuda.graph_pool_handle())
-    if fused and chosen.context_parallel:
-        found = share_attention(transformer, chosen.context_parallel, context_parallel.world_size(), pipeline.device)
-        techniques["context parallel"] = Decision(True, techniques["context parallel"].how + found)
-    # The cache replaces the blocks' callers and reads the signature of what is under the blocks by then; compilation
-    # works from inside them. It decides in Python: what it decides between become graphs, not the step.
-    if chosen.cache:
-        dbcache.enable(pipeline, chosen.cache, separate_cfg=args.true_cfg_scale > 1, wrap=graphed,
-                          shared=chosen.context_parallel is not None)
-    if chosen.compile_mode == "compile":
-        compile_pipeline(pipeline, "no blocks" if fused else args.compile_scope, args.cache_dir,
-                         TUNING_FLAGS if chosen.is_on("inductor flags") else {}, t5_on_gpu(args))
-    if chosen.context_parallel:  # inside the step's graph, if it has one, which records what moves between GPUs as well
-        pipeline.transformer = context_parallel.SequenceParallel(pipeline.transformer)
-    if graphed:
-        # In a pool of its own, since it runs beside T5.
-        pipeline.text_encoder = CUDAGraphModule(pipeline.text_encoder, torch.cuda.graph_pool_handle())
-        if t5_on_gpu(args):
-            pipeline.text_encoder_2 = graphed(pipeline.text_encoder_2)
-            overlap_text_encoders(pipeline)
-        vae.decoder = graphed(vae.decoder)
-        if not chosen.cache:
-            pipeline.transformer = graphed(pipeline.transformer)
-    if chosen.context_parallel:
-        vae.decoder = context_parallel.DataParallelDecoder(vae.decoder)
+
+def shard_fused_attention(plan: Plan, transformer: torch.nn.Module, device: torch.device) -> None:
+    """Has fused blocks attend to the tokens of all GPUs. Other blocks do since `set_attention`."""
+    if plan.is_on("fused kernels"):
+        from utils.kernels.fused_blocks import share_attention  # needs Triton
+
+        note = share_attention(transformer, plan.context_parallel, context_parallel.world_size(), device)
+        plan.decisions["context parallel"] = Decision(True, plan.decisions["context parallel"].how + note)
+
+
+def capture_graphs(plan: Plan, pipeline, wrap: Callable[[torch.nn.Module], torch.nn.Module], with_t5: bool) -> None:
+    """CUDA graphs around text encoders, VAE decoder and step; with a step cache the step's pieces have theirs."""
+    # CLIP has a pool of its own, since it runs beside T5.
+    pipeline.text_encoder = CUDAGraphModule(pipeline.text_encoder, torch.cuda.graph_pool_handle())
+    if with_t5:
+        pipeline.text_encoder_2 = wrap(pipeline.text_encoder_2)
+        overlap_text_encoders(pipeline)
+    pipeline.vae.decoder = wrap(pipeline.vae.decoder)
+    if not plan.cache:
+        pipeline.transformer = wrap(pipeline.transformer)
+
+
+def attach_to_denoising_loop(plan: Plan, pipeline) -> None:
+    """Everything that has to be outside the step's CUDA graph, from the inside out."""
+    if plan.context_parallel:
+        pipeline.vae.decoder = context_parallel.DataParallelDecoder(pipeline.vae.decoder)
         context_parallel.start_watchdog(pipeline.transformer)
-    if fused:
-        attach_modulation_hook(pipeline)  # outside the graph
-        if not chosen.context_parallel and (graphed or not chosen.cache):
+    if plan.is_on("fused kernels"):
+        from utils.kernels.fused_blocks import prune_unused_tokens  # needs Triton
+
+        _modulations_follow(pipeline)
+        if not plan.context_parallel and (plan.is_on("CUDA graphs") or not plan.cache):
             prune_unused_tokens(pipeline)
-    if chosen.extrapolation:  # around all that a computed step needs
+    if plan.extrapolation:  # an extrapolated step launches nothing of the step
         pipeline.transformer = TaylorSeerTransformer(pipeline.transformer, pipeline.scheduler,
-                                            chosen.extrapolation.mask(chosen.settings.num_inference_steps),
-                                            chosen.extrapolation.order)
-    processor = GPUImageProcessor if chosen.is_on("GPU postprocess") else CheckedImageProcessor
+                                                     plan.extrapolation.mask(plan.settings.num_inference_steps),
+                                                     plan.extrapolation.order)
+
+
+def set_image_processor(plan: Plan, pipeline, device: torch.device) -> None:
+    processor = GPUImageProcessor if plan.is_on("GPU postprocess") else CheckedImageProcessor
     pipeline.image_processor = processor.from_config(pipeline.image_processor.config)
     pipeline.image_processor.device = device
 
-    width = max(len(name) for name in techniques)
-    for name, decision in techniques.items():
+
+def print_techniques(plan: Plan, log: StageLog) -> None:
+    width = max(map(len, plan.decisions))
+    for name, decision in plan.decisions.items():
         log.line(f"  {name:<{width}}  {'on ' if decision.on else 'off'}  {decision.how}")
-    if chosen.is_on("compile") or chosen.is_on("CUDA graphs"):
-        # A cache takes its other branch only after its own warm-up steps; everything else shows in one step.
-        steps = chosen.settings.num_inference_steps if chosen.cache else 1
-        with log.stage("compile" if chosen.compile_mode == "compile" else "record"):
-            show_progress(pipeline, False)
-            # With embeddings, as for a file of prompts, whose prompts are encoded one at a time. A step cache would
-            # compare its first step with the second, which has inputs of its own.
-            checked = check and not (chosen.cache or chosen.extrapolation)
-            with check.measure_next_call(pipeline.transformer) if checked else nullcontext():
-                pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))
-            show_progress(pipeline, not args.quiet)
+
+
+def warm_up(plan: Plan, pipeline, args, check: Fp8Check | None, log: StageLog) -> None:
+    """Compiles and records with the shapes of the real call. The fp8 check measures the finished recipe meanwhile."""
+    if not (plan.is_on("compile") or plan.is_on("CUDA graphs")):
+        return
+    # A cache skips a step only after its own warm-up steps. Everything else shows in one step.
+    steps = plan.settings.num_inference_steps if plan.cache else 1
+    with log.stage("compile" if plan.compile_mode == "compile" else "record"):
+        show_progress(pipeline, False)
+        # A step cache would compare its first step with the second, which has inputs of its own.
+        checked = check and not (plan.cache or plan.extrapolation)
+        with check.measure_next_call(pipeline.transformer) if checked else nullcontext():
+            # With embeddings, as for a file of prompts, whose prompts are encoded one at a time.
+            pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=steps), {}))
+        show_progress(pipeline, not args.quiet)
+
+
+def report_fp8_check(plan: Plan, pipeline, args, check: Fp8Check | None, log: StageLog) -> None:
+    """Prints the fp8 check's result and keeps it in `pipeline.fp8_check`.
+
+    Raises:
+        RecipeError: fp8 does not hold, with --strict.
+    """
     if check and not check.errors:
-        techniques["fp8 check"] = Decision(False, "not run: several GPUs, and a step cache or no warm-up")
+        plan.decisions["fp8 check"] = Decision(False, "not run: several GPUs, and a step cache or no warm-up")
     elif check:
         pipeline.fp8_check = check.record()
-        techniques["fp8 check"] = Decision(True, check.line())
+        plan.decisions["fp8 check"] = Decision(True, check.line())
         log.line(f"fp8 check: {check.line()}")
         if context_parallel.is_main_process():
-            on = {"fused": fused, "fp8 attention": chosen.attention_backend in ("fa3", "fa3_unscaled"),
-                  "float8": chosen.quant and chosen.quant[0] == "float8"}
+            on = {"fused": plan.is_on("fused kernels"),
+                  "fp8 attention": plan.attention_backend in ("fa3", "fa3_unscaled"),
+                  "float8": plan.quant and plan.quant[0] == "float8"}
             check.report({name for name, is_on in on.items() if is_on}, args.strict)
-    return pipeline
 
 
-def begin_fp8_check(pipeline, args, chosen, log: StageLog) -> Fp8Check | None:
+def begin_fp8_check(pipeline, args, plan, log: StageLog) -> Fp8Check | None:
     """The check with its bf16 reference, before anything is quantized; or None, and a line about why."""
     pipeline.fp8_check = None
-    fp8_attention = chosen.attention_backend == "aiter" or (
-        "fp8" in attention.BACKENDS.get(chosen.attention_backend, ("", ""))[1])
+    fp8_attention = plan.attention_backend == "aiter" or (
+        "fp8" in attention.BACKENDS.get(plan.attention_backend, ("", ""))[1])
     # int8 too, but not on a CPU, where a bf16 step takes longer than the picture's.
-    if not (fp8_attention or (chosen.quant and (chosen.quant[0] == "float8" or args.device == "cuda"))):
+    if not (fp8_attention or (plan.quant and (plan.quant[0] == "float8" or args.device == "cuda"))):
         return None
     if args.skip_fp8_check:
         why = "--skip_fp8_check"
@@ -347,27 +408,39 @@ def fuse_projections(model: torch.nn.Module) -> None:
                     delattr(module, name)
 
 
-def use_packages(pipeline, args, chosen, log: StageLog) -> str:
-    """Exported code in the place of what `compile_pipeline` would compile; see `utils.aoti`. Returns what was done."""
+def use_packages(plan: Plan, pipeline, args, log: StageLog) -> None:
+    """Exported code in the place of the code that `compile_pipeline` would compile; see `utils.aoti.export`."""
     use_kernel_cache(args.cache_dir)
     with_t5 = args.device == "cuda" and t5_on_gpu(args)
     if with_t5:
         set_static_attention_mask(pipeline.text_encoder_2)
-    kinds = export.packaged(pipeline, not chosen.is_on("fused kernels"), not args.vae_tiling,
-                          identify(configs_of(pipeline)).needs_image, with_t5)
-    show_progress(pipeline, False)
-    units = export.capture(kinds, lambda: pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args,
-                                                                                         num_inference_steps=1), {})))
-    show_progress(pipeline, not args.quiet)
-    if chosen.is_on("inductor flags"):
-        for unit in units:
-            if unit.name.startswith(("double", "single")):
-                unit.settings = TUNING_FLAGS
-    switches = {"dtype": str(chosen.dtype), "attention": chosen.attention_backend, "quantization": chosen.quant} | {
-        name: chosen.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
-                                              "text encoder quant", "inductor flags")}
-    return export.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
-                             args.package_from, log.line)
+    fused = plan.is_on("fused kernels")
+    kinds = export.packaged(pipeline, not fused, not args.vae_tiling, plan.settings.model.needs_image, with_t5)
+
+    def call():
+        pipeline(**with_embeddings(pipeline, call_kwargs(pipeline, args, num_inference_steps=1), {}))
+
+    with log.stage("packages"), _modulations_follow(pipeline) if fused else nullcontext():
+        show_progress(pipeline, False)
+        units = export.capture(kinds, call)
+        show_progress(pipeline, not args.quiet)
+        if plan.is_on("inductor flags"):
+            for unit in units:
+                if unit.name.startswith(("double", "single")):
+                    unit.settings = TUNING_FLAGS
+        switches = {"dtype": str(plan.dtype), "attention": plan.attention_backend, "quantization": plan.quant} | {
+            name: plan.is_on(name) for name in ("fused projections", "channels_last", "fused VAE", "fused kernels",
+                                                "text encoder quant", "inductor flags")}
+        how = export.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model, args.re_export,
+                                  args.package_from, log.line)
+    plan.decisions["compile"] = Decision(True, how)
+
+
+def _modulations_follow(pipeline):
+    """The hook of `attach_modulation_hook` until the end of a `with`."""
+    from utils.kernels.modulation import attach_modulation_hook  # needs Triton
+
+    return attach_modulation_hook(pipeline)
 
 
 def compile_pipeline(pipeline, scope: str, cache_dir: str, flags: dict, with_t5: bool) -> None:

@@ -1,7 +1,7 @@
-"""Decides, before any weights load, what is switched on: from the flags, the checkpoint's configs and the hardware.
+"""Decides which techniques are on, before any weights load: from the flags, the checkpoint's configs and the hardware.
 
-Every technique ends up as one line: on and how, or off and why. What was asked for by name and cannot be had is an
-error with its cure; what is merely on by default is switched off where it cannot run, unless --strict.
+Each technique has one line: on and how, or off and why. A technique that a flag asks for and that cannot run is an
+error with its cure. A technique that is on by default is switched off where it cannot run, unless --strict.
 """
 
 import argparse
@@ -23,6 +23,9 @@ from utils.common import RecipeError
 
 OFFLOADS = {"none": "--offload not given", "text": "T5, layer by layer", "model": "one model at a time on the GPU",
             "group": "every layer by itself"}
+ORDER = ("bf16", "fused projections", "channels_last", "fused VAE", "attention", "quantization", "fused kernels",
+         "text encoder quant", "offload", "compile", "inductor flags", "step cache", "context parallel", "CUDA graphs",
+         "GPU postprocess")  # of the recipe, and of the README's table
 CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")  # of diffusers' dispatcher, tried on torch 2.13
 
 
@@ -33,7 +36,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the decisions depend on; made by `detect`, or by hand in a test."""
+    """The machine that the decisions depend on, from `detect` or described by a test."""
     device: str
     capability: tuple[int, int] = (0, 0)
     is_rocm: bool = False
@@ -49,7 +52,7 @@ class Hardware:
 
 @dataclass
 class Plan:
-    """The recipe's choices in the form `optimize` uses them; `decisions` says the same to people."""
+    """The recipe's choices for `optimize`; `decisions` says them to people."""
     settings: ImageSettings
     dtype: torch.dtype
     attention_backend: str = "native"
@@ -58,6 +61,7 @@ class Plan:
     extrapolation: TaylorSeer | None = None
     context_parallel: str | None = None  # ulysses | ring
     compile_mode: str = "disabled"  # export_aoti | compile | disabled
+    float8_modulations: bool = False  # of the fused blocks: where bf16's 3 GiB more do not fit
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def is_on(self, name: str) -> bool:
@@ -115,34 +119,21 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
     default_on("fused VAE", args.disable_fused_vae or args.disable_channels_last, unwanted, obstacle,
                "GroupNorm with SiLU; attention as two products")
 
-    lacking = _choose_compile_mode(args, hardware, chosen, default_on)
-    compiles = chosen.compile_mode != "disabled"
     _choose_attention(args, hardware, chosen, default_on, configs)
-    _choose_quant(args, hardware, chosen, default_on, compiles)
     unwanted = "--disable_fused_kernels" if args.disable_fused_kernels else _unfused_by_choice(args)
-    if default_on("fused kernels", bool(unwanted), unwanted or "--disable_fused_kernels",
-                  _fusion_obstacle(hardware, chosen, configs),
-                  "LayerNorm, modulation, QK-norm, RoPE, GELU, casts to e4m3; modulations of all steps at once"):
+    fused = default_on("fused kernels", bool(unwanted), unwanted or "--disable_fused_kernels",
+                       _fusion_obstacle(hardware, chosen, configs),
+                       "LayerNorm, modulation, QK-norm, RoPE, GELU and casts to e4m3; the modulations of all steps")
+    _choose_compile_mode(args, hardware, chosen, default_on, fused)
+    compiles = chosen.compile_mode != "disabled"
+    _choose_quant(args, hardware, chosen, default_on, compiles)
+    if fused:
         on["quantization"] = Decision(True, "float8, per-row scales")
-        if compiles:
-            what, *why = on["compile"].how.split("; ", 1)
-            what = what.removeprefix(f"{args.compile_scope}, ")
-            on["compile"] = Decision(True, "; ".join([what, "the blocks are kernels already", *why]))
-    untried = (None if hardware.device == "cpu" else
-               "without the fused kernels" if not chosen.is_on("fused kernels") else
-               "of T5 in int8" if args.text_encoder_quant else None)
-    if lacking and args.strict and not untried:
-        raise RecipeError(f"--strict: exported packages are the default but cannot be had here: {lacking}. Use "
-                          "--compile_export_mode compile, or drop --strict.")
-    if untried and chosen.compile_mode == "export_aoti" and not packages_asked_for(args):
-        chosen.compile_mode = "compile"
-        on["compile"] = Decision(True, f"{on['compile'].how}; torch.compile, not packages: {untried} those have not "
-                                       "been measured on a GPU")
     on["text encoder quant"] = Decision(args.text_encoder_quant, "T5 int8, weights only" if args.text_encoder_quant
                                         else "--text_encoder_quant not given")
     _choose_cache(args, configs, chosen)
     unwanted = ("--disable_inductor_tuning_flags" if args.disable_inductor_tuning_flags else
-                "the blocks are kernels already" if chosen.is_on("fused kernels") else None)
+                "the blocks are Triton kernels" if fused else None)
     default_on("inductor flags", bool(unwanted), unwanted or "--disable_inductor_tuning_flags",
                "no GPU" if hardware.device == "cpu" else None if compiles else "nothing is compiled",
                "coordinate descent, no epilogue fusion in the blocks")
@@ -161,40 +152,46 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
     default_on("GPU postprocess", args.disable_gpu_postprocess, "--disable_gpu_postprocess",
                "no GPU" if hardware.device == "cpu" else None, "8-bit pixels made on the GPU")
     on["offload"] = Decision(args.offload != "none", OFFLOADS[args.offload])
+    chosen.decisions = {name: on[name] for name in ORDER}
     return chosen
 
 
-def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on) -> str | None:
-    """Packages, unless something stands against them: then torch.compile. Asked for by name they are packages or an
-    error. Returns what this machine lacks for them, if it is that."""
-    asked, by_choice = packages_asked_for(args), unpackaged_by_flag(args)
-    from_elsewhere = args.use_cached_model or args.package_from
-    no_compiler = None if from_elsewhere else _compiler_obstacle(hardware) or machine.code_obstacle(args.cache_dir)
-    mode, said, lacking = args.compile_export_mode or "export_aoti", "", None
+def _choose_compile_mode(args, hardware: Hardware, chosen: Plan, default_on, fused: bool) -> None:
+    """Exported packages, or torch.compile where something stands against them and no flag asks for them."""
+    asked, by_flag = packages_asked_for(args), " ".join(unpackaged_by_flag(args) or ())
+    on_gpu, prebuilt = hardware.device == "cuda", args.use_cached_model or args.package_from
+    no_compiler = None if prebuilt else _compiler_obstacle(hardware) or machine.code_obstacle(args.cache_dir)
+    mode, instead = args.compile_export_mode or "export_aoti", ""
     if mode == "export_aoti":
-        # flux-fast found that; besides, a package's shapes are static, see `compile_pipeline`.
+        # flux-fast found that torch.export does not work on AMD.
         of_machine = ("torch.export does not work on AMD" if hardware.is_rocm else
                       machine.package_obstacle() or
-                      (None if from_elsewhere else no_compiler or machine.libstdcxx_obstacle()))
-        unpackaged = " ".join(by_choice) if by_choice else of_machine
-        if unpackaged and asked:
-            raise RecipeError(f"{asked}: {unpackaged}. Without the flag blocks are compiled where they can be.")
-        if not (by_choice or no_compiler or hardware.is_rocm):  # without a compiler: below; on no AMD machine
-            lacking = of_machine
-        # Tiles come in several sizes, so packages would leave the VAE uncompiled.
-        unpackaged = unpackaged or ("--vae_tiling" if args.vae_tiling and not asked else None)
-        if unpackaged:
-            mode, said = "compile", f"; torch.compile, not packages: {unpackaged}"
+                      (None if prebuilt else no_compiler or machine.libstdcxx_obstacle()))
+        if asked and (by_flag or of_machine):
+            raise RecipeError(f"{asked}: {by_flag or of_machine}. Without the flag, torch.compile compiles the blocks "
+                              "where it can.")
+        untested = ("packages without the fused kernels are untested on GPUs" if on_gpu and not fused else
+                    "packages with an int8 T5 are untested on GPUs" if on_gpu and args.text_encoder_quant else None)
+        # Without a compiler nothing is compiled, which --strict refuses below.
+        if args.strict and of_machine and not (asked or by_flag or no_compiler or hardware.is_rocm or untested):
+            raise RecipeError(f"--strict: exported packages are on by default but cannot be made here: {of_machine}. "
+                              "Use --compile_export_mode compile, or drop --strict.")
+        if not asked:
+            forced = untested and f"{untested}; --compile_export_mode export_aoti forces them"
+            # Tiles come in several sizes, so packages would leave the VAE uncompiled.
+            instead = by_flag or of_machine or ("--vae_tiling" if args.vae_tiling else forced) or ""
+        mode = "compile" if instead else mode
     if mode == "compile":
         no_compiler = no_compiler or machine.header_obstacle()
         if args.compile_export_mode and no_compiler:
             raise RecipeError(f"--compile_export_mode compile: {no_compiler}. Without the flag nothing is compiled.")
+    units = [*([] if fused else [args.compile_scope]), "VAE", *(["T5"] if on_gpu and t5_on_gpu(args) else [])]
+    how = ", ".join(units)
+    if mode == "compile":
+        how += " by torch.compile" + (f" ({instead})" if instead else "")
     if default_on("compile", mode == "disabled", "--compile_export_mode disabled",
-                  "--offload group hooks into every layer" if args.offload == "group" else no_compiler,
-                  f"{args.compile_scope}, VAE"
-                  + (", T5" if hardware.device == "cuda" and t5_on_gpu(args) else "") + said):
+                  "--offload group hooks into every layer" if args.offload == "group" else no_compiler, how):
         chosen.compile_mode = mode
-    return lacking
 
 
 def _compiler_obstacle(hardware: Hardware) -> str | None:
@@ -272,7 +269,7 @@ def _choose_quant(args, hardware: Hardware, chosen: Plan, default_on, compiles: 
     if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
         raise RecipeError(f"--quant_dtype and --quant_granularity have no effect here: {obstacle}.")
     if default_on("quantization", args.disable_quant, "--disable_quant", obstacle,
-                  f"{kind} dynamic, one scale a {granularity}"):
+                  f"{kind}, dynamic per-{granularity} scales"):
         chosen.quant = (kind, granularity)
 
 

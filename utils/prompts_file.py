@@ -1,4 +1,4 @@
-"""--prompts-file: lines of text, lines of JSON, a JSON list or a table, recognised by content."""
+"""Reads --prompts-file: lines of text, lines of JSON, a JSON list or a table. The content decides the format."""
 
 import csv
 import functools
@@ -12,38 +12,42 @@ from typing import NamedTuple
 from utils.common import RecipeError, reading
 from utils.file_kinds import kind_of
 
-CURE = ('Give a text file of one prompt a line, in UTF-8, or JSON: lines or a list of {"prompt": "a cat", "seed": 42}, '
-        "the seed optional.")
-FORM = 'not of the form {"prompt": "a cat", "seed": 42}, the seed optional'
-# The mark of UTF-16 begins that of UTF-32.
+CURE = ('Give a UTF-8 text file with one prompt per line, or JSON: lines or a list of {"prompt": "a cat", "seed": 42}. '
+        "The seed is optional.")
+FORM = 'not of the form {"prompt": "a cat", "seed": 42} (the seed is optional)'
+# UTF-32 comes first, because its little-endian mark begins with the mark of UTF-16.
 BYTE_ORDER_MARKS = {b"\xff\xfe\x00\x00": "utf-32-le", b"\x00\x00\xfe\xff": "utf-32-be", b"\xef\xbb\xbf": "utf-8",
                     b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line breaks, which JSON may hold
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # without tabs and line breaks, which JSON may hold
 
 
 class Prompt(NamedTuple):
-    line: int  # from 1; in a JSON list, the item
-    index: int  # among the lines that are not blank, bad ones included: mending one renumbers no other
+    """One prompt of a file."""
+    line: int  # the line's number, from 1, or the item's number in a JSON list
+    index: int  # the number, from 0, among all lines but blank ones; a corrected line renumbers no other line
     text: str
-    seed: int | None = None  # of its first image, if the file says so
+    seed: int | None = None  # the seed of the prompt's first image, if the file sets it
 
 
 class Records(NamedTuple):
-    """What a file holds, before each record is looked at."""
-    unit: str  # what `numbered` counts: lines or items
-    numbered: list[tuple[int, object]]  # from 1; blank lines are left out
-    parse: Callable[[object], tuple[str, int | None]]  # a record's (prompt, seed); ValueError says what is wrong
+    """The records of a file before they are parsed."""
+    unit: str  # "line" or "item"
+    numbered: list[tuple[int, object]]  # (number from 1, record), without blank lines
+    parse: Callable[[object], tuple[str, int | None]]  # returns a record's (prompt, seed); raises ValueError
 
 
 def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
-    """The prompts of a file, and what is wrong with the lines that were left out.
+    """Reads the prompts of a file.
 
-    A line is a prompt, or {"prompt": ..., "seed": ...}, the seed optional. The whole may be a JSON list of strings or
-    of such objects, {"prompts": [...]}, or a .csv or .tsv table with a column "prompt". UTF-8, UTF-16 or UTF-32. Blank
-    lines are nothing.
+    A line is a prompt, or {"prompt": ..., "seed": ...} with an optional seed. The file may also be a JSON list of
+    strings or of such objects, {"prompts": [...]}, or a .csv or .tsv table with a column "prompt". The encoding is
+    UTF-8, UTF-16 or UTF-32. Blank lines are ignored.
+
+    Returns:
+        (prompts, complaints). A complaint is a line of text that says why a bad line of the file is left out.
 
     Raises:
-        RecipeError: there is no prompt in it, or it is something else.
+        RecipeError: the file holds no prompt, or has another format.
     """
     what = f"--prompts-file {path}"
     with reading(what, CURE):
@@ -62,15 +66,18 @@ def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
             why = f"not UTF-8 text ({error.reason})" if isinstance(error, UnicodeError) else error
             complaints.append(f"{what}, {records.unit} {number} is left out: {why}")
     if "\0" in text and len(complaints) * 10 >= len(records.numbered):
-        raise RecipeError(f"{what}: it is a binary file, with bytes of 0. {CURE}")
+        raise RecipeError(f"{what}: it is a binary file that contains zero bytes. {CURE}")
     if not prompts:
         unusable = f" {len(complaints)} {records.unit}s are unusable; {complaints[0]}." if complaints else ""
-        raise RecipeError(f"{what} holds no prompt: write one a line.{unusable}")
+        raise RecipeError(f"{what} holds no prompt. Write one prompt per line.{unusable}")
     return prompts, complaints
 
 
 def _decoded(data: bytes) -> str:
-    """The text, its line ends \\n. A byte that is not UTF-8 becomes a surrogate, which spoils its line alone."""
+    """Decodes the text and turns its line ends into \\n.
+
+    A byte that is not UTF-8 becomes a surrogate, so that only its own line is refused later.
+    """
     codec = "utf-8"
     for mark, name in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
@@ -78,7 +85,7 @@ def _decoded(data: bytes) -> str:
             break
     else:
         for half, name in ((1, "utf-16-le"), (0, "utf-16-be")):
-            # Of ASCII every other byte is 0; text in UTF-8 has none.
+            # ASCII text in UTF-16 has a zero in every other byte; UTF-8 text has no zero bytes.
             if data[half::2].count(0) > len(data[half::2]) / 2 and not data[1 - half::2].count(0):
                 codec = name
     text = data.decode(codec, "surrogateescape" if codec == "utf-8" else "strict")
@@ -86,9 +93,13 @@ def _decoded(data: bytes) -> str:
 
 
 def _records(text: str, suffix: str) -> Records:
-    """The records of a file's text. ValueError: it is of a form that holds no prompts."""
+    """The records of a file's text.
+
+    Raises:
+        ValueError: the text has a format that holds no prompts.
+    """
     if suffix in (".yaml", ".yml"):
-        raise ValueError("yaml is not read")
+        raise ValueError("yaml files are not supported")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first = next((line for _, line in lines if not _is_comment(line)), "")
     if table := _table(text, lines, suffix):
@@ -99,7 +110,7 @@ def _records(text: str, suffix: str) -> Records:
         try:
             whole = json.loads(text)
         except (ValueError, RecursionError) as error:
-            # What looks like JSON and is not is no prompt.
+            # Text that looks like JSON but is invalid is not taken for prompts.
             if not of_lines and (suffix == ".json" or re.match(r"\[\s*[\"'{]|[\[{]$", first)):
                 raise ValueError(f"not JSON ({error})") from error
         else:
@@ -114,7 +125,13 @@ def _records(text: str, suffix: str) -> Records:
 
 
 def _table(text: str, lines: list[tuple[int, str]], suffix: str) -> Records | None:
-    """The rows of a table of .csv or .tsv, or with the header prompt and seed; None: it is something else."""
+    """The rows of a table, or None if the text is not a table.
+
+    A table is a .csv or .tsv file, or has "prompt" and "seed" in its header.
+
+    Raises:
+        ValueError: the header lacks the column "prompt", or names a column twice.
+    """
     start, first = lines[0] if lines else (1, "")
     for delimiter in ("\t",) if suffix == ".tsv" else (",", ";", "\t"):
         header = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
@@ -135,9 +152,9 @@ def _table(text: str, lines: list[tuple[int, str]], suffix: str) -> Records | No
 
 
 def _from_row(header: list[str], row: list[str]) -> tuple[str, int | None]:
-    """(prompt, seed) of a row of a table."""
+    """The (prompt, seed) of a table's row."""
     if len(row) > len(header):
-        raise ValueError(f"{len(row)} fields below a header of {len(header)}: put the prompt in quotes")
+        raise ValueError(f"{len(row)} fields, but the header has {len(header)}: put the prompt in quotes")
     fields = dict(zip(header, row, strict=False))
     seed = fields.get("seed", "").strip()
     return _from_record({"prompt": fields.get("prompt"),
@@ -150,14 +167,14 @@ def _is_comment(line: str) -> bool:
 
 def _from_text(line: str) -> tuple[str, None]:
     if _is_comment(line):
-        raise ValueError("a comment")
+        raise ValueError("it is a comment")
     if re.match(r'\{\s*"prompt"\s*:', line):
-        raise ValueError("JSON among lines of text: begin with it, or call the file .jsonl")
+        raise ValueError("it is JSON among lines of text: begin the file with JSON, or name it .jsonl")
     return line, None
 
 
 def _from_json(line: str) -> tuple[str, int | None]:
-    """(prompt, seed) of a line of JSON."""
+    """The (prompt, seed) of a line of JSON."""
     try:
         return _from_record(json.loads(line, object_pairs_hook=_once))
     except json.JSONDecodeError as error:
@@ -165,12 +182,16 @@ def _from_json(line: str) -> tuple[str, int | None]:
 
 
 def _from_item(item) -> tuple[str, int | None]:
-    """(prompt, seed) of an item of a JSON list."""
+    """The (prompt, seed) of a JSON list's item: a string or an object."""
     return _from_record({"prompt": item} if isinstance(item, str) else item)
 
 
 def _from_record(record) -> tuple[str, int | None]:
-    """(prompt, seed) of {"prompt": ..., "seed": ...}; other keys are of no concern. ValueError says what is wrong."""
+    """The (prompt, seed) of {"prompt": ..., "seed": ...}. Other keys are ignored.
+
+    Raises:
+        ValueError: the record has another form, or its seed is not a valid seed.
+    """
     prompt, seed = (record.get("prompt"), record.get("seed")) if isinstance(record, dict) else (None, None)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(FORM)
@@ -180,26 +201,38 @@ def _from_record(record) -> tuple[str, int | None]:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, whose prompt and seed are there once: json itself takes the last."""
+    """A JSON object that names its prompt and its seed at most once. `json` itself would keep the last of them.
+
+    Raises:
+        ValueError: a name is repeated.
+    """
     names = [name for name, _ in pairs]
     for name in ("prompt", "seed", "prompts"):
         if names.count(name) > 1:
-            raise ValueError(f"{name} is there twice in one object")
+            raise ValueError(f"one object names {name} twice")
     return dict(pairs)
 
 
 def _of_utf_8(record):
-    """The record. UnicodeError: its text holds bytes that are not UTF-8."""
+    """Returns the record.
+
+    Raises:
+        UnicodeError: the record's text holds bytes that are not UTF-8.
+    """
     if isinstance(record, str):
         record.encode("utf-8", "surrogateescape").decode()
     return record
 
 
 def _checked(prompt: str) -> str:
-    """The prompt without blanks around it. ValueError: it is not text."""
+    """The prompt without surrounding whitespace.
+
+    Raises:
+        ValueError: the prompt is not valid text, or holds a control character.
+    """
     prompt = prompt.strip()
     prompt.encode("utf-8", "surrogateescape").decode()
-    prompt.encode()  # half a surrogate pair is valid JSON and no text
-    if found := CONTROL.search(prompt):
-        raise ValueError(f"it holds the control character U+{ord(found[0]):04X}")
+    prompt.encode()  # half a surrogate pair is valid JSON, but not valid text
+    if match := CONTROL.search(prompt):
+        raise ValueError(f"it holds the control character U+{ord(match[0]):04X}")
     return prompt

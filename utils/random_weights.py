@@ -1,8 +1,8 @@
-"""FLUX.1 without its checkpoint: the real architecture with random weights, nothing downloaded.
+"""FLUX.1's architecture with random weights, without a download.
 
-Speed and memory do not depend on what the weights are, so these models stand in for the gated 34 GB checkpoints
-wherever either is measured. Their pixels mean nothing. The numbers below are those of the `config.json` files of
-black-forest-labs/FLUX.1-schnell, -dev and -Kontext-dev; the small ones are the same classes at a size for a laptop.
+Speed and memory do not depend on the values of the weights, so these models replace the gated 34 GB checkpoints in
+measurements of speed and memory. Their pictures are noise. The configs below are copied from the `config.json` files of
+black-forest-labs/FLUX.1-schnell, -dev and -Kontext-dev. The tiny configs are the same classes in a size for a laptop.
 """
 
 import torch
@@ -53,7 +53,7 @@ def _architecture(pipeline_class: str, guidance: bool, small: bool) -> dict:
             "scheduler": DYNAMIC_SHIFT if guidance else FIXED_SHIFT}
 
 
-# Keyed by the last part of a checkpoint's name.
+# {last part of a checkpoint's name: its component configs}
 ARCHITECTURES = {
     "FLUX.1-schnell": _architecture("FluxPipeline", guidance=False, small=False),
     "FLUX.1-dev": _architecture("FluxPipeline", guidance=True, small=False),
@@ -65,38 +65,45 @@ ARCHITECTURES = {
 
 
 def architecture(ckpt: str, layers: str = "full") -> dict:
-    """The component configs of a known checkpoint name; `layers` such as "2+4" cuts the transformer's depth.
+    """The component configs of a known checkpoint.
+
+    Args:
+        ckpt: a checkpoint name or path that ends in a key of `ARCHITECTURES`.
+        layers: "full", or the number of double and single blocks, such as "2+4".
 
     Raises:
-        RecipeError: the name is not a FLUX.1 of ours, or `layers` is not two numbers.
+        RecipeError: `ARCHITECTURES` does not have the name, or `layers` is not two positive numbers.
     """
     name = ckpt.rstrip("/").rsplit("/", 1)[-1]
     if name not in ARCHITECTURES:
-        raise RecipeError(f"--random_weights knows no architecture called '{name}': choose a --ckpt that ends in "
+        raise RecipeError(f"--random_weights has no architecture for --ckpt '{name}': choose a --ckpt that ends in "
                           f"{', '.join(ARCHITECTURES)}.")
     configs = dict(ARCHITECTURES[name])
     if layers != "full":
         double, plus, single = layers.partition("+")
         if not (plus and double.isdigit() and single.isdigit() and int(double) and int(single)):
-            raise RecipeError(f"--random_weights {layers}: give DOUBLE+SINGLE numbers of blocks, such as 2+4.")
+            raise RecipeError(f"--random_weights {layers}: give the numbers of blocks as DOUBLE+SINGLE, such as 2+4.")
         configs["transformer"] = configs["transformer"] | dict(num_layers=int(double), num_single_layers=int(single))
     return configs
 
 
 def build(configs: dict, device: str | torch.device, dtype: torch.dtype, seed: int = 0):
-    """A FluxPipeline or FluxKontextPipeline of `configs`, weights drawn from `seed` and stored on `device`.
+    """Builds a FluxPipeline or FluxKontextPipeline with weights drawn from `seed`, on `device`.
 
-    The same seed gives the same weights on one kind of device; CPU and GPU generators differ.
+    One seed always gives the same weights on the same kind of device. CPU and GPU generators differ.
+
+    Args:
+        configs: the component configs, from `architecture`.
     """
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**configs["transformer"])
         vae = AutoencoderKL(**configs["vae"])
         t5 = T5EncoderModel(T5Config(**configs["text_encoder_2"]))
-    # CLIP computes a buffer of position ids when it is made, which a meta tensor would lose.
+    # CLIP's constructor computes a buffer of position ids, and a meta tensor would lose the values.
     clip = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"], bos_token_id=256, eos_token_id=257,
                                         pad_token_id=257))
-    # Random numbers come from the GPU where there is one, also for weights that stay on the CPU: 12 B of them
-    # take a second there and minutes here.
+    # A GPU, if there is one, draws the random numbers even for weights on the CPU: 12 billion numbers take a second on
+    # a GPU and minutes on a CPU.
     source = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     for module in (transformer, vae, t5):
         module.to(dtype).to_empty(device=device)
@@ -111,7 +118,10 @@ def build(configs: dict, device: str | torch.device, dtype: torch.dtype, seed: i
 
 @torch.no_grad()
 def _randomize(module: torch.nn.Module, source: torch.Generator) -> None:
-    """The variance of PyTorch's own initialisation, 1/(3 fan_in), and small biases; norms scale by one."""
+    """Fills a module in place: weights of variance 1 / (3 fan_in), as PyTorch initializes Linears, and small biases.
+
+    Norm weights are 1, and embeddings have variance 1.
+    """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.dim() > 1:
@@ -126,7 +136,7 @@ def _randomize(module: torch.nn.Module, source: torch.Generator) -> None:
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token a byte (ids 0-255), start 256, end and padding 257: no vocabulary file, yet prompts differ."""
+    """A tokenizer without a vocabulary file: one token per byte (ids 0-255), start 256, end and padding 257."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,4 +1,4 @@
-"""--image: the reference picture, from a file or the web, as 8-bit sRGB."""
+"""Reads the reference picture of --image from a file or the web and converts it to 8-bit sRGB."""
 
 import functools
 import io
@@ -22,34 +22,35 @@ from utils.file_kinds import kind_of
 
 MEGAPIXEL = 1024 * 1024
 CONNECT_SECONDS, DOWNLOAD_SECONDS, DOWNLOAD_BYTES = 10, 60, 100_000_000
-# At a megapixel diffusers scales a reference to the nearest size that Kontext was trained on, the longest 7:3, which
-# squeezes a picture of 4:1 by 1.7. At small areas it is the sides, multiples of 16, that distort a longer one.
+# The largest aspect ratio of a reference. At one megapixel diffusers scales a reference to the nearest of Kontext's
+# training sizes. The longest of these sizes is 7:3, which squeezes a 4:1 picture by a factor of 1.7. At small areas,
+# rounding both sides to multiples of 16 distorts longer pictures.
 LONGEST = 4
-# PIL reads more, and runs Ghostscript for one of them.
+# PIL reads more formats, and runs Ghostscript for one of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "QOI", "PSD")
-CURE = "Give the picture itself, saved anew as an 8-bit PNG, JPEG or WebP file."
+CURE = "Give a picture, saved again as an 8-bit PNG, JPEG or WebP file."
 DNG_VERSION, NEW_SUBFILE_TYPE = 50706, 254  # TIFF tags
 
 
 def scheme_of(image: str) -> str:
-    """The scheme of a URL in lower case, such as "https"; "" for a path."""
-    found = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", image, re.IGNORECASE)
-    return (found[1] or found[2]).lower() if found else ""
+    """The scheme of a URL in lower case, such as "https", or "" for a path."""
+    match = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", image, re.IGNORECASE)
+    return (match[1] or match[2]).lower() if match else ""
 
 
 @functools.lru_cache(maxsize=8)
 def load_reference(path_or_url: str) -> PIL.Image.Image:
-    """The RGB image of --image. Read once, however often it is used. What was changed on the way is said on stderr.
+    """Loads --image as an 8-bit RGB image. The result is cached. Notes about changes to the picture go to stderr.
 
     Raises:
-        RecipeError: it cannot be fetched, is no image, or is one that cannot be shown right.
+        RecipeError: the picture cannot be fetched, is no image, or cannot be converted correctly.
     """
     scheme, served = scheme_of(path_or_url), ""
     what = f"--image {path_or_url if len(path_or_url) < 500 else path_or_url[:100] + '...'}"
     if scheme == "file":
         raise RecipeError(f"{what}: give the path alone, {path_or_url[len('file://'):]}.")
     if scheme not in ("", "http", "https"):
-        raise RecipeError(f"{what}: {scheme} URLs are not read. Give a path, or a URL of http or https.")
+        raise RecipeError(f"{what}: {scheme} URLs are not supported. Give a path, or an http or https URL.")
     with reading(what, CURE):
         if scheme:
             data, served = download(path_or_url, what)
@@ -62,11 +63,11 @@ def load_reference(path_or_url: str) -> PIL.Image.Image:
             kind += " that is damaged or cannot be decoded here" * kind.endswith("picture")
             raise ValueError(f"it is {kind}" + f" (served as {served})" * bool(served)) from None
         except PIL.Image.DecompressionBombError as error:
-            raise RecipeError(f"{what}: more than {2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6} megapixels. "
-                              "Make it smaller: Kontext reads about one megapixel.") from error
+            raise RecipeError(f"{what}: it has more than {2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6} "
+                              "megapixels. Make it smaller: Kontext uses about one megapixel.") from error
     if max(image.size) > LONGEST * min(image.size):
-        raise RecipeError(f"{what}: {image.width}x{image.height} pixels, and a reference longer than {LONGEST}:1 would "
-                          "reach the model distorted. Crop it.")
+        raise RecipeError(f"{what}: it has {image.width}x{image.height} pixels, and the model would see a reference "
+                          f"longer than {LONGEST}:1 distorted. Crop the picture.")
     if context_parallel.is_main_process():
         for note in notes:
             print(f"{what}: {note}.", file=sys.stderr)
@@ -74,14 +75,21 @@ def load_reference(path_or_url: str) -> PIL.Image.Image:
 
 
 def download(url: str, what: str) -> tuple[bytes, str]:
-    """(body, content type) of a picture on the web.
+    """Downloads a picture from the web.
 
-    The limit holds for the whole, against servers that send a byte now and then: an HTTP client's limit is for each.
+    The time limit covers the whole download. An HTTP client's timeout covers a single read, so a server that sends a
+    byte now and then could exceed it.
+
+    Args:
+        what: the beginning of the error messages.
+
+    Returns:
+        (body, content type).
 
     Raises:
-        RecipeError: another status than 200, more than `DOWNLOAD_BYTES`, or `DOWNLOAD_SECONDS` are over.
+        RecipeError: the status is not 200, or the download exceeds `DOWNLOAD_BYTES` or `DOWNLOAD_SECONDS`.
     """
-    cure = "Download it yourself and give the path."
+    cure = "Download the picture yourself and give its path."
     deadline = time.monotonic() + DOWNLOAD_SECONDS
 
     def fetch() -> tuple[bytes, str]:
@@ -94,16 +102,16 @@ def download(url: str, what: str) -> tuple[bytes, str]:
             for part in response.iter_content(2**16):
                 body += part
                 if len(body) > DOWNLOAD_BYTES:
-                    raise RecipeError(f"{what}: more than {DOWNLOAD_BYTES // 10**6} MB. Give a smaller picture.")
+                    raise RecipeError(f"{what}: it has more than {DOWNLOAD_BYTES // 10**6} MB. Give a smaller file.")
                 if time.monotonic() > deadline:
-                    break  # nobody waits any more
+                    break  # the caller no longer waits
             return bytes(body), response.headers.get("content-type", "")
 
     def work() -> None:
         try:
             done.set_result(fetch())
         except requests.RequestException as error:
-            cause = error  # the innermost is the reason, without the layers of the client
+            cause = error  # the innermost exception names the reason without the HTTP client's layers
             while cause.__context__:
                 cause = cause.__context__
             done.set_exception(RecipeError(f"{what}: {reason_of(cause)}. {cure}"))
@@ -111,69 +119,89 @@ def download(url: str, what: str) -> tuple[bytes, str]:
             done.set_exception(error)
 
     done = Future()
-    # A daemon: the program can end while a server holds it.
+    # A daemon thread lets the program end while the server still blocks the download.
     threading.Thread(target=work, daemon=True).start()
     try:
         with reading(what, cure):
             return done.result(DOWNLOAD_SECONDS)
     except RecipeError as error:
         if isinstance(error.__cause__, TimeoutError):
-            raise RecipeError(f"{what}: not there after {DOWNLOAD_SECONDS:g} seconds. {cure}") from error
+            raise RecipeError(f"{what}: the download took longer than {DOWNLOAD_SECONDS:g} seconds. {cure}") from error
         raise
 
 
 def decode(data: bytes) -> tuple[PIL.Image.Image, list[str]]:
-    """An image file as 8-bit sRGB on white, upright, and what is to be said about it.
+    """Decodes an image file to an upright 8-bit sRGB image on a white background.
+
+    Args:
+        data: the content of the file.
+
+    Returns:
+        (image, notes). A note is a clause about a change, such as "its color profile cannot be used and is ignored".
 
     Raises:
-        Exception: whatever PIL raises; ValueError where what PIL gives would not be the picture.
+        ValueError: PIL's result would not be the picture.
+        Exception: any exception of PIL.
     """
     notes = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of files that are large or damaged at no pixel; the others are errors
+        warnings.simplefilter("ignore")  # PIL warns of large files and harmless damage, and raises otherwise
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "TIFF" and (DNG_VERSION in image.tag_v2 or image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1):
-            raise ValueError("a camera's raw file, whose first picture is a thumbnail")
-        # In MPO the others are previews, in PSD layers.
+            raise ValueError("it is a camera's raw file, whose first picture is a thumbnail")
+        # The other pictures of an MPO file are previews, and those of a PSD file are layers.
         if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
-            notes.append("it holds several pictures, and the first is used")
-        stored = " ".join(str(tile.args) for tile in image.tile)  # PIL's name of the layout, forgotten by `load`
+            notes.append("it holds several pictures, and only the first is used")
+        stored = " ".join(str(tile.args) for tile in image.tile)  # PIL's name of the pixel layout, which `load` drops
         image.load()
         profile = image.info.get("icc_profile")
         try:
             image = ImageOps.exif_transpose(image)
-        except Exception:  # whatever PIL raises over broken metadata: the picture is there without it
-            notes.append("its EXIF data cannot be read, so it is taken as it lies")
+        except Exception:  # PIL raises many types for broken metadata; the picture does not need them
+            notes.append("its EXIF data cannot be read, so it is not rotated")
         image, alpha = _with_8_bits(image, stored)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             alpha = image.getchannel("A")
         image, ignored = _to_srgb(image, profile)
     if ignored:
-        notes.append("its colour profile cannot be used and is ignored")
+        notes.append("its color profile cannot be used and is ignored")
     if alpha is not None and alpha.getextrema()[0] < 255:
         white = PIL.Image.new("RGB", image.size, "white")
         white.paste(image, mask=alpha)
         image = white
-        notes.append("it is transparent in places, which are drawn on white")
+        notes.append("its transparent areas are drawn on white")
     return image, notes
 
 
 def _with_8_bits(image: PIL.Image.Image, stored: str) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
-    """(image, alpha): greys of 12 or 16 bits as 8 bits, and the alpha of their transparent grey; others as they are,
-    their transparent colour (PNG's tRNS) in the units of the pixels, as which PIL leaves it in the file's."""
+    """Converts gray images of 12 or 16 bits to 8 bits. Other images keep their pixels.
+
+    PNG may name a transparent color (tRNS). PIL leaves it in the file's units, and this function converts it to the
+    pixels' units.
+
+    Args:
+        stored: PIL's name of the pixel layout in the file.
+
+    Returns:
+        (image, alpha). Alpha is an 8-bit mask, or None unless a gray of 12 or 16 bits is transparent.
+
+    Raises:
+        ValueError: the file does not tell how its values map to 8 bits, or a 16-bit RGB color is transparent.
+    """
     key, white = image.info.get("transparency"), 4095 if "I;12" in stored else 65535
     if image.mode == "F":
-        raise ValueError("its pixels are floats, whose white is not said")
+        raise ValueError("its pixels are floats, and the file does not tell which value is white")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
-        # Up to 255, 32 bits a pixel are either 8-bit grey or 16-bit black.
+        # Values up to 255 in 32 bits may be 8-bit gray or nearly black 16-bit gray.
         if image.mode == "I" and not (values.min() >= 0 and 255 < values.max() <= white):
-            raise ValueError(f"its pixels go from {values.min()} to {values.max()}, and 16-bit grey from 0 to {white}")
+            raise ValueError(f"its pixels range from {values.min()} to {values.max()}, but 16-bit gray ranges "
+                             f"from 0 to {white}")
         alpha = None if key is None else PIL.Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
         return PIL.Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)), alpha
     if key is not None and "RGB;16" in stored:
-        raise ValueError("one of its 16-bit colours stands for transparency, which is not read")
+        raise ValueError("one of its 16-bit colors means transparency, which is not supported")
     for bits in (2, 4):
         if key is not None and f"L;{bits}" in stored:
             image.info["transparency"] = key * 255 // (2**bits - 1)
@@ -181,7 +209,11 @@ def _with_8_bits(image: PIL.Image.Image, stored: str) -> tuple[PIL.Image.Image, 
 
 
 def _to_srgb(image: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.Image, bool]:
-    """(RGB image, whether the ICC profile was of no use): the colours that `profile` means, in sRGB's numbers."""
+    """Converts an image with the ICC profile `profile` to sRGB.
+
+    Returns:
+        (RGB image, whether the profile was unusable and ignored).
+    """
     rgb = image.convert("RGB")
     if not profile:
         return rgb, False
@@ -190,26 +222,29 @@ def _to_srgb(image: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.I
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
         pixels = image if image.mode == mode else rgb.convert(mode)
         if "CMYK" in (mode, image.mode) and mode != image.mode:
-            raise ValueError("a profile of other channels")
-        if mode == "L" and pixels.convert("RGB").tobytes() != rgb.tobytes():  # RGB for a grey picture is common
-            raise ValueError("a grey profile of a coloured picture")
+            raise ValueError("the profile has other channels")
+        if mode == "L" and pixels.convert("RGB").tobytes() != rgb.tobytes():  # gray RGB is common
+            raise ValueError("the profile is gray, but the picture has colors")
         converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except Exception:  # whatever PIL raises over a broken profile: the picture is there without it
+    except Exception:  # PIL raises many types for a broken profile; the picture does not need it
         return rgb, True
-    # Between two profiles of sRGB there is rounding alone.
+    # If the source is sRGB as well, the difference is only rounding.
     differences = ImageChops.difference(converted, rgb).getextrema()
     return (rgb if max(highest for _, highest in differences) <= 2 else converted), False
 
 
 def reference_size(image: PIL.Image.Image, area: int) -> tuple[int, int]:
-    """(width, height) of `image`'s aspect ratio with about `area` pixels, multiples of 16."""
+    """The (width, height) with the aspect ratio of `image` and about `area` pixels. Both are multiples of 16."""
     scale = (area / (image.width * image.height)) ** 0.5
     return tuple(max(16, round(side * scale / 16) * 16) for side in image.size)
 
 
 def reference_tokens(image: PIL.Image.Image, area: int) -> int:
-    """How many tokens Kontext makes of a reference `image` for an output of `area` pixels: as `call_kwargs` has it,
-    at a megapixel in the one of Kontext's own sizes whose aspect ratio is nearest."""
+    """The number of tokens of a reference `image` for an output of `area` pixels.
+
+    At one megapixel Kontext uses the nearest aspect ratio among its own sizes, as in `call_kwargs`. A token covers
+    16x16 pixels.
+    """
     width, height = reference_size(image, area)
     if area == MEGAPIXEL:
         aspect = image.width / image.height

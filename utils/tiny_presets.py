@@ -1,4 +1,4 @@
-"""tiny-flux in its three forms, from one set of weights: FLUX.1-schnell's, -dev's and -Kontext-dev's."""
+"""tiny-flux's three presets from one set of weights, like FLUX.1-schnell, FLUX.1-dev and FLUX.1-Kontext-dev."""
 
 from pathlib import Path
 
@@ -10,18 +10,28 @@ from utils.random_weights import FIXED_SHIFT
 CHECKPOINT = Path(__file__).parent.parent / "tiny_flux" / "checkpoint"
 NAMES = ("tiny-flux", "tiny-flux-dev", "tiny-kontext")
 FOLDED_GUIDANCE = 3.5
-TRAINED_LENGTH = 64  # T5's tokens; it gets no mask, so that their number is part of what the model reads
+TRAINED_LENGTH = 64  # T5's tokens in training; FLUX gives T5 no mask, so that the padding counts as well
 
 
 def configs_for(name: str, configs: dict) -> dict:
-    """What the configs of the checkpoint become in the form `name`, before any weights load; see `as_preset`."""
+    """Returns the checkpoint's configs changed as `as_preset` changes the pipeline, before any weights load.
+
+    Args:
+        name: of `NAMES`.
+        configs: of tiny-flux's checkpoint, from `utils.checkpoint.read_configs`.
+    """
     if name == "tiny-flux":
         return configs | {"transformer": configs["transformer"] | {"guidance_embeds": False}}
     return configs | {"pipeline_class": "FluxKontextPipeline"} if name == "tiny-kontext" else configs
 
 
 def as_preset(pipeline: FluxPipeline, name: str) -> FluxPipeline | FluxKontextPipeline:
-    """The checkpoint's pipeline, which is tiny-flux-dev, in the form `name`."""
+    """Returns a preset's pipeline with the weights of `pipeline`.
+
+    Args:
+        pipeline: of tiny-flux's checkpoint, which is tiny-flux-dev.
+        name: of `NAMES`.
+    """
     parts = {key: part for key, part in pipeline.components.items() if part is not None}
     if name == "tiny-flux":
         parts["transformer"] = fold_guidance(pipeline.transformer, FOLDED_GUIDANCE)
@@ -31,10 +41,10 @@ def as_preset(pipeline: FluxPipeline, name: str) -> FluxPipeline | FluxKontextPi
 
 @torch.no_grad()
 def fold_guidance(transformer: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
-    """The same function at one guidance scale, without a guidance input, as FLUX.1-schnell has none.
+    """Returns a transformer without a guidance input, like FLUX.1-schnell, that computes `transformer` at `guidance`.
 
-    The conditioning is the sum of the embeddings of time, guidance and text; the middle one is now constant and moves
-    into a bias of the first.
+    The conditioning is the sum of the timestep, guidance and text embeddings. At one guidance scale the guidance
+    embedding is constant, and it moves into the bias of the timestep embedding.
     """
     embed = transformer.time_text_embed
     bias = embed.timestep_embedder.linear_2.bias

@@ -1,5 +1,8 @@
-"""The weights of a checkpoint: names and shapes in its files are compared with its models before anything loads, values
-afterwards. diffusers and transformers say by a warning at most that weights are absent, and so random."""
+"""Checks a checkpoint's weights against its models.
+
+Names and shapes in the files are compared before anything loads, and values afterwards. diffusers and transformers only
+warn, or stay silent, if weights are absent and the model runs with random ones.
+"""
 
 import hashlib
 import json
@@ -19,47 +22,47 @@ STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mod
          "text_encoder_2": "model"}
 TOKENIZER_FILES = {"tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
                    "tokenizer_2": (("tokenizer.json",), ("spiece.model",))}
-# Weights that published files hold and FLUX.1 has no use for: CLIP's projection and image half, T5's decoder.
+# Published files also hold weights that FLUX.1 does not use: CLIP's projection and image encoder, and T5's decoder.
 UNUSED = {"text_encoder": r"text_projection\.|visual_projection\.|vision_model\.|logit_scale|embeddings\.position_ids",
           "text_encoder_2": r"decoder\.|lm_head\."}
 QUANTISED = {"scaled fp8 (its scales would be lost)": r"scale_weight|weight_scale|input_scale|scaled_fp8|scale_input",
              "bitsandbytes": r"\.absmax|\.quant_map|quant_state", "nunchaku": r"\.qweight|\.wscales|\.smooth_factor"}
 HASHED_BYTES = 64 * 2**20
-CHECKED_ON_CPU = 10**9  # parameters; on a GPU the look at all of them takes milliseconds
+CHECKED_ON_CPU = 10**9  # parameters; a GPU checks any number of them within milliseconds
 DAMAGED = "Download the file again."
 
 
 class Checkpoint(NamedTuple):
-    """A local checkpoint whose files hold all that its models need."""
+    """A local checkpoint whose files hold every tensor that its models need."""
     ckpt: str
     folder: Path
     variant: str | None  # as in model.fp16.safetensors
-    tensors: dict[str, dict[str, tuple[Path, str]]]  # by component and name in the model: the file, the name there
+    tensors: dict[str, dict[str, tuple[Path, str]]]  # {component: {name in the model: (file, name in the file)}}
 
 
 def find_checkpoint(ckpt: str, folder: Path, revision: str | None, configs: dict) -> Checkpoint:
-    """Compares the headers of a checkpoint's files with its models. Downloads a checkpoint of the Hub before that.
+    """Compares the headers of a checkpoint's files with its models. Downloads the checkpoint first if it is on the Hub.
 
     Args:
-        folder: the local one, if it is one.
+        folder: the local folder; if it does not exist, `ckpt` is a name on the Hub.
         configs: from `utils.checkpoint.read_configs`.
 
     Raises:
-        RecipeError: a file is absent, damaged or quantized; a tensor is missing, unknown or of another shape.
+        RecipeError: a file is absent, damaged or quantized, or a tensor is missing, unknown or of another shape.
     """
     here = f"--ckpt {ckpt}"
     if not folder.is_dir():
-        with reading(here, "Check the network and the space on the disk, then start again: what is there is kept."), \
+        with reading(here, "Check the network and the free disk space, then run again: the download resumes."), \
                 hub_errors("--ckpt", ckpt, revision):
             folder = Path(DiffusionPipeline.download(ckpt, revision=revision, use_safetensors=True))
     _check_tokenizers(here, folder)
-    with reading(f"{here}: its configs", "Compare them with those of the model it was made from."):
+    with reading(f"{here}: its configs", "Compare them with the configs of the original model."):
         shapes = model_shapes(configs)
     variants = {name: _variant(here, folder / name, stem) for name, stem in STEMS.items()}
     if len(set(variants.values())) > 1:
-        raise RecipeError(f"{here}: the files of {', '.join(name for name, one in variants.items() if one)} carry a "
-                          f"variant in their names, the others do not. Take .{next(filter(None, variants.values()))} "
-                          "out of the names.")
+        raise RecipeError(f"{here}: the files of {', '.join(name for name, one in variants.items() if one)} have a "
+                          "variant in their names, and the other files have none. Remove "
+                          f".{next(filter(None, variants.values()))} from the names.")
     tensors = {name: _compare(f"{here}: {name}", name, _headers(here, folder / name, stem, variants[name]),
                               shapes[name]) for name, stem in STEMS.items()}
     return Checkpoint(ckpt, folder, variants["transformer"], tensors)
@@ -70,11 +73,11 @@ def _check_tokenizers(here: str, folder: Path) -> None:
         if not any(all((folder / name / file).is_file() and (folder / name / file).stat().st_size for file in files)
                    for files in choices):
             raise RecipeError(f"{here}: {name} has no vocabulary: it needs {' or '.join(map(' and '.join, choices))}. "
-                              "Without one the picture would ignore the prompt. Download the folder again.")
+                              "Without a vocabulary the model would ignore the prompt. Download the folder again.")
 
 
 def _variant(here: str, folder: Path, stem: str) -> str | None:
-    """What stands between the stem and the suffix of a component's files: None, or "fp16" and the like."""
+    """Returns the variant in the names of a component's files, such as "fp16" in model.fp16.safetensors, or None."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if any(name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json") for name in names):
         return None
@@ -83,18 +86,18 @@ def _variant(here: str, folder: Path, stem: str) -> str | None:
     if len(found) == 1:
         return found.pop()
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".ckpt"))]
-    why = (f"holds {pickled[0]}, a pickled file. Only safetensors are read: save the model with "
+    why = (f"holds {pickled[0]}, a pickled file. This recipe reads safetensors only: save the model with "
            "save_pretrained(safe_serialization=True)" if pickled else
            f"has no {stem}.safetensors" + (f", but the variants {', '.join(sorted(found))}: keep one" if found else
-                                           ". Download the folder again"))
+                                           ": download the folder again"))
     raise RecipeError(f"{here}: {folder.name} {why}.")
 
 
 def _headers(here: str, folder: Path, stem: str, variant: str | None) -> dict[str, tuple[Path, Tensor]]:
-    """Of every tensor in a component's files: the file, and what its header says."""
+    """Returns the file, and the dtype and shape, of every tensor in a component's files, by the tensor's name."""
     mark = f".{variant}" if variant else ""
     single, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
-    # diffusers prefers the index, transformers the single file: two sets of weights in one folder are an error.
+    # diffusers would read the index and transformers the single file, so that both together are an error.
     if single.exists() and index.exists():
         raise RecipeError(f"{here}: {folder.name} holds both {single.name} and {index.name}. Remove the stale one.")
     if single.exists():
@@ -104,13 +107,13 @@ def _headers(here: str, folder: Path, stem: str, variant: str | None) -> dict[st
             mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted(set(mapped.values()))]
             if not files or any(path.parent != folder for path in files):
-                raise ValueError("it names no files of its folder")
+                raise ValueError("it names no file, or a file outside its folder")
     found = {}
     for path in files:
         with reading(f"{here}: {folder.name}/{path.name}", DAMAGED):
             for name, tensor in read_header(path)[0].items():
                 if name in found or (mapped is not None and mapped.get(name) != path.name):
-                    raise ValueError(f"it holds {name}, which is another file's by {index.name}")
+                    raise ValueError(f"it holds {name}, which belongs to another file according to {index.name}")
                 found[name] = path, tensor
     if mapped is not None and (absent := sorted(mapped.keys() - found.keys())):
         raise RecipeError(f"{here}: {folder.name}/{index.name} names {len(absent)} tensors that no file holds, such as "
@@ -119,7 +122,7 @@ def _headers(here: str, folder: Path, stem: str, variant: str | None) -> dict[st
 
 
 def _in_model(component: str, name: str) -> str:
-    """One name for what files of several ages and versions of transformers spell differently."""
+    """Maps a tensor's name to one spelling: older files and versions of transformers spell it differently."""
     if component == "text_encoder":
         return name.removeprefix("text_model.")
     return "shared.weight" if component == "text_encoder_2" and name == "encoder.embed_tokens.weight" else name
@@ -127,11 +130,15 @@ def _in_model(component: str, name: str) -> str:
 
 def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
              shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
-    """Where each of the model's tensors lies; refuses a file with fewer, more or others."""
+    """Returns the file of each of the model's tensors, and the tensor's name in it.
+
+    Raises:
+        RecipeError: a tensor is missing, unknown, quantized or of another shape.
+    """
     for kind, pattern in QUANTISED.items():
         if named := [name for name in found if re.search(pattern, name)]:
             raise RecipeError(f"{here} is quantized by {kind}: {len(named)} tensors such as {named[0]}. Give the "
-                              "checkpoint in bf16: this recipe quantizes by itself.")
+                              "checkpoint in bf16: this recipe quantizes the model itself.")
     wanted = {_in_model(component, name): shape for name, shape in shapes.items()}
     unused = re.compile(UNUSED.get(component, r"(?!)"))
     held = {_in_model(component, name): (path, name, tensor) for name, (path, tensor) in found.items()
@@ -140,26 +147,27 @@ def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
               "unknown to the model": [held[name][1] for name in held if name not in wanted],
               "of another shape than the config's": [name for name in wanted if name in held
                                                      and held[name][2].shape != wanted[name]],
-              "whole numbers, so quantized": [name for name in wanted if name in held
+              "not floating point, so quantized": [name for name in wanted if name in held
                                               and held[name][2].dtype.startswith(("I", "U", "BOOL", "F4", "F6"))]}
     said = [f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for fault, names in faults.items() if names]
     if said:
         is_foreign = any(re.match(r"(model\.diffusion_model\.|double_blocks\.)", name) for name in found)
-        raise RecipeError(f"{here} does not hold the weights of its config: of {len(wanted)} tensors "
+        raise RecipeError(f"{here}: the weights do not match the config. Of {len(wanted)} tensors: "
                           f"{'; '.join(said)}. "
-                          + ("The names are not diffusers': convert the file first." if is_foreign else
-                             "Download this component again, or give it the config that it was saved with."))
+                          + ("The names are not diffusers' names: convert the file first." if is_foreign else
+                             "Download this component again, or restore the config that it was saved with."))
     return {name: held[name][:2] for name in wanted}
 
 
 @torch.no_grad()
 def compare_loaded(checkpoint: Checkpoint, pipeline) -> None:
-    """Compares the last row of every loaded tensor with the file, bit by bit in the model's dtype, and asks both
-    tokenizers for tokens. Reads a few kB a tensor.
+    """Compares the last row of every loaded tensor with the file, bit by bit in the model's dtype.
+
+    It reads a few kB of each tensor. It also checks that both tokenizers turn a text into known tokens.
 
     Raises:
-        RecipeError: a tensor did not get in, or a tokenizer makes no tokens of a text.
+        RecipeError: a tensor was not loaded, or a tokenizer does not match its text encoder.
     """
     here = f"--ckpt {checkpoint.ckpt}"
     for component, tensors in checkpoint.tensors.items():
@@ -175,22 +183,26 @@ def compare_loaded(checkpoint: Checkpoint, pipeline) -> None:
             values = parameter if parameter.is_meta or not parameter.dim() else parameter[-1:]
             if parameter.is_meta or not torch.equal(values.cpu().nan_to_num(), sample.to(values.dtype).nan_to_num()):
                 raise RecipeError(f"{here}: {component}: {name} was not loaded from {path.name}: this version of "
-                                  "diffusers or transformers does not know its name. Save the model anew with it.")
+                                  "diffusers or transformers does not know the name. Save the model again with this "
+                                  "version.")
     for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         tokenizer = getattr(pipeline, name)
         ids = tokenizer("a photo of a cat", add_special_tokens=False).input_ids
         vocabulary = getattr(pipeline, encoder).config.vocab_size
         if not set(ids) - {tokenizer.unk_token_id} or max(ids) >= vocabulary:
-            raise RecipeError(f"{here}: {name} does not belong to {encoder}: it makes {len(ids)} tokens of a text, the "
-                              f"largest {max(ids, default=0)}, and the encoder knows {vocabulary}. Download it again.")
+            raise RecipeError(f"{here}: {name} does not belong to {encoder}: the largest of the {len(ids)} tokens of a "
+                              f"text is {max(ids, default=0)}, and the encoder's vocabulary has {vocabulary}. Download "
+                              "the tokenizer again.")
 
 
 @torch.no_grad()
 def refuse_non_finite(ckpt: str, pipeline) -> None:
-    """Looks at every weight on a GPU, and on a CPU at those of a small model. One wait for all.
+    """Refuses weights with NaN or infinity. On a CPU, models above `CHECKED_ON_CPU` parameters are not checked.
+
+    On a GPU the CPU waits once for all weights together.
 
     Raises:
-        RecipeError: names weights that hold NaN or infinity.
+        RecipeError: a weight holds NaN or infinity.
     """
     named = {f"{component}.{name}": parameter for component in STEMS
              for name, parameter in getattr(pipeline, component).named_parameters()}
@@ -206,9 +218,12 @@ def refuse_non_finite(ckpt: str, pipeline) -> None:
 
 
 def identity(folder: Path) -> str:
-    """A hash of what decides a checkpoint's pictures. Small files count by their contents, files of the Hub by the
-    SHA-256 that names them in the cache. Large local files count by header, time of change and 1 KiB of each 64 MiB,
-    where a training run that changed every tensor shows: all of 34 GB take a minute."""
+    """Returns a SHA-256 of the files that decide a checkpoint's pictures: weights, configs and vocabularies.
+
+    Small files are hashed whole. Files in the Hub's cache are hashed by their names there, which are SHA-256 sums.
+    Large local files are hashed by header, modification time and 1 KiB of each 64 MiB. That sample changes if training
+    changes every tensor; hashing all 34 GB would take a minute.
+    """
     total = hashlib.sha256()
     for path in [folder / "model_index.json", *sorted(folder.glob("*/*"))]:
         if path.suffix not in (".safetensors", ".json", ".txt", ".model") or not path.is_file():

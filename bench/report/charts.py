@@ -1,4 +1,4 @@
-"""The pictures of the repository's pages, from the records in results/: docs/images/<gpu>_<suite>_ladder.svg and
+"""Draws the pages' pictures from the records in results/: docs/images/<gpu>_<suite>_ladder.svg and
 docs/images/<gpu>_pictures.webp.
 """
 
@@ -22,8 +22,13 @@ STYLE = ("text{font:12px sans-serif;fill:#1c1e21}.figure{font-weight:bold}rect{f
 
 
 def ladder(where: str) -> str:
-    """The SVG of results/<gpu>/<suite>/, `where` being <gpu>/<suite>: one bar a row of the ladder, with its median
-    seconds an image and its ratio to the eager row. Rows with a cap of memory are left out."""
+    """Returns the SVG of one ladder: a bar for each row, with its median seconds per image and its speed-up over eager.
+
+    Rows with a memory cap are left out.
+
+    Args:
+        where: <gpu>/<suite>, without results/.
+    """
     names = {row: name for row, name in tables.NAMES.items() if not row.startswith("memory_")}
     folder = records.RESULTS / records.current(where)
     rows = [(names[row], record) for row, (_, record) in tables.finished(folder, names).items()]
@@ -42,13 +47,13 @@ def ladder(where: str) -> str:
 
 
 def stale() -> dict[Path, bytes]:
-    """The ladders that are not what results/ says, with the content that they should have."""
-    made = {IMAGES / f"{where.replace('/', '_')}_ladder.svg": ladder(where).encode() for where in LADDERS}
-    return {path: content for path, content in made.items() if not path.exists() or path.read_bytes() != content}
+    """Returns the ladders whose files differ from results/, with their correct content."""
+    ladders = {IMAGES / f"{where.replace('/', '_')}_ladder.svg": ladder(where).encode() for where in LADDERS}
+    return {path: content for path, content in ladders.items() if not path.exists() or path.read_bytes() != content}
 
 
 def contact_sheets() -> dict[Path, bytes]:
-    """A WebP of each machine in `SHEETS`. Its bytes depend on the libraries that draw and compress it."""
+    """Returns the WebP of each GPU in `SHEETS`. Its bytes depend on the versions of Pillow and libwebp."""
     return {IMAGES / f"{gpu}_pictures.webp": contact_sheet(records.RESULTS / records.current(gpu) / "tiny", rows)
             for gpu, rows in SHEETS.items()}
 
@@ -57,8 +62,15 @@ GAP, LABEL, FIGURE = 8, 16, 14  # pixels
 
 
 def contact_sheet(folder: Path, rows: tuple[str, ...]) -> bytes:
-    """The strips of pictures beside the rows' records, each with its name above and every picture's PSNR against eager
-    below, on white and in two columns. A strip of other prompts than the first one's is left out."""
+    """Returns a WebP with the rows' strips of pictures in two columns on white.
+
+    The row's name is above each strip, and the PSNR against eager is below each picture. A strip whose prompts differ
+    from the first strip's is left out.
+
+    Args:
+        folder: of the records, with a strip <row>.webp beside each record.
+        rows: of `tables.QUALITY`, or "eager".
+    """
     names = {"eager": "eager bf16: the reference"} | tables.QUALITY
     found = [(names[row], record["shown"], path.with_suffix(".webp")) for row in rows
              if (newest := records.newest(folder, row)) for path, record in [newest]

@@ -1,8 +1,8 @@
-"""The records in results/: one JSON a measurement, <gpu>/<date>_<commit>/<suite>/<row>.json.
+"""Reads the records in results/: one JSON file for each measurement, <gpu>/<date>_<commit>/<suite>/<row>.json.
 
-A folder <date>_<commit> holds the measurements of one card, one clean commit and one day. A row that is measured again
-there is <row>.2.json, then <row>.3.json. A measurement that failed has the key "error". Readers take the newest that
-did not. The folders 2026-11 are older than this rule; their README says what they hold.
+A folder <date>_<commit> holds the measurements of one card, one clean commit and one day. A repeated row is
+<row>.2.json, then <row>.3.json. A failed measurement has the key "error", and readers take the newest successful one.
+The folders 2026-11 are older than this rule; their README describes them.
 """
 
 import json
@@ -11,17 +11,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
-CURRENT = {"h100": "2026-11", "h200": "2026-11", "cpu": "2026-11"}  # the folder that the pages show, by GPU
+CURRENT = {"h100": "2026-11", "h200": "2026-11", "cpu": "2026-11"}  # by GPU: the folder that the pages show
 
 
 def current(where: str) -> str:
-    """<gpu>/<suite> with the folder that the pages show between the two; of an unknown GPU unchanged."""
+    """Inserts the folder that the pages show: <gpu>/<suite> -> <gpu>/<folder>/<suite>. An unknown GPU has none."""
     gpu, _, rest = where.partition("/")
     return "/".join(filter(None, (gpu, CURRENT.get(gpu), rest)))
 
 
 def attempts(folder: Path, row: str) -> list[Path]:
-    """The files of `row` in the order in which they were measured."""
+    """Returns the files of `row`, oldest first."""
     found = {1: folder / f"{row}.json"} if (folder / f"{row}.json").exists() else {}
     for path in folder.glob(f"{row}.*.json"):
         number = path.name.removeprefix(f"{row}.").removesuffix(".json")
@@ -31,7 +31,7 @@ def attempts(folder: Path, row: str) -> list[Path]:
 
 
 def next_path(folder: Path, row: str) -> Path:
-    """Where the next measurement of `row` belongs: nothing is there yet."""
+    """Returns the path, still unused, of the next measurement of `row`."""
     before = attempts(folder, row)
     if not before:
         return folder / f"{row}.json"
@@ -40,7 +40,7 @@ def next_path(folder: Path, row: str) -> Path:
 
 
 def newest(folder: Path, row: str) -> tuple[Path, dict] | None:
-    """File and record of the newest finished measurement of `row`."""
+    """Returns the file and the record of the newest successful measurement of `row`, or None."""
     for path in reversed(attempts(folder, row)):
         record = json.loads(path.read_text())
         if "error" not in record:
@@ -49,8 +49,11 @@ def newest(folder: Path, row: str) -> tuple[Path, dict] | None:
 
 
 def beside(folder: Path, row: str, others: list[dict]) -> tuple[Path, dict] | None:
-    """File and record of that finished measurement of `row` that is nearest in time to most of the `others`, of their
-    card if it is known: cards differ by some percent, and a ratio is to be one card's."""
+    """Returns the file and the record of the measurement of `row` that compares best with the records `others`.
+
+    A measurement on the same card wins, because cards differ by a few percent. Among those, the nearest in time to the
+    median of `others` wins. Without dates it is the newest. None without a successful measurement.
+    """
     environments = sorted((one for record in others if (one := record.get("environment", {})).get("date")),
                           key=lambda one: one["date"])
     records = [(path, json.loads(path.read_text())) for path in attempts(folder, row)]

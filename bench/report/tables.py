@@ -1,6 +1,6 @@
-"""The tables of the repository's pages, from the JSON files in results/: no figure in them is typed by hand.
+"""Generates the pages' tables from the JSON files in results/, so that no figure is typed by hand.
 
-`python experiments.py report` rewrites everything between a marker, such as `<!-- results:h100/dev -->`, and the next
+`python experiments.py report` rewrites the text between a marker, such as `<!-- results:h100/dev -->`, and the next
 `<!-- end -->`, in README.md, tiny_flux/README.md and docs/*.md.
 """
 
@@ -20,22 +20,23 @@ NAMES = {
     "3_projections": "+ fused projections",
     "4_channels_last": "+ channels_last",
     "5_fa3": "+ FA3, fp8 scaled",
-    "6_float8": "+ float8, one scale a row",
+    "6_float8": "+ float8, per-row scales",
     "7_flags": "+ inductor flags",
     "8_fused": "float8 as above, + fused VAE, fused kernels (default)",
-    "memory_24gib": "float8 and T5 in int8, under a cap of 24 GiB",
-    "memory_16gib": "and T5 streamed from CPU memory, tiled VAE, 16 GiB",
-    "memory_8gib": "bf16, not compiled, every layer streamed, tiled VAE, 8 GiB",
-    "memory_4gib": "float8 and T5 in int8, not compiled, every layer streamed, tiled VAE, 4 GiB",
-    "memory_24gib_unfused": "float8 and T5 in int8, 24 GiB, without what needs Hopper",
-    "memory_16gib_unfused": "and T5 streamed from CPU memory, tiled VAE, 16 GiB, without what needs Hopper",
+    "memory_24gib": "24 GiB cap: float8, T5 in int8",
+    "memory_16gib": "16 GiB cap: float8, T5 in int8, T5 streamed from CPU memory, tiled VAE",
+    "memory_8gib": "8 GiB cap: bf16, not compiled, every layer streamed, tiled VAE",
+    "memory_4gib": "4 GiB cap: float8, T5 in int8, not compiled, every layer streamed, tiled VAE",
+    "memory_24gib_unfused": "24 GiB cap: float8, T5 in int8, without the Hopper kernels",
+    "memory_16gib_unfused": "16 GiB cap: float8, T5 in int8, T5 streamed from CPU memory, tiled VAE, without the "
+                            "Hopper kernels",
 }
 
 CACHES = {f"cache_{name}": f"step cache, {name}" for name in ("safe", "balanced", "fast", "extreme")}
-TAYLORSEER = {interval: f"TaylorSeer over whole steps, every {which} computed"
+TAYLORSEER = {interval: f"TaylorSeer, every {which} step computed"
               for interval, which in ((2, "second"), (3, "third"), (4, "fourth"))}
 
-# Rows beside the ladder, each group after what it is compared with.
+# Rows outside the ladder. The first row of each group is the baseline of its ratios.
 FULL = {"8_fused": "default"}
 GROUPS = {
     "ladder": NAMES,
@@ -43,20 +44,20 @@ GROUPS = {
         "without_compile": "without compile",
         "without_cudagraphs": "without CUDA graphs",
         "without_gpu_postprocess": "without GPU postprocess",
-        "without_channels_last": "without channels_last, and so without fused VAE",
+        "without_channels_last": "without channels_last and fused VAE",
         "without_fused_vae": "without fused VAE",
-        "without_projections": "without fused projections, and so without fused kernels",
-        "without_fa3": "without fp8 attention, and so without fused kernels",
-        "without_quant": "without float8, and so without fused kernels",
+        "without_projections": "without fused projections and fused kernels",
+        "without_fa3": "without fp8 attention and fused kernels",
+        "without_quant": "without float8 and fused kernels",
         "without_fused_kernels": "without fused kernels",
     },
     "caches": FULL | {"cache_default": "step cache F12B12"} | CACHES | {
         "cache_taylorseer_2": TAYLORSEER[2], "cache_taylorseer": TAYLORSEER[3], "cache_taylorseer_4": TAYLORSEER[4],
         "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs",
         "gpus_2_taylorseer": "TaylorSeer, two GPUs", "gpus_4_taylorseer": "TaylorSeer, four GPUs"},
-    "float8": {"float8_row": "one scale a row", "float8_tensor": "one scale a tensor"},
+    "float8": {"float8_row": "per-row scales", "float8_tensor": "per-tensor scales"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
-                  "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's choice, bf16"},
+                  "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's default, bf16"},
     "batch": FULL | {f"batch_{n}": f"batch {n}" for n in (2, 4, 8)} | {
         f"eager_batch_{n}": f"batch {n}, bf16, eager" for n in (2, 4, 8)},
     "gpus": FULL | {"gpus_2_ulysses": "two GPUs, Ulysses", "gpus_2_ring": "two GPUs, ring",
@@ -64,13 +65,16 @@ GROUPS = {
     "sizes": FULL | {f"size_{size}": size.replace("x", "×") for size in ("512x512", "768x768", "1536x1024")},
 }
 
-STARTS = {"start_compile": "compile, first start", "start_compile_again": "compile, kernels there",
-          "start_export": "export, first start", "start_packages": "packages there"}
+STARTS = {"start_compile": "compile, first start", "start_compile_again": "compile, cached kernels",
+          "start_export": "export, first start", "start_packages": "export, cached packages"}
 
 
 def table(where: str) -> str:
-    """The markdown table of the ladder of results/<gpu>/<suite>/, `where` being <gpu>/<suite>. Ratios are to its eager
-    row, if any."""
+    """Returns the markdown table of a ladder, with speed-ups over its eager row, if any.
+
+    Args:
+        where: <gpu>/<folder>/<suite>, without results/.
+    """
     found = _rows(where, NAMES)
     eager = newest(RESULTS / where, "1_eager")
     lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
@@ -83,7 +87,7 @@ def table(where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# A suite's name, and the rows that are shown of it before all others.
+# For the summary table: each suite's title and its rows.
 GLANCE = {
     "schnell": ("schnell, 4 steps", {"8_fused": "every step"}),
     "dev": ("dev, 28 steps", {"8_fused": "every step", "gpus_2_ulysses": "on two GPUs",
@@ -96,7 +100,11 @@ GLANCE = {
 
 
 def glance_table(gpu: str) -> str:
-    """The markdown table of the figures that matter most, against diffusers' own pipeline in bf16."""
+    """Returns the markdown table of the main results, against diffusers' own pipeline in bf16.
+
+    Args:
+        gpu: <gpu>/<folder>, without results/.
+    """
     lines = ["| FLUX.1 | diffusers, bf16 | here | × |", "|---" * 4 + "|"]
     for suite, (title, names) in GLANCE.items():
         eager_path, eager = newest(RESULTS / gpu / suite, "1_eager")
@@ -112,8 +120,14 @@ def glance_table(gpu: str) -> str:
 
 
 def beside_table(where: str) -> str:
-    """The markdown table of a group of rows beside the ladder, `where` being <gpu>/<suite>/<group>, with ratios to its
-    first row too, as it was measured beside each; without columns in which next to nothing stands."""
+    """Returns the markdown table of a group of rows outside the ladder.
+
+    The speed-ups compare with eager and with the group's first row, in the measurement nearest to each row. Columns
+    that are empty below the first row are left out.
+
+    Args:
+        where: <gpu>/<folder>/<suite>/<group>, without results/.
+    """
     where, _, group = where.rpartition("/")
     found, eager = _rows(where, GROUPS[group]), newest(RESULTS / where, "1_eager")
     first = next(iter(GROUPS[group]))
@@ -127,19 +141,23 @@ def beside_table(where: str) -> str:
             "–" if cached else f"{record['stages_ms']['denoising_step']:.1f}",
             f"{len(cached)} of {record['settings']['num_inference_steps']}" if cached else "–",
             "–" if error is None else f"{error * 100:.2f} %", _gib(record)])
-    # Of the first row alone a figure is compared with nothing.
+    # A figure that only the first row has compares with nothing.
     kept = [i for i in range(len(head)) if i < 2 or any(row[i] != "–" for row in rows[1:])]
     lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in [head, *rows]]
     return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(kept) + "|", *lines[1:]]) + "\n"
 
 
-# Of each batch the rows of diffusers' own pipeline and of the full recipe.
+# By batch size: the rows of diffusers' own pipeline and of the full recipe.
 BATCHES = {1: ("1_eager", "8_fused")} | {n: (f"eager_batch_{n}", f"batch_{n}") for n in (2, 4, 8)}
 
 
 def images_a_minute_table(where: str) -> str:
-    """The markdown table of images a minute against batch size, `where` being <gpu>/<suite>."""
-    lines = ["| batch | bf16, eager: images a minute | GiB | full recipe: images a minute | GiB | × |",
+    """Returns the markdown table of images per minute by batch size.
+
+    Args:
+        where: <gpu>/<folder>/<suite>, without results/.
+    """
+    lines = ["| batch | bf16, eager: images/min | GiB | full recipe: images/min | GiB | × |",
              "|---" * 6 + "|"]
     batches = [found[1] for _, row in BATCHES.values() if row not in FULL and (found := newest(RESULTS / where, row))]
     for batch, rows in BATCHES.items():
@@ -152,7 +170,7 @@ def images_a_minute_table(where: str) -> str:
 
 
 def _images_a_minute(where: str, row: str, found: tuple[Path, dict] | None) -> tuple[str, str]:
-    """Images a minute and GiB; what did not fit is told from what was not measured."""
+    """Returns the cells for images per minute and GiB: "out of memory" if the row did not fit, "–" if unmeasured."""
     if found:
         path, record = found
         images = 60 * record["settings"]["num_images_per_prompt"] / record["seconds"]["median"]
@@ -164,14 +182,17 @@ def _images_a_minute(where: str, row: str, found: tuple[Path, dict] | None) -> t
 
 
 def _rows(where: str, names: dict[str, str]) -> list[tuple[str, dict]]:
-    """A link to each finished row, with its name, and its record."""
+    """Returns (a link with the row's name, the record) for each successful row."""
     return [(f"[{names[row]}](results/{where}/{path.name})", record)
             for row, (path, record) in finished(RESULTS / where, names).items()]
 
 
 def finished(folder: Path, names: dict[str, str]) -> dict[str, tuple[Path, dict]]:
-    """File and record of each finished row: the newest, but of the default the one measured beside what it is compared
-    with: the eager row, or most of the others."""
+    """Returns the file and the record of each successful row.
+
+    They are the newest, except for the default's row: it is the measurement that `beside` picks for the eager row, or
+    for the other rows if there is no eager row.
+    """
     found = {row: one for row in names if (one := newest(folder, row))}
     if found.keys() >= FULL.keys():
         others = [found["1_eager"]] if "1_eager" in found else [one for row, one in found.items() if row not in FULL]
@@ -193,7 +214,7 @@ def _gib(record: dict) -> str:
 
 
 def speed_up(eager: dict, record: dict) -> float | None:
-    """How many times as many images a second as eager; None for images of another size."""
+    """Returns the images per second relative to eager's; None if the images differ in size."""
     if any(eager["settings"][name] != record["settings"][name] for name in ("height", "width")):
         return None
     images = record["settings"]["num_images_per_prompt"] / eager["settings"]["num_images_per_prompt"]
@@ -209,15 +230,15 @@ QUALITY = {
     "fused_vae": "channels_last and fused VAE",
     "cudagraphs": "CUDA graphs",
     "int8": "int8, compiled",
-    "float8_row": "float8, one scale a row, compiled",
-    "float8_tensor": "float8, one scale a tensor, compiled",
+    "float8_row": "float8, per-row scales, compiled",
+    "float8_tensor": "float8, per-tensor scales, compiled",
     "fa3_bf16": "FA3, bf16",
     "fa3_fp8": "FA3, fp8 scaled",
     "fa3_fp8_unscaled": "FA3, fp8 unscaled",
     "text_encoder_quant": "T5 in int8",
     "cache": "step cache, F2B2",
-    "cache_defaults": "all defaults and the step cache",
-    "cache_yaml": "step cache of cache_config.yaml",
+    "cache_defaults": "all defaults and a step cache",
+    "cache_yaml": "step cache from cache_config.yaml",
     "cache_safe": CACHES["cache_safe"],
     "steps_24": "24 steps",
     "cache_balanced": CACHES["cache_balanced"],
@@ -230,15 +251,15 @@ QUALITY = {
     "taylorseer_2": TAYLORSEER[2],
     "taylorseer_3": TAYLORSEER[3],
     "taylorseer_4": TAYLORSEER[4],
-    "unfused": "float8 row + FA3 fp8",
-    "fused": "the same on fused kernels",
+    "unfused": "float8, per-row scales, and FA3, fp8 scaled",
+    "fused": "the same with the fused kernels",
     "all_defaults": "all defaults",
     "other_seed": "another seed: the floor",
 }
 
 
 def quality_table(machine: str) -> str:
-    """The markdown table of results/<machine>/tiny/*.json, in the order of `QUALITY`."""
+    """Returns the markdown table of results/<machine>/tiny/*.json, in the order of `QUALITY`."""
     lines = ["| against eager bf16 | steps | PSNR, all words given (min) | PSNR, words left open (min) | SSIM | "
              "judge, top 5 |", "|---" * 6 + "|"]
     for stem, name in QUALITY.items():
@@ -255,19 +276,19 @@ def quality_table(machine: str) -> str:
 
 
 def computed_steps(record: dict) -> str:
-    """The blocks computed for a picture of tiny-flux-dev, in steps that compute them all."""
+    """Returns the blocks computed for a picture of tiny-flux-dev, in units of full steps."""
     if record.get("computed_steps") is not None:
         return f"{record['computed_steps']:.1f}"
     if record.get("cached_steps") is not None:
-        return "–"  # measured before it was recorded
+        return "–"  # records of older commits lack it
     argv = record["argv"]
     return argv[argv.index("--num_inference_steps") + 1] if "--num_inference_steps" in argv else "28"
 
 
 def judge_table(machine: str) -> str:
-    """The markdown table of results/<machine>/tiny/judge.json."""
+    """Returns the markdown table of results/<machine>/tiny/judge.json."""
     verdicts = json.loads((RESULTS / machine / "tiny" / "judge.json").read_text())["verdicts"]
-    names = {"top1": "the emoji, nearest of all", "top5": "among the nearest five", "style": "style",
+    names = {"top1": "emoji, top 1", "top5": "emoji, top 5", "style": "style",
              "background": "background"}
     lines = ["| | pictures | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
     lines += [f"| {what} | {one['pictures']} | " + " | ".join(f"{one[name] * 100:.1f} %" for name in names) + " |"
@@ -275,12 +296,16 @@ def judge_table(machine: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# What a kernel's name begins with or holds.
-KINDS = {"matrix products": ("nvjet", "_gemm_kernel", "_product_kernel"), "attention": ("flash::",)}
+# Parts of kernel names, by kind.
+KINDS = {"GEMMs": ("nvjet", "_gemm_kernel", "_product_kernel"), "attention": ("flash::",)}
 
 
 def kernel_table(where: str) -> str:
-    """The markdown table of the kernels of one step, without and with the fused kernels: `where` is <gpu>/<suite>."""
+    """Returns the markdown table of one step's kernels, without and with the fused kernels.
+
+    Args:
+        where: <gpu>/<folder>/<suite>, without results/.
+    """
     unfused = newest(RESULTS / where, "kernels_unfused")
     files = {"unfused": unfused, "fused": beside(RESULTS / where, "8_fused", [unfused[1]])}
     rows = {kind: [] for kind in [*KINDS, "everything else", "all"]}
@@ -290,7 +315,7 @@ def kernel_table(where: str) -> str:
             own = [kernel for kernel in kernels if kind in ("all", _kind(kernel["name"]))]
             column.append(f"{sum(kernel['ms'] for kernel in own):.1f} ({sum(kernel['launches'] for kernel in own)})")
     heads = [f"[{name}](results/{where}/{path.name})" for name, (path, _) in files.items()]
-    lines = ["| milliseconds (launches) | " + " | ".join(heads) + " |", "|---" * 3 + "|"]
+    lines = ["| ms (launches) | " + " | ".join(heads) + " |", "|---" * 3 + "|"]
     return "\n".join(lines + [f"| {kind} | " + " | ".join(column) + " |" for kind, column in rows.items()]) + "\n"
 
 
@@ -298,21 +323,24 @@ def _kind(name: str) -> str:
     return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "everything else")
 
 
-# The GEMM of the same shape in bench/kernels.py's `alternative` rows. Records of older commits say product.
+# By fused kernel: the GEMM of the same shape in bench/kernels.py's `alternative` rows. Older records say "product".
 GEMMS = {"qkv_gemm": "qkv", "gelu_gemm": "up", "fp8_gemm, out": "single out",
          "fp8_gemm, attention's out": "attention's out", "fp8_gemm, MLP's down": "down"}
 GEMMS |= {name.replace("fp8_gemm", "products").replace("_gemm", "_product"): shape for name, shape in GEMMS.items()}
 
 
 def roofline_table(where: str) -> str:
-    """The markdown table of results/<gpu>/kernels.json for one model, `where` being <gpu>/<model>: what each kernel of
-    the fused blocks reaches, and cuBLAS with the same factors and nothing besides."""
+    """Returns the markdown table of kernels.json for one model: each fused kernel, and cuBLAS' GEMM of the same shape.
+
+    Args:
+        where: <gpu>/<folder>/<model>, without results/.
+    """
     gpu, _, model = where.rpartition("/")
     rows = json.loads((RESULTS / gpu / "kernels.json").read_text())["kernels"][model]
     cublas = {row["kernel"].removeprefix("cuBLAS by ").replace(", ", ":", 1): row for row in rows
               if row["block"] == "alternative"}
-    lines = ["| kernel | block | ms | TFLOP/s | TB/s | error | under load: ms | MHz | cuBLAS by tensor, by row: ms | "
-             "under load |", "|---" * 10 + "|"]
+    lines = ["| kernel | block | ms | TFLOP/s | TB/s | error | under load: ms | MHz | cuBLAS per tensor, per row: ms | "
+             "under load: ms |", "|---" * 10 + "|"]
     for row in rows:
         if row["block"] == "alternative":
             continue
@@ -329,10 +357,15 @@ def roofline_table(where: str) -> str:
 
 
 def last_block_table(gpu: str) -> str:
-    """The markdown table of results/<gpu>/last_block.json: one double and the last single block with and without what
-    the pipeline does not read."""
+    """Returns the markdown table of last_block.json: a double and the last single block, with and without pruning.
+
+    Pruning drops the tokens whose output the pipeline never reads.
+
+    Args:
+        gpu: <gpu>/<folder>, without results/.
+    """
     record = json.loads((RESULTS / gpu / "last_block.json").read_text())
-    lines = ["| tokens: text, image | all, ms | what is read alone, ms | saved, ms | change of what is read |",
+    lines = ["| text, image tokens | all tokens, ms | unused tokens pruned, ms | saved, ms | error |",
              "|---" * 5 + "|"]
     for model, found in record["models"].items():
         every, read = ([one["ms"] for one in found[name]] for name in ("all", "read"))
@@ -345,14 +378,18 @@ def last_block_table(gpu: str) -> str:
 
 
 def starts_table(where: str) -> str:
-    """The markdown table of what comes before the first image: `where` is <gpu>/<suite>."""
+    """Returns the markdown table of the seconds from process start to first image, by stage.
+
+    Args:
+        where: <gpu>/<folder>/<suite>, without results/.
+    """
     lines = ["| | imports | load weights | quantize | packages | compile, record | start to first image | step | GiB |",
              "|---" * 9 + "|"]
     for row, name in STARTS.items():
         if found := newest(RESULTS / where, row):
             path, record = found
             spent = record["cold_start_s"] or {}  # null: prepared beside other rows
-            if "quantise" in spent:  # as records of older commits spell it
+            if "quantise" in spent:  # the spelling in older records
                 spent = spent | {"quantize": spent["quantise"]}
             cells = [f"{spent[stage]:.1f}" if stage in spent else "–"
                      for stage in ("imports", "load", "quantize", "packages")]
@@ -369,8 +406,13 @@ LOADED = {("schnell", "kernels_unfused"): "schnell, without the fused kernels", 
 
 
 def load_table(gpu: str) -> str:
-    """The markdown table of how steps lengthen within an image, and of the GPU's clock and power meanwhile."""
-    lines = ["| | first step, ms | median | longest | clock, MHz | power, W | its limit |", "|---" * 7 + "|"]
+    """Returns the markdown table of step times within an image, with the GPU's clock and power.
+
+    Args:
+        gpu: <gpu>/<folder>, without results/.
+    """
+    lines = ["| | first step, ms | median step, ms | longest step, ms | clock, MHz | power, W | power limit, W |",
+             "|---" * 7 + "|"]
     for (suite, row), name in LOADED.items():
         path, record = newest(RESULTS / gpu / suite, row)
         steps, load = record["steps_ms"], record["gpu_load"]
@@ -381,8 +423,14 @@ def load_table(gpu: str) -> str:
 
 
 def expected_table(where: str) -> str:
-    """The markdown table of what a step should take on several GPUs with Ulysses, `where` being <gpu>/<suite>: from the
-    step on one, and from what results/<gpu>/gpus_<N>_link.json says of exchanges between as many, or fewer."""
+    """Returns the markdown table of the expected and measured step on several GPUs with Ulysses.
+
+    The expectation follows from the step on one GPU and from the measured links in gpus_<N>_link.json. If N GPUs have
+    no such file, the file for the next smaller number counts.
+
+    Args:
+        where: <gpu>/<folder>/<suite>, without results/.
+    """
     from bench.link import bytes_sent, expected_step  # needs torch
     from utils.random_weights import architecture
 
@@ -394,17 +442,18 @@ def expected_table(where: str) -> str:
     step, work = one["stages_ms"]["denoising_step"] / 1e3, one["roofline"]
     config = architecture(one["model"].rpartition("/")[2])["transformer"]
     singles, blocks = config["num_single_layers"], config["num_layers"] + config["num_single_layers"]
-    lines = ["| GPUs | each sends a step | step expected | measured |", "|---" * 4 + "|",
+    lines = ["| GPUs | sent per GPU and step | step, expected | step, measured |", "|---" * 4 + "|",
              f"| 1 | – | – | {step * 1e3:.1f} ms |"]
     for gpus, found in measured.items():
         ways = links[max(n for n in links if n <= gpus)]
         through_memory = "peer memory" in ways
         link = ways["peer memory" if through_memory else "nccl"]
-        # One rate for both exchanges; the way back has a latency of its own, since it needs no copy engine.
+        # Both all-to-alls have the same rate. The second one has another latency, since it needs no copy engine.
         latency = link["nothing"]["ms"] / 1e3
         rate = link["qkv"]["bytes"] / (link["qkv"]["ms"] / 1e3 - latency)
         latency_back = link["back"]["ms"] / 1e3 - link["back"]["bytes"] / rate
-        # Through memory a single block's q, k and v, three bytes of four, move beside a product. Then the output.
+        # Through peer memory, a single block sends q, k and v (three of its four bytes) during a GEMM. The step's
+        # output is one more exchange.
         hidden = singles if through_memory else 0
         latencies = (blocks - hidden + 1) * latency + blocks * latency_back
         sent = bytes_sent("ulysses", config, work["image_tokens"], work["text_tokens"], gpus)
@@ -416,7 +465,7 @@ def expected_table(where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The cases of bench/fp8_error.py that are shown.
+# The cases of bench/fp8_error.py in the table.
 FP8_CASES = {
     "plain": "random weights",
     "heavy_rows=0.4": "long-tailed weight rows",
@@ -431,8 +480,11 @@ FP8_RECIPES = {"bf16": "bf16", "float8_row": "float8 per row", "flux_fast": "flu
 
 
 def fp8_error_table(where: str) -> str:
-    """The markdown table of results/<gpu>/fp8_error/<name>.json, `where` being <gpu>/<name>: each recipe's error of a
-    step in `FP8_CASES`."""
+    """Returns the markdown table of fp8_error/<name>.json: each recipe's error of a step in `FP8_CASES`.
+
+    Args:
+        where: <gpu>/<folder>/<name>, without results/.
+    """
     gpu, _, name = where.rpartition("/")
     rows = {row["case"]: row["errors"] for row in
             json.loads((RESULTS / gpu / "fp8_error" / f"{name}.json").read_text())["rows"]}
@@ -443,11 +495,15 @@ def fp8_error_table(where: str) -> str:
 
 
 def tried_table(gpu: str) -> str:
-    """The markdown table of results/<gpu>/tried.json: what was tried and not kept."""
+    """Returns the markdown table of tried.json: the changes that were tried and rejected.
+
+    Args:
+        gpu: <gpu>/<folder>, without results/.
+    """
     def shown(values):
         return ", ".join(f"{value:#.3g}" for value in values)
 
-    lines = ["| tried and not kept | of | ms with it | ms without |", "|---" * 4 + "|"]
+    lines = ["| tried and rejected | of | with it, ms | without it, ms |", "|---" * 4 + "|"]
     lines += [f"| {one['what']} | {one['of']} | {shown(one['ms'])} | {shown(one['without_ms'])} |"
               for one in json.loads((RESULTS / gpu / "tried.json").read_text())["tried"]]
     return "\n".join(lines) + "\n"
@@ -460,13 +516,18 @@ MAKERS = {"glance": glance_table, "results": table, "beside": beside_table, "qua
 
 
 def pages() -> list[Path]:
-    """The pages whose tables are made here."""
+    """Returns the pages with generated tables."""
     return [path for path in (ROOT / "README.md", ROOT / "tiny_flux" / "README.md",
                               *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 
 
 def with_tables(page: Path, text: str | None = None) -> str:
-    """The page's text, or the `text` given for it, with every marked part made anew. Its links start at the page."""
+    """Returns a page's text with every marked part generated again. The links are relative to the page.
+
+    Args:
+        page: its path.
+        text: its text; None to read the file.
+    """
     to_root = "../" * len(page.relative_to(ROOT).parts[:-1])
 
     def made(part: re.Match) -> str:
@@ -478,7 +539,13 @@ def with_tables(page: Path, text: str | None = None) -> str:
 
 
 def caption(links: list[str]) -> str:
-    """The machine, the versions and the days of the records that a table links to; "" for records without a date."""
+    """Returns the GPU, the versions, the commits and the days of the records that a table links to.
+
+    It is "" if no record has a date.
+
+    Args:
+        links: paths that begin with results/.
+    """
     paths = [RESULTS / link.removeprefix("results/") for link in dict.fromkeys(links)]
     environments = [json.loads(path.read_text()).get("environment", {}) for path in paths]
     found = [one for one in environments if one.get("date")]
@@ -501,5 +568,5 @@ def caption(links: list[str]) -> str:
 
 
 def stale() -> dict[Path, bytes]:
-    """The pages that are not what results/ says, with the content that they should have."""
+    """Returns the pages that differ from results/, with their correct content."""
     return {page: text.encode() for page in pages() if (text := with_tables(page)) != page.read_text()}

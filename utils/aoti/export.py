@@ -1,4 +1,4 @@
-"""Packages: compiled code of blocks, VAE and T5, exported once and loaded in seconds. They hold no weights.
+"""Exports compiled code of blocks, VAE and T5 as packages without weights, and loads them in seconds.
 
     python -m utils.aoti list      # key, size, and whether it fits this machine
     python -m utils.aoti verify    # compare every file with its SHA-256; exit code 1 if one differs
@@ -32,10 +32,10 @@ from utils.aoti.inductor import no_vector_instructions, write_package
 from utils.aoti.store import fetch, key_of, locked, open_store, publish, unusable, verify
 from utils.common import RecipeError
 
-# Bounds of the relative difference between a package's output and eager's: different rounding, nothing more.
+# Bounds of the relative difference between a package's output and eager's. They allow only for rounding.
 FLOAT32_BOUND, BOUND = 1e-4, 3e-2
-# bf16 roundings add up over the VAE's many layers and alone come near BOUND. So its package may also be this many times
-# as far from float32 as eager is.
+# In the VAE's many layers bf16 rounding alone comes near BOUND. So the error of the VAE's package against float32 may
+# also be up to VAE_RATIO times eager's error against float32.
 VAE_RATIO = 1.5
 
 
@@ -43,7 +43,11 @@ VAE_RATIO = 1.5
 class Unit:
     """Modules that run the same graph on different weights.
 
-    `arguments` are those of one real call of the first module, by name; `settings` are inductor's for this graph.
+    Args:
+        name: the unit's name, which is also the package's file name.
+        modules: the modules.
+        arguments: the first module's arguments in one real call, by name.
+        settings: inductor's settings for this graph.
     """
     name: str
     modules: list[torch.nn.Module]
@@ -58,7 +62,9 @@ def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder:
 
     Args:
         blocks: False for fused blocks (`utils.kernels.fused_blocks`), whose packages would hold the same kernels.
-        vae: False for a VAE that decodes tiles, which come in several sizes.
+        vae: False for a VAE that decodes tiles, because tiles have several sizes.
+        needs_image: True for Kontext, which encodes a reference image.
+        text_encoder: include T5's blocks.
     """
     kinds = {}
     if blocks:
@@ -103,7 +109,7 @@ def capture(kinds: dict[str, list[torch.nn.Module]], call: Callable[[], object])
 
 
 def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
-    """All arguments by name, including those that `**kwargs` collects."""
+    """All arguments by name, including the arguments that `**kwargs` collects."""
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -112,7 +118,7 @@ def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
 
 
 def canonical(x: torch.Tensor) -> torch.Tensor:
-    """`x` contiguous. Dimensions of size 1, whose strides `.contiguous()` keeps, get contiguous strides as well."""
+    """A contiguous `x`. Dimensions of size 1 get contiguous strides too; `.contiguous()` would keep their strides."""
     strides = [1]
     for size in reversed(x.shape[1:]):
         strides.append(strides[-1] * size)
@@ -120,7 +126,10 @@ def canonical(x: torch.Tensor) -> torch.Tensor:
 
 
 def describe(arguments: dict) -> dict[str, str]:
-    """The arguments as a package's code depends on them: dtype, shape and device of tensors, the value of others."""
+    """Describes arguments as the package's code depends on them.
+
+    A tensor becomes its dtype, shape and device type. Any other argument becomes its value.
+    """
     leaves, _ = tree_flatten_with_path(arguments)
     return {"".join(map(str, path)): f"{x.dtype} {tuple(x.shape)} {x.device.type}" if isinstance(x, torch.Tensor)
             else repr(x) for path, x in leaves}
@@ -158,13 +167,15 @@ def machine(device: str) -> dict:
 
 def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, use_cached: bool, re_export: bool,
                  source: str | None, say: Callable[[str], None]) -> str:
-    """Puts packaged code in the place of the units' modules. It loads packages that exist and exports the others.
+    """Replaces the units' modules by packaged code. It loads existing packages and exports missing packages.
 
     Args:
-        units: with their arguments captured.
+        units: the units that `capture` returned.
+        switches: the techniques that change the graph, as JSON values.
+        cache_dir: --cache-dir; packages are in its folder `packages`.
         use_cached: never export; a missing package is an error.
-        re_export: export in any case, in the place of an older package.
-        source: fetch a missing package from there (`package_store.fetch`) instead of exporting it.
+        re_export: always export, and replace an older package.
+        source: fetch a missing package from this source (`store.fetch`) instead of exporting it.
         say: prints a line.
 
     Returns:
@@ -181,8 +192,9 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
             verify(folder)
             done = f"loaded {key}"
         elif use_cached and not source:
-            raise RecipeError(f"--use-cached-model: there is no package {key} in {root}. Run once without the flag and "
-                              "with the same other arguments to make it; `python -m utils.aoti list` shows all.")
+            raise RecipeError(f"--use-cached-model: there is no package {key} in {root}. Run once without this flag "
+                              "and with the same other arguments to export it. `python -m utils.aoti list` shows all "
+                              "packages.")
         else:
             if not source:
                 say(f"exporting {names}; later starts load them")
@@ -196,10 +208,10 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
 
 @torch.no_grad()
 def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None] = lambda line: None) -> None:
-    """Writes NAME.pt2 of each unit into `folder` and compares it with eager on the unit's first and last module.
+    """Writes each unit's NAME.pt2 into `folder` and compares it with eager on the unit's first and last modules.
 
-    The last module shows that the code holds no weight of the first. `say` gets a line of each unit, since all may take
-    a minute.
+    The last module proves that the code holds no weight of the first. `say` prints a line after each unit, because
+    the export may take a minute.
 
     Raises:
         RecipeError: a package differs from eager by more than rounding.
@@ -213,8 +225,8 @@ def export(units: list[Unit], folder: Path, key: str, say: Callable[[str], None]
             error = _error(output, eager)
             if not (error < _bound_of(module, _tensors(eager)[0].dtype)
                     or _is_as_near_to_float32(unit, module, output, eager)):
-                raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding: "
-                                  "please report this, and use --compile_export_mode compile.")
+                raise RecipeError(f"the package of {unit.name} differs from eager by {error:.1e}, more than rounding. "
+                                  "Please report this, and use --compile_export_mode compile.")
         say(f"exported {unit.name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -223,8 +235,11 @@ def _tensors(output) -> list[torch.Tensor]:
 
 
 def _bound_of(module: torch.nn.Module, dtype: torch.dtype) -> float:
-    """The bound of a module's relative difference. 8-bit rounding may go either way in any dtype: int8 in float32
-    differed by 1.2e-4."""
+    """The bound of a module's relative difference from eager.
+
+    Quantized modules get the larger bound in any dtype, because 8-bit rounding may go either way. An int8 module in
+    float32 differed by 1.2e-4.
+    """
     quantized = any(x.dtype.itemsize == 1 for x in constants_of(module).values())
     return BOUND if quantized or dtype != torch.float32 else FLOAT32_BOUND
 
@@ -244,10 +259,10 @@ def _error(output, reference) -> float:
 
 
 class PackagedModule(torch.nn.Module):
-    """Runs a package's code on the weights of `module`, in whose place it stands.
+    """Replaces `module` and runs a package's code on its weights.
 
-    The code checks none of its inputs and computes garbage from wrong ones. So each call is compared here with the
-    arguments that the package was made for; inside a CUDA graph that costs nothing.
+    The code does not check its inputs and computes garbage from wrong inputs. So `forward` compares each call with the
+    arguments that the package was made for. Inside a CUDA graph this check costs nothing.
     """
 
     def __init__(self, module: torch.nn.Module, unit: Unit, code: Callable):
@@ -262,8 +277,8 @@ class PackagedModule(torch.nn.Module):
                 wrong = next(path for path in sorted(actual | expected) if actual.get(path) != expected.get(path))
                 raise RecipeError(
                     f"the package of {name} was made for other inputs: {wrong} is {actual.get(wrong, 'missing')}, not "
-                    f"{expected.get(wrong, 'given')}. One size of image a process: start again with the new one, or "
-                    "with --compile_export_mode compile.")
+                    f"{expected.get(wrong, 'given')}. A process supports one image size. Start again with the new "
+                    "size, or with --compile_export_mode compile.")
             return code(**tree_map_only(torch.Tensor, canonical, arguments))
 
         self._forward = forward
@@ -275,7 +290,10 @@ class PackagedModule(torch.nn.Module):
 
 
 def load(units: list[Unit], folder: Path, key: str) -> dict[torch.nn.Module, PackagedModule]:
-    """Loads the packages in `folder` for all modules of the units: {module: its stand-in}. It changes no module.
+    """Loads the packages in `folder` for all modules of the units. It changes no module.
+
+    Returns:
+        {module: its replacement}.
 
     Raises:
         RecipeError: a package is made for another key or unit, or cannot be opened.
@@ -285,7 +303,7 @@ def load(units: list[Unit], folder: Path, key: str) -> dict[torch.nn.Module, Pac
 
 
 def put_in_place(pipeline, stand_ins: dict[torch.nn.Module, PackagedModule]) -> None:
-    """Replaces the modules of transformer, VAE and T5 by their stand-ins."""
+    """Replaces the transformer's, the VAE's and T5's modules by the modules of `stand_ins`."""
     for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder_2):
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -294,7 +312,10 @@ def put_in_place(pipeline, stand_ins: dict[torch.nn.Module, PackagedModule]) -> 
 
 
 def load_code(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Callable:
-    """The package's code with `module`'s weights, without which it would crash. It takes arguments by name.
+    """Loads a package's code with `module`'s weights. The code would crash without weights.
+
+    Returns:
+        A function that takes the unit's arguments by name.
 
     Raises:
         RecipeError: see `load`.
@@ -310,8 +331,8 @@ def load_code(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Call
     weights = constants_of(module)
     if missing := [name for name in runner.get_constant_fqns() if name not in weights]:
         raise unusable(key, f"{path.name} asks for weights that {unit.name} lacks: {', '.join(missing[:3])}")
-    # Tensors of their own on the same memory: PyTorch 2.11 and 2.13 never release the tensors that load_constants is
-    # given, which would keep a pipeline's weights alive. These are emptied when the code goes.
+    # `detach` makes new tensors on the same memory. PyTorch 2.11 and 2.13 never release the tensors passed to
+    # load_constants, which would keep a pipeline's weights alive. `_empty` empties the new tensors with the code.
     weights = {name: weights[name].detach() for name in runner.get_constant_fqns()}
     runner.load_constants(weights, check_full_update=True, user_managed=True)
     weakref.finalize(runner, _empty, list(weights.values()), torch.empty(0)).atexit = False
@@ -319,13 +340,13 @@ def load_code(unit: Unit, module: torch.nn.Module, path: Path, key: str) -> Call
 
 
 def _empty(tensors: list[torch.Tensor], nothing: torch.Tensor) -> None:
-    # Assigning calls no operator: garbage may be collected during tracing, which refuses operators on real tensors.
+    # Assignment calls no operator. Garbage collection may run during tracing, which refuses operators on real tensors.
     for x in tensors:
         x.data = nothing
 
 
 def constants_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's tensors under the names that torch.export gives them; quantized weights as their parts."""
+    """The module's tensors by the names that torch.export gives them. A quantized weight appears as its parts."""
     constants = {}
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if isinstance(value.data, TorchAOBaseTensor):

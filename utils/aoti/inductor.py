@@ -1,4 +1,4 @@
-"""Writes one package of a module with torch.export and AOTInductor, around their faults."""
+"""Exports a module as one package with torch.export and AOTInductor, and works around their bugs."""
 
 import warnings
 from contextlib import contextmanager
@@ -24,15 +24,16 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
     """Writes a .pt2 of `module` without its weights.
 
     Args:
-        arguments: of one call, by name; the code is for their shapes, dtypes and devices.
-        path: the .pt2 to write.
-        settings: inductor's, besides `SETTINGS`.
-        metadata: stored in the file, and readable before any code is loaded.
+        module: the module to export.
+        arguments: the arguments of one call, by name. The code supports only their shapes, dtypes and devices.
+        path: the .pt2 file to write.
+        settings: inductor's settings for this module, which override `SETTINGS`.
+        metadata: strings to store in the file. They can be read without loading its code.
     """
     settings = SETTINGS | settings | {"aot_inductor.metadata": metadata}
     on_gpu = any(x.is_cuda for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
     if on_gpu:
-        # A CUDA graph replays the kernels without the code around them. Unoptimised it compiles in half the time.
+        # A CUDA graph replays the kernels without the code around them. -O0 halves the compile time.
         settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
     with warnings.catch_warnings(), _cudnn_left_on():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch calls its own deprecated functions
@@ -40,8 +41,8 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
         finally:
-            # torch.export holds its last program, weights included, until it makes another. On a GPU inductor holds
-            # the programs of the last 32 kernels whose tiles it chose.
+            # torch.export holds its last program, weights included, until the next export. On a GPU, inductor holds
+            # the programs of the last 32 kernels for which it chose tiles.
             from torch._inductor.codegen.simd import SIMDScheduling  # 0.3 s to import, and loading does not need it
             torch.export.export(torch.nn.Identity(), (torch.empty(0),), strict=False)
             SIMDScheduling.candidate_tilings.cache_clear()
@@ -49,14 +50,14 @@ def write_package(module: torch.nn.Module, arguments: dict, path: Path, settings
 
 @contextmanager
 def _cudnn_left_on():
-    """Keeps cuDNN on while torch.export traces, which turns it off.
+    """Keeps cuDNN on during torch.export, which would turn it off while tracing.
 
-    Without cuDNN, convolutions of channels_last images return contiguous ones. PyTorch caches that layout by shape, and
-    AOTInductor reads it from the cache. Its code then reads cuDNN's channels_last results in the wrong order. With
-    torch 2.11 on an H100 the VAE's package drew another picture, for weights that need no gradients.
+    Without cuDNN, a convolution of a channels_last image returns a contiguous image. PyTorch caches that layout by
+    shape, and AOTInductor reads it from the cache. The code then reads cuDNN's channels_last results in the wrong
+    order. With torch 2.11 on an H100 the VAE's package drew another picture, for weights that need no gradients.
     """
     set_flags = torch.backends.cudnn.set_flags
-    torch.backends.cudnn.set_flags = lambda *_, **__: ()  # export passes the result back to it
+    torch.backends.cudnn.set_flags = lambda *_, **__: ()  # torch.export passes the result back to set_flags
     try:
         yield
     finally:
@@ -69,7 +70,7 @@ def no_vector_instructions(on_gpu: bool):
     host).
 
     Inductor writes the CPU's SIMD into every package and compares it on loading, so both happen within this context.
-    Inductor caches the answer; the cache is cleared on entry and exit.
+    Inductor caches the CPU's SIMD. This context clears the cache on entry and exit.
     """
     if not on_gpu:
         yield

@@ -1,4 +1,4 @@
-"""The folder of exported packages, and the checks that keep a wrong, damaged or foreign package from being loaded.
+"""Stores exported packages and refuses to load wrong, damaged or foreign packages.
 
     CACHE/packages/KEY/manifest.json, double.pt2, single.pt2, ...
 
@@ -34,7 +34,7 @@ NEEDED_BYTES = 256 * 2**20  # several times the size of the full-size models' pa
 
 
 def key_of(fields: dict) -> str:
-    """The folder's name for these fields: 20 hexadecimal digits."""
+    """The name of the package folder for these fields: 20 hexadecimal digits of a SHA-256."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -48,21 +48,22 @@ def open_store(cache_dir: str | Path) -> Path:
         root = Path(cache_dir).expanduser() / "packages"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
-        raise RecipeError(f"--cache-dir {cache_dir}: its folder packages cannot be made ({reason_of(error)}). Choose "
-                          "another.") from error
+        raise RecipeError(f"--cache-dir {cache_dir}: its folder packages cannot be created ({reason_of(error)}). "
+                          "Choose another folder.") from error
     if not os.access(root, os.W_OK | os.X_OK):
-        raise RecipeError(f"--cache-dir {cache_dir}: {root} is not writable. Choose another.")
+        raise RecipeError(f"--cache-dir {cache_dir}: {root} is not writable. Choose another folder.")
     if reason := _distrust(root):
-        raise RecipeError(f"--cache-dir {cache_dir}: {reason}, and packages are code that would run as you. Choose "
-                          "another folder, or make this one yours alone (chmod 700).")
+        raise RecipeError(f"--cache-dir {cache_dir}: {reason}, and packages are code that would run with your rights. "
+                          "Choose another folder, or restrict this folder to yourself (chmod 700).")
     return root
 
 
 def _distrust(path: Path) -> str | None:
+    """The reason why another user may have written `path`, or None."""
     info = path.lstat()
     if stat.S_ISLNK(info.st_mode):
         return f"{path} is a symbolic link"
-    if os.name == "nt":  # Windows has neither number; the folder lies in the user's own profile
+    if os.name == "nt":  # Windows has neither uids nor mode bits; the folder is in the user's profile
         return None
     if info.st_uid != os.getuid():
         return f"{path} belongs to another user"
@@ -70,16 +71,19 @@ def _distrust(path: Path) -> str | None:
 
 
 def unusable(key: str, reason: str) -> RecipeError:
-    """The error about a package that must not be loaded."""
-    return RecipeError(f"package {key} cannot be used: {reason}. --re-export makes it anew, --compile_export_mode "
-                       "compile does without packages.")
+    """The error for a package that must not be loaded."""
+    return RecipeError(f"package {key} cannot be used: {reason}. --re-export exports it again; "
+                       "--compile_export_mode compile uses no packages.")
 
 
 def verify(folder: Path) -> dict:
-    """Compares a package folder with its manifest: owners, SHA-256s and the folder's name. Returns the manifest.
+    """Compares a package folder with its manifest: owners, SHA-256s and the folder's name.
+
+    Returns:
+        The manifest.
 
     Raises:
-        RecipeError: a file is missing, damaged or not the user's own, or the fields belong to another key.
+        RecipeError: a file is missing, damaged or another user's, or the fields belong to another key.
     """
     manifest = read_manifest(folder)
     if folder.name != key_of(manifest["fields"]):
@@ -91,15 +95,15 @@ def verify(folder: Path) -> dict:
         if reason := _distrust(path):
             raise unusable(folder.name, reason)
         if _sha256(path) != expected:
-            raise unusable(folder.name, f"{name} is damaged, its SHA-256 is not the manifest's")
+            raise unusable(folder.name, f"{name} is damaged: its SHA-256 differs from the manifest's")
     return manifest
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a package folder, before its files are compared with it.
+    """Reads the manifest of a package folder. It does not compare the files with the manifest.
 
     Raises:
-        RecipeError: the manifest is missing, damaged or not the user's own.
+        RecipeError: the manifest is missing, damaged or another user's.
     """
     for path in (folder, folder / MANIFEST):
         if not os.path.lexists(path):
@@ -121,7 +125,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def locked(root: Path, key: str):
-    """Lets one process at a time work on a key; others wait and say so. The lock ends with its process."""
+    """Lets one process at a time work on a key; others print a line and wait. The lock ends with its process."""
     lock = FileLock(root / f".{key}.lock")
     try:
         lock.acquire(timeout=0)
@@ -135,21 +139,26 @@ def locked(root: Path, key: str):
 
 
 def publish(root: Path, fields: dict, make: Callable[[Path], None]) -> Path:
-    """Writes a package folder whole or not at all, in the place of an older one. The caller holds the key's lock.
+    """Writes a package folder whole or not at all, and replaces an older one. The caller holds the key's lock.
 
     Args:
-        make: writes the files into the empty folder that it is given; raises if they are wrong.
+        root: the folder of all packages.
+        fields: everything that decides the package's code.
+        make: writes the files into the empty folder that it receives, and raises an exception if they are wrong.
+
+    Returns:
+        The package folder.
 
     Raises:
-        RecipeError: the cache or the compiler's temporary folder lacks space, or the older one is another user's.
+        RecipeError: the cache or the compiler's temporary folder lacks space, or the older folder is another user's.
     """
     key = key_of(fields)
-    for left_over in root.glob(f".{key}.*.tmp"):  # by a process that was killed
+    for left_over in root.glob(f".{key}.*.tmp"):  # a killed process left it behind
         shutil.rmtree(left_over)
     for place in (root, Path(tempfile.gettempdir())):
         if (free := shutil.disk_usage(place).free) < NEEDED_BYTES:
-            raise RecipeError(f"exporting needs {NEEDED_BYTES / 2**20:.0f} MiB in {place}, {free / 2**20:.0f} are free."
-                              " Make room, or choose another --cache-dir (or TMPDIR).")
+            raise RecipeError(f"exporting needs {NEEDED_BYTES / 2**20:.0f} MiB in {place}, but only {free / 2**20:.0f} "
+                              "are free. Free some space, or choose another --cache-dir (or TMPDIR).")
     temporary, folder = root / f".{key}.{os.getpid()}.tmp", root / key
     temporary.mkdir(mode=0o700)
     try:
@@ -165,14 +174,14 @@ def publish(root: Path, fields: dict, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RecipeError(f"no space left in {root} while exporting. Make room, or choose another --cache-dir; nothing "
-                          "half-written stays.") from error
+        raise RecipeError(f"no space left in {root} while exporting. Free some space, or choose another --cache-dir. "
+                          "No half-written package stays.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Deletes a package folder. Of a symbolic link it deletes the link alone.
+    """Deletes a package folder. If the folder is a symbolic link, it deletes only the link.
 
     Raises:
         RecipeError: the folder belongs to another user.
@@ -180,19 +189,23 @@ def remove(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     elif os.name != "nt" and folder.stat().st_uid != os.getuid():
-        raise RecipeError(f"{folder} belongs to another user and stays. Choose another --cache-dir.")
+        raise RecipeError(f"{folder} belongs to another user and cannot be removed. Choose another --cache-dir.")
     else:
         shutil.rmtree(folder)
 
 
 def fetch(source: str, key: str) -> Callable[[Path], None]:
-    """Downloads KEY.zip and compares its SHA-256. Returns a function that unpacks it, for `publish`.
+    """Downloads KEY.zip and compares its SHA-256.
 
     Args:
         source: REPO@REVISION:SHA256, a Hub repository and the SHA-256 of its KEY.zip.
+        key: the package's key.
+
+    Returns:
+        A function that unpacks the file into a folder, for `publish`.
 
     Raises:
-        RecipeError: `source` has another form, the file is missing, or its SHA-256 is another one.
+        RecipeError: `source` has another form, the file is missing, or its SHA-256 differs.
     """
     match = SOURCE.fullmatch(source)
     if not match:
@@ -201,8 +214,8 @@ def fetch(source: str, key: str) -> Callable[[Path], None]:
     with hub_errors("--package-from", repo, revision):
         archive = Path(hf_hub_download(repo, f"{key}.zip", revision=revision))
     if (actual := _sha256(archive)) != expected.lower():
-        raise RecipeError(f"--package-from {source}: the SHA-256 of {key}.zip there is {actual}. It is native code "
-                          "that would run as you: not used.")
+        raise RecipeError(f"--package-from {source}: the SHA-256 of {key}.zip is {actual}. The file is not used, "
+                          "because it is native code that would run with your rights.")
 
     def extract(folder: Path) -> None:
         with zipfile.ZipFile(archive) as files:

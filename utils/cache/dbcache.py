@@ -1,11 +1,11 @@
-"""The step cache: cache-dit's DBCache, its options checked before anything loads.
+"""The step cache: cache-dit's DBCache (https://github.com/vipshop/cache-dit). It is lossy: it changes the image.
 
-Between two denoising steps the blocks' residuals change little. DBCache computes the first F blocks, compares their
-residual with the last computed step's and, where it moved less than a threshold, reuses the middle blocks' result and
-computes the last B blocks on top (https://github.com/vipshop/cache-dit). Lossy: it changes the image.
+The blocks' residuals change little between two denoising steps. DBCache computes the first F blocks and compares their
+residual with the residual of the last computed step. If the residual changed by less than a threshold, DBCache reuses
+the result of the middle blocks and computes only the last B blocks. This module checks the options before models load.
 
-A steps computation mask says which steps may be cached at all: 1 is computed, 0 is decided by the residual ("dynamic")
-or always cached ("static").
+The steps computation mask has one character per step. A step with 1 is computed. With the policy "dynamic" the residual
+decides about a step with 0; with the policy "static" every step with 0 is cached.
 """
 
 import math
@@ -25,7 +25,7 @@ from utils.common import RecipeError, reading
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """DBCache's options under cache-dit 1.x's names, and TaylorSeer's, which predicts a skipped residual."""
+    """Options of DBCache and of TaylorSeer, which predicts a skipped residual. The names are cache-dit 1.x's."""
     Fn_compute_blocks: int = 12
     Bn_compute_blocks: int = 12
     max_warmup_steps: int = 8
@@ -36,11 +36,11 @@ class CacheOptions:
     enable_taylorseer: bool = False
     enable_encoder_taylorseer: bool = True
     taylorseer_order: int = 1
-    steps_computation_mask: str = ""  # one 0 or 1 a step; empty: no mask
+    steps_computation_mask: str = ""  # one 0 or 1 per step; empty: no mask
     steps_computation_policy: str = "dynamic"
 
     def __str__(self) -> str:
-        """Tells options apart that make different images: a picture's file names the cache by it."""
+        """Describes all options that change the image. The metadata of an image file has this text."""
         static = self.steps_computation_policy == "static"
         parts = [f"DBCache F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}"]
         if not static:
@@ -63,9 +63,10 @@ class CacheOptions:
 DEFAULT = CacheOptions()
 FLUX_BLOCKS = 19 + 38
 
-# From nearly every block to hardly any. The masks are cache-dit's own for 28 steps (its steps_mask: slow, medium, fast,
-# ultra), which compute the first steps, where the picture is laid out, and the last; F and thresholds are those of its
-# published runs on FLUX.1-dev: F8B0 0.08, F1B0 0.08 to 0.12, F1B0 0.20, F1B0 0.30, all with TaylorSeer of order 1.
+# From the smallest to the largest share of cached blocks. The masks are cache-dit's for 28 steps (its steps_mask: slow,
+# medium, fast, ultra). They compute the last step and the first steps, which lay out the picture. F and the thresholds
+# are those of cache-dit's published runs on FLUX.1-dev: F8B0 0.08, F1B0 0.08 to 0.12, F1B0 0.20, F1B0 0.30, all with
+# TaylorSeer of order 1.
 PRESETS = {
     "safe": CacheOptions(8, 0, 8, 1, -1, -1, 0.08, True, steps_computation_mask="1111111101110011100110010001"),
     "balanced": CacheOptions(1, 0, 6, 1, -1, -1, 0.12, True, steps_computation_mask="1111110110001100011000110001"),
@@ -73,11 +74,11 @@ PRESETS = {
     "extreme": CacheOptions(1, 0, 4, 1, -1, -1, 0.3, True, steps_computation_mask="1111001000001000000100000001"),
 }
 
-# Names of cache-dit before 1.0, which 1.x ignores in silence.
+# {name in cache-dit before 1.0: name in 1.x}. cache-dit 1.x ignores the old names silently.
 RENAMED = {"warmup_steps": "max_warmup_steps"}
 
 
-# What each key takes beyond its type: a test and its name. nan and inf are numbers to yaml.
+# {key: (test of a value, its description)}, beyond the type. yaml reads .nan and .inf as numbers.
 _COUNT = (lambda value: value >= 0, "0 or more")
 _LIMIT = (lambda value: value == -1 or value >= 1, "1 or more, or -1 for no limit")
 RANGES = {
@@ -86,58 +87,62 @@ RANGES = {
     "max_cached_steps": _LIMIT, "max_continuous_cached_steps": _LIMIT,
     "residual_diff_threshold": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
     "taylorseer_order": (lambda value: 0 <= value <= 9, "from 0 to 9"),
-    "steps_computation_mask": (lambda value: set(value) <= {"0", "1"}, "one 0 or 1 a step"),
+    "steps_computation_mask": (lambda value: set(value) <= {"0", "1"}, "one 0 or 1 per step"),
     "steps_computation_policy": (lambda value: value in ("dynamic", "static"), "dynamic or static"),
 }
 
 
 def from_yaml(path: str) -> CacheOptions:
-    """Reads a yaml file, flat or below `cache_config:`. Unlike cache-dit's own loader it ignores no key.
+    """Reads the options from a yaml file, whose keys are at the top level or below `cache_config:`.
+
+    cache-dit's loader ignores unknown keys; this function refuses them.
 
     Raises:
-        RecipeError: not yaml, an unknown key, a key that is there twice, or a value that the key does not take.
+        RecipeError: the file is not yaml, a key is unknown or repeated, or the value of a key is invalid.
     """
-    with reading(f"--step_cache {path}", "Give a yaml file with one `key: value` a line, such as Fn_compute_blocks: 8, "
-                 f"or one of {', '.join(STEP_CACHES)}."):
-        found = _from_yaml(Path(path).expanduser().read_bytes())
-    if not isinstance(found, dict):
-        raise RecipeError(f"--step_cache {path}: expected keys and values, such as Fn_compute_blocks: 8.")
-    if "cache_config" in found:
-        beside = [key for key in found if key != "cache_config"]
-        if beside or not isinstance(found["cache_config"], dict):
-            raise RecipeError(f"--step_cache {path}: all keys belong below cache_config, indented"
-                              f"{': not ' + ', '.join(map(str, beside)) if beside else ''}.")
-        found = found["cache_config"]
-    found = dict(found)
-    if found.pop("cache_type", "DBCache") not in ("DBCache", "dbcache"):
+    with reading(f"--step_cache {path}", "Give a yaml file with one `key: value` per line, such as Fn_compute_blocks: "
+                 f"8, or one of {', '.join(STEP_CACHES)}."):
+        values = _from_yaml(Path(path).expanduser().read_bytes())
+    if not isinstance(values, dict):
+        raise RecipeError(f"--step_cache {path}: the file has no keys and values. Write one `key: value` per line, "
+                          "such as Fn_compute_blocks: 8.")
+    if "cache_config" in values:
+        beside = [key for key in values if key != "cache_config"]
+        if beside or not isinstance(values["cache_config"], dict):
+            raise RecipeError(f"--step_cache {path}: write all keys below cache_config, indented"
+                              f"{', and not beside it: ' + ', '.join(map(str, beside)) if beside else ''}.")
+        values = values["cache_config"]
+    values = dict(values)
+    if values.pop("cache_type", "DBCache") not in ("DBCache", "dbcache"):
         raise RecipeError(f"--step_cache {path}: cache_type must be DBCache.")
-    if "taylorseer_kwargs" in found:  # before 1.0 the order hid in here
-        taylor = found.pop("taylorseer_kwargs")
+    if "taylorseer_kwargs" in values:  # the order's place before cache-dit 1.0
+        taylor = values.pop("taylorseer_kwargs")
         if not isinstance(taylor, dict) or set(taylor) != {"n_derivatives"}:
-            raise RecipeError(f"--step_cache {path}: taylorseer_kwargs knows n_derivatives alone; "
-                              "today's name is taylorseer_order.")
-        if "taylorseer_order" in found:
-            raise RecipeError(f"--step_cache {path}: taylorseer_kwargs and taylorseer_order are one option: drop "
-                              "the former.")
-        found["taylorseer_order"] = taylor["n_derivatives"]
+            raise RecipeError(f"--step_cache {path}: taylorseer_kwargs takes only n_derivatives. Use its new name, "
+                              "taylorseer_order.")
+        if "taylorseer_order" in values:
+            raise RecipeError(f"--step_cache {path}: taylorseer_kwargs and taylorseer_order are the same option: "
+                              "delete taylorseer_kwargs.")
+        values["taylorseer_order"] = taylor["n_derivatives"]
         _tell_renamed(path, "taylorseer_kwargs: n_derivatives", "taylorseer_order")
-    if found.pop("taylorseer_cache_type", "residual") != "residual":  # of its predecessor's file
-        raise RecipeError(f"--step_cache {path}: taylorseer_cache_type must be residual: hidden states are not "
-                          "predicted.")
+    if values.pop("taylorseer_cache_type", "residual") != "residual":  # the predecessor's file has this key
+        raise RecipeError(f"--step_cache {path}: taylorseer_cache_type must be residual. TaylorSeer does not predict "
+                          "hidden states here.")
     known = {field.name: field.type for field in fields(CacheOptions)}
     options = {}
-    for key, value in found.items():
+    for key, value in values.items():
         name = RENAMED.get(key, key)
         if name != key:
             _tell_renamed(path, key, name)
         if name in options:
-            raise RecipeError(f"--step_cache {path}: {key} and its other name are both there: drop one.")
+            raise RecipeError(f"--step_cache {path}: {key} has both its old and its new name: delete one of them.")
         if name not in known:
             raise RecipeError(f"--step_cache {path}: unknown key '{key}'. Known keys: {', '.join(known)}.")
-        if name == "steps_computation_mask" and isinstance(value, list):  # as cache-dit writes it
+        if name == "steps_computation_mask" and isinstance(value, list):  # cache-dit's own form
             value = "".join(map(str, value))
         elif name == "steps_computation_mask" and isinstance(value, int):
-            raise RecipeError(f"--step_cache {path}: {key} reads as a number: put it in quotes, or in brackets.")
+            raise RecipeError(f"--step_cache {path}: {key} is a number in yaml: put the mask in quotes, or write a "
+                              "list.")
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             shown = f"a {type(value).__name__}" if isinstance(value, (dict, list)) else f"{value!r}"[:100]
             raise RecipeError(f"--step_cache {path}: {key}: {shown} is not of type {known[name].__name__}"
@@ -145,13 +150,17 @@ def from_yaml(path: str) -> CacheOptions:
         if name in RANGES and not RANGES[name][0](value):
             raise RecipeError(f"--step_cache {path}: {key}: {f'{value}'[:100]} is not {RANGES[name][1]}.")
         options[name] = value
-    # cache-dit's own defaults, not those of the flag without a file.
+    # A file's defaults are cache-dit's, not the defaults of `CacheOptions`.
     defaults = dict(Fn_compute_blocks=8, Bn_compute_blocks=0, max_cached_steps=-1, residual_diff_threshold=0.08)
     return CacheOptions(**defaults | options)
 
 
 def _from_yaml(data: bytes):
-    """The values of a yaml file. ValueError: it is not yaml, or holds a key twice, of which yaml takes the last."""
+    """Parses a yaml file. yaml would silently take the last value of a repeated key; this function refuses it.
+
+    Raises:
+        ValueError: the data is not yaml, or has a key twice.
+    """
     try:
         root = yaml.compose(data, Loader=yaml.SafeLoader)
         below = [value for _, value in root.value] if isinstance(root, yaml.MappingNode) else []
@@ -160,7 +169,7 @@ def _from_yaml(data: bytes):
             keys = [key.value for key, _ in entries if isinstance(key, yaml.ScalarNode)]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise ValueError(f"the key {key} is there twice")
+                    raise ValueError(f"the key {key} occurs twice")
         return yaml.safe_load(data)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -168,26 +177,26 @@ def _from_yaml(data: bytes):
 
 
 def _tell_renamed(path: str, old: str, new: str) -> None:
-    # A warning is shown once, however often a program reads the file.
-    warnings.warn(f"--step_cache {path}: {old} is called {new} since cache-dit 1.0, and was read as that.",
+    # `warnings` and not a print: a program that reads the file several times shows the warning once.
+    warnings.warn(f"--step_cache {path}: cache-dit 1.0 renamed {old} to {new}. The old name was accepted.",
                   stacklevel=3)
 
 
 def scaled(options: CacheOptions, blocks: int) -> CacheOptions:
-    """`options` with F and B in proportion to a model of fewer than FLUX.1's blocks, where as given they leave none."""
+    """`options`, with F and B reduced by `in_proportion` if they leave no block of the model to cache."""
     fits = options.Fn_compute_blocks + options.Bn_compute_blocks < blocks
     return options if fits else in_proportion(options, blocks)
 
 
 def in_proportion(options: CacheOptions, blocks: int) -> CacheOptions:
-    """`options` with as large a share of a model's blocks in F and B as they are of FLUX.1's; what is there stays 1."""
+    """`options` with F and B scaled from FLUX.1's 57 blocks to `blocks` blocks. A nonzero count stays at least 1."""
     first, last = (max(1, round(count * blocks / FLUX_BLOCKS)) if count else 0
                    for count in (options.Fn_compute_blocks, options.Bn_compute_blocks))
     return replace(options, Fn_compute_blocks=first, Bn_compute_blocks=last)
 
 
 def preset(name: str, steps: int, blocks: int) -> CacheOptions:
-    """A preset for another number of steps or blocks: its mask stretched, its last step computed, F in proportion."""
+    """A preset for a number of steps and blocks: the mask is stretched, the last step is computed, and F is scaled."""
     options = PRESETS[name]
     mask = options.steps_computation_mask
     mask = "".join(mask[i * len(mask) // steps] for i in range(steps - 1)) + "1"
@@ -195,17 +204,17 @@ def preset(name: str, steps: int, blocks: int) -> CacheOptions:
 
 
 def computed_share(options: CacheOptions, blocks: int) -> float:
-    """The share of an image's blocks that is computed when every step is cached that the mask allows."""
+    """The share of an image's blocks that is computed if every step that the mask allows is cached, from 0 to 1."""
     mask = options.steps_computation_mask
     always = (options.Fn_compute_blocks + options.Bn_compute_blocks) / blocks
     return (mask.count("1") + mask.count("0") * always) / len(mask)
 
 
 def forced(options: CacheOptions, steps: int) -> CacheOptions:
-    """`options` under the static policy, with a mask that caches every step which mask, warm-up and limits allow.
+    """`options` with the static policy and a mask that caches every step that mask, warm-up and limits allow.
 
-    For timing on random weights, whose residuals mean nothing. A cached step costs as much as under `options`, without
-    the comparison of residuals and its wait for the GPU. The mask follows cache-dit's order of decisions.
+    This is for timing with random weights, whose residuals mean nothing. A cached step takes as long as with `options`,
+    except for the comparison of residuals and its wait for the GPU. The mask follows cache-dit's order of decisions.
     """
     mask, limited = "", options.steps_computation_policy == "dynamic"
     for step in range(steps):
@@ -220,61 +229,65 @@ def forced(options: CacheOptions, steps: int) -> CacheOptions:
 
 
 def check(options: CacheOptions, steps: int, blocks: int) -> None:
-    """Refuses options with which nothing could be cached, or blocks would be computed twice (cache-dit accepts both).
+    """Refuses options that could cache nothing or would compute blocks twice. cache-dit accepts both.
 
     Args:
-        steps: denoising steps of an image.
-        blocks: double and single blocks of the transformer together.
+        steps: the number of denoising steps of an image.
+        blocks: the number of double and single blocks of the transformer together.
+
+    Raises:
+        RecipeError: an option is out of range or does not fit the steps or blocks.
     """
     for name, (is_valid, meaning) in RANGES.items():
         if not is_valid(getattr(options, name)):
-            raise RecipeError(f"the step cache's {name} is {getattr(options, name)}: it takes {meaning}.")
+            raise RecipeError(f"--step_cache: {name} is {getattr(options, name)}: it takes {meaning}.")
     if steps <= options.max_warmup_steps:
         raise RecipeError(
-            f"the step cache warms up for {options.max_warmup_steps} steps and the image takes {steps}: nothing could "
-            "be cached. Drop the step cache (for schnell's 4 steps there is nothing to gain), or use a model of "
-            "more steps, or a --step_cache FILE with a smaller max_warmup_steps.")
+            f"--step_cache warms up for {options.max_warmup_steps} steps, and the image's number of steps is {steps}: "
+            "no step could be cached. Drop --step_cache (it gains nothing in schnell's 4 steps), use a model of more "
+            "steps, or give a --step_cache FILE with a smaller max_warmup_steps.")
     mask = options.steps_computation_mask
     if options.steps_computation_policy == "static" and not mask:
-        raise RecipeError("steps_computation_policy: static caches what steps_computation_mask says: give one.")
+        raise RecipeError("steps_computation_policy: static needs a mask: give steps_computation_mask.")
     if mask and (set(mask) != {"0", "1"} or mask[0] == "0"):
-        raise RecipeError(f"steps_computation_mask {mask}: it takes one 1 (computed) or 0 (may be cached) a step, some "
-                          "of both, and starts with 1, since the first step has nothing to reuse.")
+        raise RecipeError(f"steps_computation_mask {mask}: give one 1 (computed) or 0 (may be cached) per step. The "
+                          "mask needs at least one of each, and starts with 1: the first step has no step to reuse.")
     if mask and len(mask) != steps:
-        raise RecipeError(f"steps_computation_mask has {len(mask)} steps and the image takes {steps}: give one of "
-                          f"{steps}, or --num_inference_steps {len(mask)}.")
+        raise RecipeError(f"steps_computation_mask has {len(mask)} steps, and the image takes {steps} steps: give a "
+                          f"mask of {steps}, or --num_inference_steps {len(mask)}.")
     computed = options.Fn_compute_blocks + options.Bn_compute_blocks
     if computed >= blocks:
         raise RecipeError(
-            f"the step cache computes the first {options.Fn_compute_blocks} and the last {options.Bn_compute_blocks} "
-            f"blocks in every step and this model has {blocks}: nothing is left to cache. Use a --step_cache FILE "
-            f"whose Fn_compute_blocks + Bn_compute_blocks is below {blocks}, such as "
+            f"--step_cache computes the first {options.Fn_compute_blocks} and the last {options.Bn_compute_blocks} "
+            f"blocks in every step, and this model's number of blocks is {blocks}: no block is left to cache. Give a "
+            f"--step_cache FILE whose Fn_compute_blocks + Bn_compute_blocks is below {blocks}, such as "
             f"Fn_compute_blocks: 1 and Bn_compute_blocks: 0.")
 
 
 def enable(pipeline, options: CacheOptions, separate_cfg: bool,
            wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None, shared: bool = False) -> None:
-    """Switches cache-dit on for this pipeline alone.
+    """Enables cache-dit for this pipeline only.
 
     Args:
-        separate_cfg: the pipeline calls the transformer twice a step (true classifier-free guidance): the two need
-            caches of their own.
-        wrap: goes around each piece of the transformer (`PiecewiseTransformer`), between which the cache decides, such
-            as `CUDAGraphModule`. Without it the transformer stays in one piece.
-        shared: each process has its part of an image's tokens, and all decide by the mean of their residuals.
+        separate_cfg: the pipeline calls the transformer twice per step (true classifier-free guidance), and each of the
+            two calls gets its own cache.
+        wrap: wraps each segment of the transformer (`PiecewiseTransformer`), for example `CUDAGraphModule`. The cache
+            decides between the segments. Without `wrap` the transformer is not split.
+        shared: each process has a shard of an image's tokens, and all decide by the mean of their residuals.
     """
     import cache_dit
 
     target = pipeline
     pipeline.cache_options = options
-    # cache-dit patches the pipeline's *class*; a class of its own keeps other pipelines of the process untouched.
-    own = type(pipeline)
-    pipeline.__class__ = type(own.__name__, (own,), {"__module__": own.__module__})
+    # cache-dit patches the pipeline's *class*. This pipeline therefore gets a subclass, so that other pipelines of the
+    # process are not patched.
+    base = type(pipeline)
+    pipeline.__class__ = type(base.__name__, (base,), {"__module__": base.__module__})
     if wrap:
         transformer = PiecewiseTransformer(pipeline.transformer, options.Fn_compute_blocks, options.Bn_compute_blocks,
                                            wrap)
         pipeline.transformer = transformer
-        # Each segment is a block to cache-dit, of which the first decides.
+        # cache-dit sees each segment as one block. The first segment decides.
         target = cache_dit.BlockAdapter(
             pipe=pipeline, transformer=transformer, blocks=transformer.segments, blocks_name="segments",
             forward_pattern=cache_dit.ForwardPattern.Pattern_1, check_forward_pattern=True)
@@ -295,31 +308,40 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     similarity = manager.similarity
 
     def decide(before, now, **kwargs) -> bool:
-        # cache-dit averages wherever there are several processes. With --prompts-file they make other images, in
-        # numbers of their own, and would wait for each other for ever.
+        # If there are several processes, cache-dit averages their residuals. With --prompts-file each process makes
+        # other images and takes another number of steps, so the processes would wait for each other forever.
         return similarity(before, now, **kwargs | {"parallelized": shared})
 
     manager.similarity = decide
 
 
 def cached_steps(pipeline) -> list[int]:
-    """The steps of the last image whose middle blocks were taken from the cache, or that were extrapolated; from 0."""
+    """The steps of the last image that were cached or extrapolated, counted from 0."""
     if isinstance(pipeline.transformer, TaylorSeerTransformer):
         return list(pipeline.transformer.extrapolated)
     return [int(step) for step in _summary(pipeline).cached_steps]
 
 
 def residual_diffs(pipeline) -> dict[int, float]:
-    """How far the first blocks' residual was from the last computed step's, of each step of the last image in which
-    that decided: mean |difference| over mean |residual|. With two calls a step, of the first."""
+    """How much the first blocks' residual differed from the last computed step's, for the last image.
+
+    With two calls per step, this is the difference of the first call.
+
+    Returns:
+        {step: mean |difference| / mean |residual|}, for each step that the residual decided.
+    """
     if isinstance(pipeline.transformer, TaylorSeerTransformer):
         return {}
-    # Negative values stand for a comparison that was left out.
+    # A negative value means that cache-dit compared nothing.
     return {int(step): value for step, value in _summary(pipeline).residual_diffs.items() if value >= 0}
 
 
 def last_image_steps(pipeline, steps: int) -> float:
-    """The blocks computed for the last image, in steps that compute them all."""
+    """The cost of the last image in full steps: the number of computed blocks over the number of blocks per step.
+
+    Args:
+        steps: the number of denoising steps of the image.
+    """
     if isinstance(pipeline.transformer, TaylorSeerTransformer):
         return steps - len(cached_steps(pipeline))
     blocks = len(pipeline.transformer.transformer_blocks) + len(pipeline.transformer.single_transformer_blocks)
@@ -328,9 +350,9 @@ def last_image_steps(pipeline, steps: int) -> float:
 
 
 def last_image(pipeline, steps: int) -> str:
-    """One line on which of the last image's steps were cached."""
-    found = cached_steps(pipeline)
-    return f"cached {len(found)} of {steps} steps" + (f": {' '.join(map(str, found))}" if found else "")
+    """One log line: which of the last image's `steps` steps were cached."""
+    cached = cached_steps(pipeline)
+    return f"cached {len(cached)} of {steps} steps" + (f": {' '.join(map(str, cached))}" if cached else "")
 
 
 def _summary(pipeline):

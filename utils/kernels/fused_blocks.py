@@ -1,4 +1,4 @@
-"""FLUX's two kinds of block on the fused kernels, and the modulations of a whole image in one GEMM.
+"""FLUX's two kinds of block on the fused kernels.
 
     single block                                      double block, text and image side by side
     residual_adaln   LayerNorm, modulation -> e4m3    residual_adaln
@@ -8,11 +8,15 @@
     gelu_gemm        -> e4m3                          residual_adaln, gelu_gemm, fp8_gemm
     fp8_gemm         by cuBLAS
 
-A block takes and gives what diffusers' blocks do, so that the transformer and a step cache find it where they expect
-it. Two things differ. The residual stream is stored in fp16, over 16 (`to_stream`), from the embedders to norm_out. And
-`temb` is one table with the modulations of all blocks, in which each block knows its offset. Where no cache looks in
-between, a block defers its last residual add to the LayerNorm of the next one (`defer_residuals`): in the place of text
-it then returns (text, y, y_scale, bias, gates), see `residual_adaln`.
+A fused block takes and returns the same tensors as diffusers' block, so the transformer and a step cache need no
+change. Two things differ. From the embedders to norm_out, the residual stream is stored in fp16 and divided by 16
+(`to_stream`). And `temb` is one table with the modulations of all blocks; each block knows its offset (`Modulations`).
+
+Unless a step cache reads the result in between, a block defers its last residual add to the LayerNorm of the next block
+(`defer_residuals`). It then returns the tuple (text, y, y_scale, bias, gates) in the place of text, see
+`residual_adaln`.
+
+Shapes use these letters: B batch size, T text tokens, I image tokens, S = T + I, D model width, H heads, N GPUs.
 """
 
 from collections.abc import Callable
@@ -49,27 +53,38 @@ from utils.kernels.modulation import (
     NormOut,
 )
 
-READ = "tokens_read"  # among a block's joint_attention_kwargs: how many of the image's the pipeline reads
+READ = "tokens_read"  # key in joint_attention_kwargs: how many image tokens the pipeline reads
 
 
 def _read(linear: torch.nn.Linear, device: torch.device) -> list[Tensor]:
-    """Weight (N, K) and bias (N,) in float32, to be changed."""
+    """Copies of a Linear's weight (N, K) and bias (N,), in float32 on `device`, for the caller to change."""
     weight = linear.weight.detach().to(device, torch.float32, copy=True)
     bias = torch.zeros(len(weight), device=device) if linear.bias is None else linear.bias.detach()
     return [weight, bias.to(device, torch.float32, copy=True)]
 
 
 def gemm_bounds(hidden: Float8Linear, columns: Tensor, qkv: Float8Linear, heads: int) -> Tensor:
-    """(streams, 2 + 2 H) float32: |w| and |b| of GELU's largest channel, then |w| and |b| of v's in each head.
+    """The bounds on weights and biases from which the kernels derive the scales of GELU's result and of v.
 
-    With the length of a row x they bound every element of a GEMM: |w_j x + b_j| <= |w_j| |x| + |b_j|. Channels are
-    weighted by `columns` (streams N,), GELU's reciprocal shares; v's are in its weights.
+    With the length |x| of an input row, they bound every element of a GEMM: |w_j x + b_j| <= |w_j| |x| + |b_j|
+    (Cauchy-Schwarz).
+
+    Args:
+        hidden: the MLP's first Linear, whose result GELU takes.
+        columns: (streams * N,) float32, the reciprocal shares that GELU's channels are multiplied by. The shares of v
+            are in its weights.
+        qkv: the fused projections of q, k and v.
+        heads: H.
+
+    Returns:
+        (streams, 2 + 2 H) float32. Columns 0 and 1: the largest |w_j| and the largest |b_j| of GELU's channels. The
+        next H columns: the largest |w_j| of v in each head. The last H columns: the largest |b_j| of v in each head.
     """
     def largest(linear: Float8Linear, groups: int, columns: Tensor | float) -> tuple[Tensor, Tensor]:
         length = linear.weight.float().norm(dim=1) * linear.scale
         return tuple((x * columns).view(linear.count, groups, -1).amax(2) for x in (length, linear.bias.float().abs()))
 
-    # Of q, k and v, as of 3 H groups of rows, v's are the last.
+    # The rows of q, k and v form 3 H groups. The last H groups are v's heads.
     return torch.cat([*largest(hidden, 1, columns), *(x[:, 2 * heads:] for x in largest(qkv, 3 * heads, 1.0))], dim=1)
 
 
@@ -80,27 +95,57 @@ def _norms(pairs: list[tuple], device: torch.device) -> Tensor:
 
 
 class _Block(torch.nn.Module):
-    """How both kinds begin and end."""
+    """The parts that both kinds of block share.
+
+    Attributes:
+        defers_residual: whether the next block does this block's last residual add, see `defer_residuals`.
+        prunes_unused_tokens: see `prune_unused_tokens`.
+        context_parallel: None, or how several GPUs share attention: "ulysses" or "ring".
+        parts: among how many GPUs the heads are divided (Ulysses); otherwise 1.
+        boxes: a `SymmetricAllToAll`, or None if NCCL does the all-to-all.
+    """
 
     defers_residual = False
-    prunes_unused_tokens = False  # see `prune_unused_tokens`
-    # Of several GPUs: how they share attention, among how many its heads, and through what, if not NCCL.
+    prunes_unused_tokens = False
     context_parallel, parts, boxes = None, 1, None
 
     def first_adaln(self, text, image: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        """text (B, T, D) and image (B, I, D) of the stream, complete, and the results of `adaln`."""
+        """The block's first LayerNorm and modulation, after the residual add that the previous block may have deferred.
+
+        Args:
+            text: (B, T, D) fp16 of the residual stream, or the tuple (text, y, y_scale, bias, gates) of a deferred
+                residual.
+            image: (B, I, D) fp16 of the residual stream.
+            table: (B, total) bf16, see `Modulations`.
+
+        Returns:
+            text (B, T, D) and image (B, I, D) after the residual add. Then the results of `adaln`: (B, S, D) e4m3, and
+            its scales, the scales of GELU's result and the lengths of the rows, (B, S) float32 each.
+        """
         if isinstance(text, tuple):
             text, *deferred = text
-            found = residual_adaln(text, image, *deferred, table, self.offsets, self.bounds, SHIFT, SCALE)
+            results = residual_adaln(text, image, *deferred, table, self.offsets, self.bounds, SHIFT, SCALE)
         else:
-            found = text, image, *adaln(text, image, table, self.offsets, self.bounds, SHIFT, SCALE)
-        # q, k and v of all GPUs' tokens have common scales.
-        return (*found[:-1], all_reduce_max(found[-1])) if self.context_parallel else found
+            results = text, image, *adaln(text, image, table, self.offsets, self.bounds, SHIFT, SCALE)
+        # The scales of v must hold for the tokens of all GPUs: every GPU takes the element-wise maximum of the lengths.
+        return (*results[:-1], all_reduce_max(results[-1])) if self.context_parallel else results
 
     def project(self, x: Tensor, x_scale: Tensor, rope: tuple, lengths: Tensor, text_tokens: int, streams: int
                 ) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
-        """The results of `qkv_gemm` for x (B, S, D) e4m3. q, k and v are a function: between several GPUs they are on
-        their way to the GPU that attends to them until it is called."""
+        """Computes q, k and v by `qkv_gemm`, and starts their all-to-all if there are several GPUs with Ulysses.
+
+        Args:
+            x: (B, S, D) e4m3, this GPU's tokens. x_scale: (B, S) float32.
+            rope: cos and sin, (S, D / H / 2) float16 each.
+            lengths: (B, S) float32, see `adaln`.
+            text_tokens: how many of the S tokens are text.
+            streams: how many sets of weights, 1 or 2.
+
+        Returns:
+            A function that waits for q, k and v and returns them: (3, B, S, H, D / H) e4m3. With Ulysses, it returns
+            (N, B, S, 3, H / N, D / H), where part i holds the tokens of GPU i. The scales of q, k and v, (B, 3, H)
+            float32. The scales that bound attention's result and the MLP's, (B, 2) float32, see `qkv_gemm`.
+        """
         qkv, descale, shared = qkv_gemm(x, x_scale, *self.qkv.operands(), self.norms, *rope, self.qk_scale, lengths,
                                         self.bounds, text_tokens, streams, self.parts)
         if self.boxes:
@@ -110,17 +155,36 @@ class _Block(torch.nn.Module):
         return lambda: qkv, descale, shared
 
     def attend(self, qkv: Callable[[], Tensor], descale: Tensor, queries: slice = slice(None)) -> Tensor:
-        """(B, S, D) bf16, with all heads of this GPU's tokens; on one GPU of the tokens `queries` alone."""
+        """Attention on one GPU, or ring attention.
+
+        Args:
+            qkv: a function that returns q, k and v, (3, B, S, H, D / H) e4m3.
+            descale: (B, 3, H) float32, their scales.
+            queries: the tokens whose attention is computed. Ring attention ignores it and computes all.
+
+        Returns:
+            (B, S, D) bf16, or fewer tokens if `queries` selects fewer. With ring attention, S counts this GPU's tokens.
+        """
         if self.context_parallel == "ring":
             return ring(qkv()[0], qkv()[1:], *descale.unbind(1), "fa3").flatten(2)
         q, k, v = qkv().unbind()
         return attention(q[:, queries], k, v, *descale.unbind(1), "fa3").flatten(2)
 
     def attend_by_heads(self, qkv: Callable[[], Tensor], descale: Tensor, scale: Tensor) -> Tensor:
-        """Ulysses: attends to this GPU's heads of all tokens, and exchanges the result for all heads of its tokens.
+        """Ulysses: attends to this GPU's heads of all tokens, then exchanges the result for all heads of this GPU's
+        tokens.
 
-        Returns (N, B, S / N, D / N) e4m3 over `scale` (B,), which all GPUs know: no GPU has a whole row before the
-        exchange. e4m3 moves half of bf16's bytes.
+        No GPU holds a whole row before the exchange, so the rows cannot be scaled by their own maximum. The exchange
+        moves e4m3, half the bytes of bf16.
+
+        Args:
+            qkv: a function that returns q, k and v, (N, B, S / N, 3, H / N, D / H) e4m3. S counts the tokens of all
+                GPUs.
+            descale: (B, 3, H) float32, their scales.
+            scale: (B,) float32, the scale of the result, equal on all GPUs.
+
+        Returns:
+            (N, B, S / N, D / N) e4m3, where part i holds the columns of GPU i's heads.
         """
         attended = attention(*all_tokens(qkv()).unbind(2), *shard(descale, 2).unbind(1), "fa3").flatten(2)
         if self.boxes:
@@ -129,16 +193,29 @@ class _Block(torch.nn.Module):
 
     def deferred_residual(self, text: Tensor, image: Tensor, y: Tensor, y_scale: Tensor, linear: Float8Linear,
                           gates: Tensor, table: Tensor) -> tuple:
-        """The block's result, with the residual add of y (B, S, D) done, or deferred to the next block."""
+        """The block's result, after its last residual add or with the residual add deferred to the next block.
+
+        Args:
+            text, image: (B, T, D) and (B, I, D) fp16 of the residual stream.
+            y: (B, S, D) bf16, the result of `fp8_gemm`. y_scale: (B, S) float32.
+            linear: the Linear that y came from; its bias is still to be added.
+            gates: (2,) int64, where the gates of text and of image begin in a row of the table.
+            table: (B, total) bf16, see `Modulations`.
+
+        Returns:
+            (text, image), or ((text, y, y_scale, bias, gates), image) if `defers_residual` is set.
+        """
         deferred = y, y_scale, linear.bias.view(linear.count, -1).expand(2, -1), gates
         return ((text, *deferred), image) if self.defers_residual else gated_residual(text, image, *deferred, table)
 
 
 class FusedSingleBlock(_Block):
-    """A FluxSingleTransformerBlock with fused projections, on the fused kernels, with weights of its own.
+    """A FluxSingleTransformerBlock on the fused kernels, with its own copy of the weights in e4m3.
 
     Args:
-        offset: where its modulation begins in the table (see `Modulations`).
+        block: diffusers' block, with fused projections.
+        offset: where the block's modulation begins in a row of the table (see `Modulations`).
+        device: where the weights will be.
     """
 
     def __init__(self, block, offset: int, device: torch.device):
@@ -157,7 +234,7 @@ class FusedSingleBlock(_Block):
         self.qkv = Float8Linear([qkv], [qkv_bias])
         self.mlp = Float8Linear([mlp[0]], [mlp[1]])
         self.out = Float8Linear([out], [out_bias], gated=True)
-        self.factors = [torch.stack([read, read, self.out.scale])]  # of the modulation's parts, see `Modulations`
+        self.factors = [torch.stack([read, read, self.out.scale])]  # of shift, scale and gate, see `Modulations`
         self.register_buffer("columns", 1 / shares[width:])
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
         self.register_buffer("offsets", torch.tensor([offset, offset], device=device))
@@ -168,8 +245,20 @@ class FusedSingleBlock(_Block):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, I, D) and encoder_hidden_states (B, T, D) of the stream, or what the last block left; temb
-        (B, *) bf16, the table of `Modulations`; image_rotary_emb: cos and sin of `RotaryEmbedding`."""
+        """Computes attention and the MLP side by side, and adds them to the residual stream.
+
+        Args:
+            hidden_states: (B, I, D) fp16, image tokens of the residual stream, as `to_stream` stores it.
+            encoder_hidden_states: (B, T, D) fp16, text tokens of the residual stream, or the tuple (text, y, y_scale,
+                bias, gates) of the previous block's deferred residual add.
+            temb: (B, total) bf16, the table of `Modulations`.
+            image_rotary_emb: cos and sin of `RotaryEmbedding`, (S, D / H / 2) float16 each. Required.
+            joint_attention_kwargs: a dict; only the entry `READ` is used, see `prune_unused_tokens`.
+
+        Returns:
+            (text, image), (B, T, D) and (B, I, D) fp16, with the tuple in the place of text if `defers_residual` is
+            set. If unused tokens are pruned, text has no tokens and image has the first `READ` tokens.
+        """
         text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
         tokens, queries = text.shape[1], slice(None)
         qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 1)
@@ -182,7 +271,8 @@ class FusedSingleBlock(_Block):
         hidden = x.new_empty(*x.shape[:2], self.out.weight.shape[1])
         mlp = *self.mlp.operands(), self.columns
         if self.context_parallel == "ulysses":
-            # GELU first, so that it runs while q, k and v travel. The scale of a row then has to be a bound.
+            # GELU's GEMM comes first, so that it runs while q, k and v travel between the GPUs. Attention's result is
+            # unknown until then, so the scale of a row has to be a bound.
             scale = shared[:, 1:].expand_as(scale).contiguous()
             gelu_gemm(x, x_scale, *mlp, scale, hidden, 0, 1)
             hidden[..., :width].unflatten(2, (self.parts, -1)).copy_(
@@ -195,11 +285,13 @@ class FusedSingleBlock(_Block):
 
 
 class FusedDoubleBlock(_Block):
-    """A FluxTransformerBlock with fused projections, on the fused kernels, with weights of its own, text's before
-    image's.
+    """A FluxTransformerBlock on the fused kernels, with its own copy of the weights in e4m3, text's before image's.
 
     Args:
-        text_offset, image_offset: where its modulations begin in the table (see `Modulations`).
+        block: diffusers' block, with fused projections.
+        text_offset, image_offset: where the modulations of text and of image begin in a row of the table (see
+            `Modulations`).
+        device: where the weights will be.
     """
 
     def __init__(self, block, text_offset: int, image_offset: int, device: torch.device):
@@ -209,7 +301,7 @@ class FusedDoubleBlock(_Block):
             [_read(one, device) for one in pair] for pair in
             ((attn.to_added_qkv, attn.to_qkv), (attn.to_add_out, attn.to_out[0]),
              (block.ff_context.net[0].proj, block.ff.net[0].proj), (block.ff_context.net[2], block.ff.net[2])))
-        # Attention mixes the values of both streams: they have common shares.
+        # Attention mixes the values of both streams, so both streams get the same shares.
         v = [(weight[-width:], bias[-width:]) for weight, bias in qkv]
         read = [(column_powers([own[0]]), column_powers([other[0]])) for own, other in zip(v, up, strict=True)]
         for (by_qkv, by_up), own, other in zip(read, qkv, up, strict=True):
@@ -229,7 +321,7 @@ class FusedDoubleBlock(_Block):
         for name, pairs in {"qkv": qkv, "out": out, "up": up, "down": down}.items():
             weights, biases = map(list, zip(*pairs, strict=True))
             setattr(self, name, Float8Linear(weights, biases, gated=name in ("out", "down")))
-        # Of the parts of text's and of image's modulation, see `Modulations`.
+        # The factors of text's and of image's modulation, six parts each, see `Modulations`.
         gates = zip(self.out.scales(), self.down.scales(), strict=True)
         self.factors = [torch.stack([by_qkv, by_qkv, gate, by_up, by_up, mlp_gate])
                         for (by_qkv, by_up), (gate, mlp_gate) in zip(read, gates, strict=True)]
@@ -246,7 +338,20 @@ class FusedDoubleBlock(_Block):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
-        """The arguments are those of `FusedSingleBlock.forward`."""
+        """Computes attention over both streams, then an MLP for each stream, and adds both to the residual stream.
+
+        Args:
+            hidden_states: (B, I, D) fp16, image tokens of the residual stream, as `to_stream` stores it.
+            encoder_hidden_states: (B, T, D) fp16, text tokens of the residual stream, or the tuple (text, y, y_scale,
+                bias, gates) of the previous block's deferred residual add.
+            temb: (B, total) bf16, the table of `Modulations`.
+            image_rotary_emb: cos and sin of `RotaryEmbedding`, (S, D / H / 2) float16 each. Required.
+            joint_attention_kwargs: unused.
+
+        Returns:
+            (text, image), (B, T, D) and (B, I, D) fp16, with the tuple in the place of text if `defers_residual` is
+            set.
+        """
         text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
         tokens = text.shape[1]
         qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 2)
@@ -266,9 +371,12 @@ class FusedDoubleBlock(_Block):
 
 
 class StreamEmbedder(torch.nn.Module):
-    """An embedder of tokens (B, S, C) whose result begins the residual stream (B, S, D).
+    """Wraps an embedder of tokens so that its result begins the residual stream, stored as `to_stream` stores it.
 
-    The stream's scale is a power of two, so that weights in bf16 take it in without rounding.
+    The embedder's weights are divided by STREAM in place. STREAM is a power of two, so weights in bf16 are not rounded.
+
+    Args:
+        embed: the embedder, a Linear from C to D.
     """
 
     def __init__(self, embed: torch.nn.Linear):
@@ -279,14 +387,18 @@ class StreamEmbedder(torch.nn.Module):
             embed.bias /= STREAM
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, C) in the embedder's dtype: (B, S, D) fp16."""
         return self.embed(x).half()
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """diffusers' FluxPosEmbed with every angle once: cos and sin (S, D / H / 2), float16.
+    """diffusers' FluxPosEmbed, with each angle once instead of twice and in float16.
 
-    Between -1 and 1 that is right to 2^-12 and e4m3, which follows, to 2^-4; in float32 the product that rotates would
-    run out of registers (76 bytes of spills a thread, Triton 3.6).
+    Values between -1 and 1 are accurate to 2^-12 in float16; the e4m3 result of RoPE is accurate to 2^-4. In float32,
+    the GEMM that applies RoPE would run out of registers (76 bytes of spills a thread, Triton 3.6).
+
+    Args:
+        embed: diffusers' FluxPosEmbed.
     """
 
     def __init__(self, embed: torch.nn.Module):
@@ -294,18 +406,20 @@ class RotaryEmbedding(torch.nn.Module):
         self.embed = embed
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """ids (S, 3), the position of each token: cos and sin, (S, D / H / 2) float16 each."""
         return tuple(table[:, ::2].half().contiguous() for table in self.embed(ids))
 
 
 @torch.no_grad()
 def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float8_modulations: bool = False) -> int:
-    """Puts the fused blocks in the place of diffusers', one after the other on `device`, freeing theirs. Afterwards
-    `attach_modulation_hook` has to be called.
+    """Replaces diffusers' blocks by the fused blocks, one after the other on `device`, and frees the originals.
 
-    For a transformer with fused projections, LoRA included, and nothing quantized.
+    Also replaces the embedders, time_text_embed, pos_embed and norm_out. Call `attach_modulation_hook` afterwards.
 
     Args:
-        float8_modulations: see `Modulations`.
+        transformer: has fused projections. LoRA weights, if any, are fused too, and nothing is quantized.
+        device: where the fused blocks will be.
+        float8_modulations: whether the modulation Linears are e4m3, see `Modulations`.
 
     Returns:
         The number of Linears in e4m3.
@@ -331,32 +445,46 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float
 
 
 def defer_residuals(transformer: FluxTransformer2DModel, first: int = 0, last: int = 0) -> None:
-    """Has every fused block leave its last sum to the next, but for the last one and for those whose sums a step cache
-    reads: the last of the `first` blocks, and the last one before the `last` blocks."""
+    """Makes every fused block defer its last residual add to the next block, except where a result is read in between.
+
+    The last block does not defer. A step cache reads two other results: the result of the last of the `first` blocks,
+    and the result of the block before the `last` blocks.
+
+    Args:
+        transformer: has fused blocks.
+        first, last: how many blocks at the beginning and at the end a step cache always computes.
+    """
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for count, block in enumerate(blocks, 1):
         block.defers_residual = count not in (first, len(blocks) - last, len(blocks))
 
 
 def prune_unused_tokens(pipeline) -> None:
-    """Has the last block make what the pipeline reads and no more: the picture's tokens, none of the text's, and none
-    of Kontext's reference's, of which it needs keys and values alone. In the pipeline's denoising loop the
-    transformer's output then has only those; whoever else calls it gets all.
+    """Makes the last block compute only the tokens that the pipeline reads: those of the generated image.
 
-    Not on several GPUs, nor with a step cache over blocks that are not in segments, of which it wants all tokens.
+    The last block leaves out text tokens and Kontext's reference tokens; it needs only their keys and values. Inside
+    the pipeline's denoising loop, the transformer's output then has only the tokens of the generated image. Any other
+    caller of the transformer gets all tokens.
+
+    Do not call it on several GPUs. Do not call it with a step cache over blocks that are not in segments
+    (utils/cache/piecewise.py): that cache needs all tokens.
+
+    Args:
+        pipeline: its transformer has fused blocks. `prepare_latents` is replaced, and the transformer gets a pre-hook.
     """
     prepare, read = pipeline.prepare_latents, None
 
     def prepared(*args, **kwargs):
         nonlocal read
-        found = prepare(*args, **kwargs)
-        read = found[0].shape[1]
-        return found
+        results = prepare(*args, **kwargs)
+        read = results[0].shape[1]
+        return results
 
     def before(module, args, kwargs):
-        if getattr(pipeline, "_current_timestep", None) is None:
+        if getattr(pipeline, "_current_timestep", None) is None:  # diffusers sets it inside the denoising loop
             return None
-        # An argument, since CUDA graphs are told apart by those: of as many tokens the picture's can be more or fewer.
+        # The count is an argument, because the key of a CUDA graph consists of the arguments. With a reference, the
+        # number of tokens alone does not say how many belong to the generated image.
         return args, kwargs | {"joint_attention_kwargs": (kwargs.get("joint_attention_kwargs") or {}) | {READ: read}}
 
     pipeline.prepare_latents = prepared
@@ -365,7 +493,17 @@ def prune_unused_tokens(pipeline) -> None:
 
 
 def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, device: torch.device) -> str:
-    """Has every fused block attend to the tokens of all GPUs (`utils.context_parallel`). Returns a note about it."""
+    """Makes every fused block attend to the tokens of all GPUs (utils/context_parallel.py).
+
+    Args:
+        transformer: has fused blocks.
+        kind: "ulysses" or "ring".
+        gpus: the world size.
+        device: this process's device.
+
+    Returns:
+        A note for the log, empty unless the GPUs exchange q, k and v through symmetric memory.
+    """
     boxes = None
     if kind == "ulysses" and device.type == "cuda":
         from utils.kernels.symmetric_memory import mailboxes

@@ -1,14 +1,17 @@
-"""The VAE's norms, its attention and its upsampling, for channels_last pictures on a GPU.
+"""The VAE's norms, attention and upsampling, for channels_last images on a GPU.
 
-cuDNN wants NHWC, where a group's few channels lie side by side in every pixel. GroupNorm's statistics over all pixels
-of a group are then best made tile by tile, all groups of a pixel at once, and merged: one read, then one read and one
-write with SiLU, which at 1024x1024 add up to about 11 GB over FLUX.1's decoder. Where the norm follows a convolution,
-its bias is added in the same reads. Attention has one head of 512 channels, more than any flash kernel takes; PyTorch
-falls back to one written for Ampere. Two products with the softmax between them are faster on Hopper.
+**GroupNorm.** cuDNN wants NHWC, where the few channels of a group lie side by side in every pixel. GroupNorm's
+statistics cover all pixels of a group. The fastest method computes them tile by tile, for all groups of a pixel at
+once, and merges the tiles. It takes one read for the statistics, then one read and one write for the norm with SiLU. At
+1024x1024, that adds up to about 11 GB over FLUX.1's decoder. If the norm follows a convolution, the same reads add the
+convolution's bias.
 
-Nearest upsampling by 2 and a convolution of 3x3 are one linear map, in which a pixel depends on 2x2 others: a
-transposed convolution has 4 products a pixel where those two have 9, and writes no picture of four times the size for
-them to read.
+**Attention.** The VAE's attention has one head of 512 channels, more than any flash kernel takes. PyTorch falls back to
+a kernel written for Ampere. Two GEMMs with the softmax between them are faster on Hopper.
+
+**Upsampling.** Nearest upsampling by 2, followed by a 3x3 convolution, is one linear map in which an output pixel
+depends on 2x2 input pixels. A transposed convolution needs 4 products per output pixel, where the two steps need 9. It
+also avoids writing and reading the upsampled image, which is four times as large.
 """
 
 from itertools import pairwise
@@ -22,16 +25,28 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
-TILE = 8192  # elements that a program has in registers at a time
-CHUNKS = 512  # programs a picture that make statistics
-QUERIES = 4096  # rows of attention's scores at a time: 256 MiB in float32 at 1024x1024
+TILE = 8192  # elements that a program holds in registers
+CHUNKS = 512  # upper limit of the programs per image that compute statistics
+QUERIES = 4096  # rows of attention scores computed at a time: 256 MiB in float32 at 1024x1024
 
 
 @triton.jit
 def _statistics_kernel(x, offset, partial, PIXELS, CHUNK, C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
                        OFFSET: tl.constexpr):
-    """Count, mean and sum of squared deviations of each group over a chunk of pixels, merged tile by tile as Chan,
-    Golub and LeVeque do (1979): a difference of large sums would lose a small variance."""
+    """Count, mean and sum of squared deviations of each group over a chunk of pixels. A program computes one chunk.
+
+    The tiles of a chunk are merged as in Chan, Golub and LeVeque (1979). A difference of large sums would lose a small
+    variance.
+
+    Args:
+        x: (B, PIXELS, C), channels_last, any floating-point dtype.
+        offset: (C,), added to x. Unused without OFFSET.
+        partial: written, (B, chunks, 3, GROUPS) float32: count, mean and sum of squared deviations.
+        PIXELS, CHUNK: pixels of an image and of a chunk.
+        C, GROUPS: channels and groups. C and C / GROUPS are powers of two.
+        ROWS: pixels of a tile, a power of two.
+        OFFSET: whether to add `offset`.
+    """
     chunk, b = tl.program_id(0), tl.program_id(1)
     x += b.to(tl.int64) * PIXELS * C
     count = 0.
@@ -64,7 +79,14 @@ def _statistics_kernel(x, offset, partial, PIXELS, CHUNK, C: tl.constexpr, GROUP
 @triton.jit
 def _merge_kernel(partial, statistics, COUNT: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
                   EPS: tl.constexpr):
-    """A program is a group of a picture: mean and 1 / standard deviation from those of all chunks."""
+    """Merges the statistics of all chunks. A program computes one group of one image.
+
+    Args:
+        partial: (B, COUNT, 3, GROUPS) float32, see `_statistics_kernel`.
+        statistics: written, (B, GROUPS, 2) float32: mean and 1 / standard deviation.
+        COUNT, BLOCK: chunks of an image, and the next power of two.
+        EPS: the norm's epsilon.
+    """
     group, b = tl.program_id(0), tl.program_id(1)
     chunk = tl.arange(0, BLOCK)
     inside = chunk < COUNT
@@ -82,7 +104,16 @@ def _merge_kernel(partial, statistics, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 @triton.jit
 def _apply_kernel(x, offset, out, statistics, weight, bias, PIXELS, C: tl.constexpr, GROUPS: tl.constexpr,
                   ROWS: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr):
-    """A program is a tile of pixels, all channels."""
+    """Normalizes a tile of ROWS pixels with all their channels. A program computes one tile.
+
+    Args:
+        x: (B, PIXELS, C), channels_last. out: written, like x.
+        offset: (C,), added to x. Unused without OFFSET.
+        statistics: (B, GROUPS, 2) float32, see `_merge_kernel`.
+        weight, bias: (C,), the norm's.
+        PIXELS, C, GROUPS, ROWS, OFFSET: as in `_statistics_kernel`.
+        SILU: whether SiLU follows.
+    """
     b = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, C)
@@ -103,14 +134,18 @@ def _apply_kernel(x, offset, out, statistics, weight, bias, PIXELS, C: tl.conste
 @torch.library.custom_op("flux_faster::group_norm", mutates_args=())
 def group_norm(x: Tensor, offset: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
                ) -> Tensor:
-    """GroupNorm of x + offset, and SiLU of that if `silu`.
+    """GroupNorm of x + offset, followed by SiLU if `silu` is set.
 
     Args:
-        x: (B, C, H, W), channels_last if no copy is to be made; C and C / groups are powers of two.
-        offset: (C,), a bias that x lacks, or None. weight, bias: (C,), the norm's.
+        x: (B, C, H, W), channels_last; any other layout is copied. C and C / groups are powers of two.
+        offset: (C,), the bias that the convolution before left out, or None.
+        weight, bias: (C,), the norm's.
+        groups: number of groups.
+        eps: the norm's epsilon.
+        silu: whether SiLU follows.
 
     Returns:
-        (B, C, H, W), channels_last.
+        (B, C, H, W), channels_last, in x's dtype.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     B, C, height, width = x.shape
@@ -144,11 +179,12 @@ def group_norm_reference(x, offset, weight, bias, groups, eps, silu):
 
 
 class FusedGroupNorm(torch.nn.Module):
-    """A GroupNorm on its own weights, with what comes before and after it.
+    """A GroupNorm that also adds the bias of the convolution before it and applies the SiLU after it.
 
     Args:
+        norm: the GroupNorm, whose parameters are shared.
         silu: whether SiLU follows.
-        convolution: the one before; its bias moves here.
+        convolution: the convolution before the norm, or None. Its bias moves into this module.
     """
 
     def __init__(self, norm: torch.nn.GroupNorm, silu: bool, convolution: torch.nn.Conv2d | None = None):
@@ -160,17 +196,29 @@ class FusedGroupNorm(torch.nn.Module):
             self.offset, convolution.bias = convolution.bias, None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), best in channels_last: (B, C, H, W), channels_last, in x's dtype."""
         return group_norm(x, self.offset, self.weight, self.bias, self.groups, self.eps, self.silu)
 
 
 class MatmulAttnProcessor:
-    """Attention processor: softmax(q k^T / sqrt(C)) v with scores in float32, some thousand rows at a time, for one
-    head of any size."""
+    """Attention processor for one head of any size: softmax(q k^T / sqrt(C)) v, with scores in float32.
+
+    It computes `QUERIES` rows of the scores at a time.
+    """
 
     def __call__(self, attn: Attention, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
                  ) -> Tensor:
-        """x (B, C, H, W), and the result, which has x added to it. What else diffusers hands over is None in a VAE, but
-        has to have a name here: for others it writes a warning, which torch.compile cannot."""
+        """Self-attention of an image, with the residual add.
+
+        Args:
+            attn: diffusers' attention module, with fused or separate projections.
+            x: (B, C, H, W).
+            encoder_hidden_states, attention_mask, temb: None in a VAE. They need names here: diffusers logs a warning
+                about arguments that a processor does not name, and torch.compile cannot compile the warning.
+
+        Returns:
+            (B, C, H, W): attention's result plus x, divided by the module's `rescale_output_factor`.
+        """
         tokens = attn.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (attn.to_qkv(tokens).chunk(3, dim=-1) if attn.fused_projections else
                    (attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)))
@@ -181,8 +229,17 @@ class MatmulAttnProcessor:
 
 @torch.library.custom_op("flux_faster::scores", mutates_args=())
 def scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T of (B, Q, C) and (B, S, C), in float32. Opaque to the compiler: AOTInductor of torch 2.11 has no batched
-    product that takes bf16 and gives float32."""
+    """q k^T in float32.
+
+    The op is opaque to the compiler, because AOTInductor of torch 2.11 has no batched GEMM that takes bf16 and returns
+    float32.
+
+    Args:
+        q: (B, Q, C). k: (B, S, C).
+
+    Returns:
+        (B, Q, S) float32.
+    """
     if q.device.type == "cuda" and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)
     return q.float() @ k.float().mT
@@ -194,27 +251,39 @@ def _(q, k):
 
 
 def fuse_upsample_conv(convolution: torch.nn.Conv2d) -> torch.nn.ConvTranspose2d:
-    """What gives at once what `convolution`, of 3x3 with stride 1 and padding 1, gives of a picture upsampled by 2.
+    """Merges nearest upsampling by 2 and the convolution after it into one transposed convolution.
 
-    Of output row 2i + a (a is 0 or 1), tap t of the convolution reads input row floor((2i + a + t - 1) / 2). Taps that
-    read the same row are added up, in float32. Columns alike.
+    For output row 2i + a (a is 0 or 1), tap t of the convolution reads input row floor((2i + a + t - 1) / 2). Taps that
+    read the same row are added up, in float32. The same holds for columns.
+
+    Args:
+        convolution: a 3x3 convolution with stride 1 and padding 1.
+
+    Returns:
+        A 4x4 transposed convolution with stride 2, in the dtype of `convolution`. It maps (B, C_in, H, W) to (B, C_out,
+        2H, 2W).
     """
     taps = convolution.weight.detach().float().flip(2, 3).transpose(0, 1)  # (C_in, C_out, 3, 3)
     weight = sum(F.pad(taps, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1))
-    made = torch.nn.ConvTranspose2d(convolution.in_channels, convolution.out_channels, 4, stride=2, padding=1,
-                                    device="meta")
-    made.weight = torch.nn.Parameter(weight.to(convolution.weight.dtype, memory_format=torch.channels_last),
-                                     requires_grad=False)
-    made.bias = convolution.bias
-    return made
+    transposed = torch.nn.ConvTranspose2d(convolution.in_channels, convolution.out_channels, 4, stride=2, padding=1,
+                                          device="meta")
+    transposed.weight = torch.nn.Parameter(weight.to(convolution.weight.dtype, memory_format=torch.channels_last),
+                                           requires_grad=False)
+    transposed.bias = convolution.bias
+    return transposed
 
 
 def fuse_vae(vae: torch.nn.Module) -> tuple[int, int, int]:
-    """Puts the kernels under a VAE's encoder and decoder, where they take its sizes. Call it once the projections are
-    fused, if they are to be.
+    """Replaces the norms, attentions and upsamplers of a VAE's encoder and decoder wherever the kernels support their
+    sizes.
+
+    Call it after the projections of attention are fused, if they are to be fused.
+
+    Args:
+        vae: diffusers' AutoencoderKL, changed in place.
 
     Returns:
-        How many norms, how many attentions, and how many upsamplers.
+        The numbers of replaced norms, attentions and upsamplers.
     """
     norms = attentions = upsamplers = 0
     for module in vae.modules():
@@ -245,8 +314,11 @@ def fuse_vae(vae: torch.nn.Module) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def _move_bias(convolution: torch.nn.ConvTranspose2d, resnet: ResnetBlock2D) -> None:
-    """From a convolution into what reads it: a norm, which adds it as it reads, and a shortcut, where it is a constant
-    that goes with another."""
+    """Moves an upsampler's bias into the resnet that reads its result.
+
+    The resnet's norm adds the bias as it reads. On the way around the norm, the bias is a constant. It is added to the
+    bias of the shortcut, or of the second convolution if there is no shortcut.
+    """
     bias, shortcut = convolution.bias, resnet.conv_shortcut
     reached = bias.float() if shortcut is None else shortcut.weight[:, :, 0, 0].float() @ bias.float()
     other = (resnet.conv2 if shortcut is None else shortcut).bias
@@ -255,11 +327,13 @@ def _move_bias(convolution: torch.nn.ConvTranspose2d, resnet: ResnetBlock2D) -> 
 
 
 def _is_nearest_2x(module: Upsample2D) -> bool:
+    """Whether `fuse_upsample_conv` supports the module: it interpolates, has no norm and ends in a 3x3 convolution."""
     convolution = getattr(module, "conv", None)
     return (module.interpolate and module.norm is None and type(convolution) is torch.nn.Conv2d
             and (convolution.kernel_size, convolution.padding) == ((3, 3), (1, 1)))
 
 
 def _supports_norm(norm: torch.nn.Module) -> bool:
+    """Whether `group_norm` supports the norm: channels, and channels of a group, are powers of two."""
     return isinstance(norm, torch.nn.GroupNorm) and all(
         size & (size - 1) == 0 for size in (norm.num_channels, norm.num_channels // norm.num_groups))

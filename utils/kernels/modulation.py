@@ -1,4 +1,7 @@
-"""A whole image's modulations in one GEMM, and the e4m3 Linears whose weights they are scaled for."""
+"""The modulations of a whole image in one GEMM, and the e4m3 Linears of the fused blocks.
+
+The two belong together: the gates in the table of modulations include the column scales of gated e4m3 Linears.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,17 +10,19 @@ from torch.utils.hooks import RemovableHandle
 
 from utils.kernels.fused_kernels import E4M3, EPS, STREAM, quantize_rows
 
-# The parts of a modulation, in the order of diffusers' AdaLayerNormZero; AdaLayerNormZeroSingle has the first three.
+# The parts of a modulation, in the order of diffusers' AdaLayerNormZero. AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
 
 
 class Float8Linear(torch.nn.Module):
-    """Weights of Linears of one shape, one below the other, as e4m3 (N, K) with one scale a row, and biases.
+    """One or more Linears of one shape: their weights stacked as e4m3 (N, K) with per-row scales, and their biases.
 
     Args:
-        weights: (N, K) float32 each; biases: (N,) each.
-        gated: the kernel of the residual reads the result, and multiplies it by a gate that has the scale in it already
-            (see `Modulations`). Scales are powers of two then, and biases are divided by them.
+        weights: (N, K) float32 each.
+        biases: (N,) float32 each.
+        gated: whether the residual kernel reads the result. That kernel multiplies the result by a gate that already
+            includes the scale (see `Modulations`). The scales are then powers of two, and the biases are divided by
+            them.
     """
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor], gated: bool = False):
@@ -30,29 +35,40 @@ class Float8Linear(torch.nn.Module):
         self.register_buffer("bias", (bias / self.scale if gated else bias).bfloat16())
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (count * N, K) e4m3, scales (count * N,) float32 and biases (count * N,) bf16."""
         return self.weight, self.scale, self.bias
 
     def scales(self) -> tuple[Tensor, ...]:
-        """(N,) of each Linear."""
+        """The scales of each Linear, (N,) float32."""
         return self.scale.chunk(self.count)
 
 
 class Modulations(torch.nn.Module):
-    """In time_text_embed's place: a step's modulations of all blocks, (B, total) bf16, instead of the embedding that
-    they follow from. It holds 1 + scale for scale. Each part is multiplied by the block's factors, powers of two: shift
-    and scale by what the next weights' columns were divided by (`column_powers`), each gate by the scales of the weight
-    whose result it multiplies (`Float8Linear`). Behind them lie norm_out's scale and shift.
+    """Takes the place of time_text_embed: returns a step's modulations of all blocks instead of the embedding behind
+    them.
 
-    The blocks' modulation Linears hold 3.2 B weights, and a step reads them for one row a batch item: 1.1 ms on an H100
-    as one GEMM in e4m3, more as 76. All steps of an image have the same text and guidance and a timestep that the
-    scheduler knows beforehand. `prepare` therefore makes them all before the first step, in one GEMM of steps x B rows
-    that reads the weights once; `forward`, which a CUDA graph may record, only says where they are.
+    **Contents.** The table is (B, total) bf16. Each double block has text's six parts and image's six parts, each
+    single block has three parts, in the order of the blocks. Each part has D values. norm_out's scale and shift, D
+    values each, come last. The table holds 1 + scale in place of scale, except norm_out's.
+
+    **Factors.** Each part is multiplied by the block's factors, which are powers of two. Shift and scale are multiplied
+    by the numbers that the columns of the next weights were divided by (`column_powers`). Each gate is multiplied by
+    the scales of the weight whose result it multiplies (`Float8Linear`).
+
+    **Speed.** The modulation Linears of all blocks hold 3.2 billion weights, and a step reads them for one row per
+    batch item. This takes 1.1 ms on an H100 as one GEMM in e4m3, and more as 76 GEMMs. All steps of an image share the
+    text and the guidance, and the scheduler knows the timesteps beforehand. `prepare` therefore computes the tables of
+    all steps before the first step, in one GEMM of steps * B rows that reads the weights once. `forward`, which a CUDA
+    graph may record, only returns the table.
 
     Args:
+        embed: diffusers' time_text_embed.
         doubles, singles: the modulation Linears in the order of the blocks, text's before image's, each with its
-            factors, (parts, D).
-        in_float8: the weights in e4m3, 3.2 GB, and not in bf16, 6.4 GB and 0.5 ms more an image. e4m3 costs accuracy:
-            every token of every block is multiplied by these values.
+            factors (parts, D) float32. Their weights are freed.
+        last: norm_out's Linear.
+        device: where the table and the weights will be.
+        in_float8: store the weights in e4m3, 3.2 GB, instead of bf16, which takes 6.4 GB and 0.5 ms more per image.
+            e4m3 costs accuracy: these values multiply every token of every block.
     """
 
     def __init__(self, embed: torch.nn.Module, doubles: list[tuple], singles: list[tuple], last: torch.nn.Linear,
@@ -69,23 +85,33 @@ class Modulations(torch.nn.Module):
         at = 0
         for linear, factors in linears:
             own, parts = slice(at, at + linear.out_features), len(factors)
-            # Nothing is rounded by a power of two.
+            # A factor is a power of two, so it does not round the weights.
             weight = linear.weight.detach().to(device).unflatten(0, (parts, -1))
             weight = (weight * factors[:, :, None].to(weight.dtype)).flatten(0, 1)
             bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
             bias = bias.to(device, torch.float32, copy=True).view(parts, -1)
-            # 1 + scale is rounded as a whole: where it is near zero, bf16 keeps eight bits of it and not of 1.
+            # 1 + scale is rounded once, as a sum. Near zero, bf16 keeps eight bits of the sum, not eight bits of 1.
             bias[SCALE::3] += 1
             if in_float8:
                 weight, self.scale[own] = quantize_rows(weight)
             self.weight[own], self.bias[own] = weight, (bias * factors).flatten()
             at = own.stop
-            linear.weight = linear.bias = None  # freed here, or there would be all of them twice for a while
-        self.tables: list[tuple] = []  # (conditions, (steps, B, total)): one, or two with a negative prompt
-        self.current: dict[int, Tensor] = {}  # by batch size: CUDA graphs hold their addresses
+            linear.weight = linear.bias = None  # freed here: otherwise memory would briefly hold all weights twice
+        # The tables of the current image: schedule, guidance, pooled text, (steps, B, total). A negative prompt adds a
+        # second entry.
+        self.tables: list[tuple] = []
+        self.current: dict[int, Tensor] = {}  # batch size -> table; fixed addresses, which CUDA graphs hold
         self.batch = 0
 
     def forward(self, *_: Tensor) -> Tensor:
+        """The table of the step that `prepare` was last called for.
+
+        Args:
+            _: the arguments of time_text_embed (timestep, guidance, pooled text), ignored.
+
+        Returns:
+            (B, total) bf16. For each batch size, the address is always the same.
+        """
         return self.current[self.batch]
 
     @torch.no_grad()
@@ -94,9 +120,9 @@ class Modulations(torch.nn.Module):
         """Puts the modulations of a step where `forward` finds them.
 
         Args:
-            timestep, guidance, pooled: the transformer's arguments, (B,), (B,) and (B, P).
-            schedule: the scheduler's timesteps (steps,), if the step is one of a denoising loop; now: the one of them
-                that it is, a view into it.
+            timestep, guidance, pooled: the transformer's arguments, (B,), (B,) or None, and (B, P).
+            schedule: the scheduler's timesteps (steps,), or None if the step does not belong to a denoising loop.
+            now: the timestep of this step, a view into `schedule`. If it is no such view, only this step is computed.
         """
         index = _index_in(schedule, now)
         if index is None:
@@ -115,23 +141,39 @@ class Modulations(torch.nn.Module):
         self.current[self.batch].copy_(table)
 
     def table(self, timesteps: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
-        """timesteps (steps, B): (steps, B, total), bf16."""
+        """The tables of several steps.
+
+        Args:
+            timesteps: (steps, B), as the transformer takes them: the scheduler's timestep divided by 1000.
+            guidance: (B,) or None. pooled: (B, P), in the model's dtype.
+
+        Returns:
+            (steps, B, total) bf16.
+        """
         steps, dtype = len(timesteps), pooled.dtype
         conditions = [timesteps.flatten(), *([guidance.repeat(steps)] if guidance is not None else [])]
-        # As FluxTransformer2DModel.forward scales them, in the model's dtype.
+        # FluxTransformer2DModel.forward scales timestep and guidance in the same way, in the model's dtype.
         x = F.silu(self.embed(*(one.to(dtype) * 1000 for one in conditions), pooled.repeat(steps, 1)))
         return torch.cat([self.gemm(x), self.last(x).to(torch.bfloat16)], dim=1).unflatten(0, (steps, -1))
 
     def gemm(self, x: Tensor) -> Tensor:
-        """x (M, D) bf16, in e4m3 quantized by row: (M, blocks' modulations), bf16."""
-        # 32 rows at a time, whose float32 results are 0.2 GB.
+        """The modulations of the blocks, without norm_out's.
+
+        Args:
+            x: (M, D) bf16, after SiLU. With e4m3 weights, it is quantized per row.
+
+        Returns:
+            (M, total - 2 D) bf16.
+        """
+        # 32 rows at a time limit the float32 results to 0.2 GB.
         return torch.cat([(self._gemm(rows).float() + self.bias).bfloat16() for rows in x.split(32)])
 
     def _gemm(self, x: Tensor) -> Tensor:
+        """x (M, D) bf16 times the blocks' weights, without bias: float32, but bf16 if CUDA multiplies e4m3."""
         if not self.in_float8:
             if x.device.type == "cpu":
                 return F.linear(x.float(), self.weight.float())
-            # Not rounded to bf16 before 1 is added, as said above.
+            # float32, so that nothing is rounded before the bias, which includes the 1 of 1 + scale, is added.
             return torch.mm(x.to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)
         x8, scale = quantize_rows(x)
         if x.device.type == "cpu":
@@ -141,27 +183,46 @@ class Modulations(torch.nn.Module):
 
 
 def _index_in(schedule: Tensor | None, now: Tensor | None) -> int | None:
-    """Which element of `schedule` the view `now` is, found without asking the GPU for its value."""
+    """The index of the element of `schedule` that the view `now` is; None if `now` is no such view.
+
+    The function compares addresses, so it need not wait for the GPU to report a value.
+    """
     if schedule is None or now is None or now.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
         return None
     return now.storage_offset() - schedule.storage_offset()
 
 
 class NormOut(torch.nn.Module):
-    """diffusers' AdaLayerNormContinuous of the residual stream, with scale and shift from the end of `Modulations`'
+    """diffusers' AdaLayerNormContinuous for the residual stream. Scale and shift come from the end of `Modulations`'
     table."""
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """x (B, S, D) of the stream, table (B, *) bf16: (B, S, D) bf16."""
+        """LayerNorm without weights, then x (1 + scale) + shift.
+
+        Args:
+            x: (B, S, D) fp16, the residual stream as `to_stream` stores it.
+            table: (B, total) bf16, see `Modulations`. The last 2 D columns are scale and shift.
+
+        Returns:
+            (B, S, D) bf16.
+        """
         width = x.shape[-1]
         scale, shift = table[:, None, -2 * width:].chunk(2, dim=-1)
-        # LayerNorm undoes the stream's scale, all but its epsilon.
+        # LayerNorm cancels the division by STREAM, except in its epsilon.
         return torch.addcmul(shift, F.layer_norm(x, (width,), eps=EPS / STREAM**2).to(table.dtype), 1 + scale)
 
 
 def attach_modulation_hook(pipeline) -> RemovableHandle:
-    """Has `Modulations` prepared before each call of the pipeline's transformer, whatever else is put around it, until
-    the handle is removed."""
+    """Makes every call of the pipeline's transformer call `Modulations.prepare` first.
+
+    The hook sits on the module that is the pipeline's transformer now. Other modules may wrap it, before or after.
+
+    Args:
+        pipeline: its transformer has fused blocks.
+
+    Returns:
+        A handle; `remove()` ends the preparation.
+    """
     modulations = pipeline.transformer.time_text_embed
 
     def before(module, args, kwargs):
