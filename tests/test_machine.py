@@ -423,7 +423,7 @@ def test_gen_image_help_without_a_home_and_output_without_a_reader_end_quietly(t
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"TMPDIR": str(tmp_path)}
     help_ = ("import pwd, runpy, sys; pwd.getpwuid = {}.__getitem__; sys.argv = ['gen_image.py', '--help'];"
              "runpy.run_path('gen_image.py', run_name='__main__')")
-    result = "from utils.benchmark_utils import run_cli; run_cli(lambda: print('x'))"
+    result = "from utils.common import run_cli; run_cli(lambda: print('x'))"
 
     def run(code, stdout):
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True,

@@ -184,10 +184,10 @@ def test_spare_the_garbage_collector_gives_objects_back_at_exit(monkeypatch):
 
 
 @pytest.mark.slow
-def test_spare_the_garbage_collector_leaves_triton_nothing_to_report_as_leaked():
+def test_freeze_gc_leaves_triton_nothing_to_report_as_leaked():
     """Triton's bindings look for leaks when Python ends."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    code = "import triton; from utils.benchmark_utils import freeze_gc as spare; spare()"
+    code = "import triton; from utils.common import freeze_gc; freeze_gc()"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "leaked" not in done.stderr
