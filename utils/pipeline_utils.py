@@ -138,7 +138,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
     if plan.is_on("fused projections"):
         fuse_projections(transformer)
         fuse_projections(vae)
-    if plan.is_on("channels_last"):  # cuDNN's tensor-core convolutions take NHWC; converting costs more than they gain
+    if plan.is_on("channels_last"):  # cuDNN's tensor-core convolutions take NHWC
         vae.to(memory_format=torch.channels_last)
     if plan.is_on("fused VAE"):
         put_fused_vae(plan, vae)
@@ -178,6 +178,7 @@ def optimize(pipeline, args, log: StageLog | None = None):
 
 
 def put_fused_vae(plan: Plan, vae: torch.nn.Module) -> None:
+    """Triton kernels in the place of the VAE's norms, attention and upsamplers."""
     from utils.kernels.fused_vae import fuse_vae  # needs Triton, which CPU builds of torch lack
 
     plan.decisions["fused VAE"] = Decision(True, "{} norms, {} attentions, {} upsamplers".format(*fuse_vae(vae)))
@@ -272,12 +273,14 @@ def attach_to_denoising_loop(plan: Plan, pipeline) -> None:
 
 
 def set_image_processor(plan: Plan, pipeline, device: torch.device) -> None:
+    """Pixels become 8 bits on the GPU or on the CPU; both processors notice values that are not finite."""
     processor = GPUImageProcessor if plan.is_on("GPU postprocess") else CheckedImageProcessor
     pipeline.image_processor = processor.from_config(pipeline.image_processor.config)
     pipeline.image_processor.device = device
 
 
 def print_techniques(plan: Plan, log: StageLog) -> None:
+    """One line for each technique: on and how, or off and why."""
     width = max(map(len, plan.decisions))
     for name, decision in plan.decisions.items():
         log.line(f"  {name:<{width}}  {'on ' if decision.on else 'off'}  {decision.how}")

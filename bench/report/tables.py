@@ -564,7 +564,7 @@ def caption(links: list[str]) -> str:
                       if one.get("power_limit")), "power limits"),
              "torch " + several((one["packages"]["torch"] for one in found), "versions"),
              several((one.get("commit") for one in found), "commits"), " to ".join(filter(None, days))]
-    return f"\n{', '.join(filter(None, parts))}\n"
+    return f"\n{', '.join(filter(None, parts))}.\n"
 
 
 def stale() -> dict[Path, bytes]:
