@@ -46,7 +46,7 @@ def main():
         images = pipeline(**kwargs).images
     if not context_parallel.is_main_process():
         return
-    if pipeline.techniques["step cache"].on:
+    if pipeline.plan.step_cache.on:
         log.line(dbcache.last_image(pipeline, kwargs["num_inference_steps"]))
     keep_images(pipeline, images, paths, [image_parameters(args, pipeline, kwargs, args.prompt, args.seed + i)
                                           for i in range(len(images))], log)

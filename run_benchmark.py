@@ -24,17 +24,17 @@ from bench.environment import SCHEMA_VERSION, PeakMemory, environment, monitor_g
 from bench.profiling import StageTimes, annotate
 from bench.quality import capture_step, float32_step
 from bench.roofline import record_token_counts, step_record
-from utils import context_parallel, flaws
+from utils import context_parallel, flaws, plan
 from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
-from utils.common import RecipeError, StageLog, freeze_gc, reason_of, run_cli
+from utils.common import RecipeError, StageLog, freeze_gc, reason_of, run_cli, show_progress
 from utils.cuda_graph import recording_is_an_error
 from utils.fp8_check import relative_error
 from utils.images import image_parameters, keep_image
 from utils.machine import kernel_cache
 from utils.output_checks import check_outputs
 from utils.outputs import as_path, atomic_write, is_record, is_trace, refuse_torn_trace, write_json, write_or_rescue
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize, show_progress
+from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 from utils.text_encoding import warn_of_cut_prompts
 
 
@@ -101,22 +101,22 @@ def main():
     kwargs = call_kwargs(pipeline, args)
     parameters = image_parameters(args, pipeline, kwargs, args.prompt, args.seed)
     errors = [keep_image(image, path, parameters, is_finite)]
-    timing = summarize(seconds)
+    timing, cached = summarize(seconds), pipeline.plan.step_cache.on
     record = {
         "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
         "device": args.device,
         "settings": {"seed": args.seed} | {name: value for name, value in kwargs.items()
                                            if isinstance(value, (int, float, str))},
-        "techniques": {name: decision._asdict() for name, decision in pipeline.techniques.items()},
+        "techniques": plan.record(pipeline.plan),
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
         "stages_ms": stages, "steps_ms": steps, "gpu_load": load,
         "roofline": step_record(pipeline.transformer.config, tokens, stages["denoising_step"],
-                                cached=pipeline.techniques["step cache"].on),
+                                cached=cached),
         "step_kernels": kernels, "cold_start_s": log.seconds,
         "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
         "fp8_check": pipeline.fp8_check,
-        "cached_steps": dbcache.cached_steps(pipeline) if pipeline.techniques["step cache"].on else None,
-        "residual_diffs": dbcache.residual_diffs(pipeline) if pipeline.techniques["step cache"].on else None,
+        "cached_steps": dbcache.cached_steps(pipeline) if cached else None,
+        "residual_diffs": dbcache.residual_diffs(pipeline) if cached else None,
         "broken": flaws.flaw_of(image, is_finite), "image_std": float(np.asarray(image).std()),
         "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
     }

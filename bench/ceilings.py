@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.environment import SCHEMA_VERSION, environment
 from utils.attention import find_library
 from utils.common import RecipeError, run_cli
+from utils.hardware import gpu
 from utils.output_checks import check_output
 from utils.outputs import is_record, write_json, write_or_rescue
-from utils.plan import detect
 
 TOKENS, WIDTH, HEADS, HEAD_DIM = 4096 + 512, 3072, 24, 128  # a 1024x1024 image of FLUX.1-dev
 
@@ -67,7 +67,7 @@ def products(rate, m: int, k: int, n: int) -> dict[str, float | None]:
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
     work = 2.0 * m * k * n
     rates = {"bf16": rate(work, lambda: F.linear(a, weight)), "float8_tensor": None, "float8_row": None}
-    if detect("cuda").has_float8:
+    if gpu().has_float8:
         a8, weight8 = a.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
 
         def scaled(*scales):

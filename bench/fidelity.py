@@ -41,11 +41,12 @@ from utils import lora_files, tiny_presets, weight_files
 from utils.benchmark_utils import DEFAULT_CKPT, check_args, create_parser
 from utils.checkpoint import read_configs
 from utils.common import RecipeError, run_cli
+from utils.hardware import detect
 from utils.images import numbered_path, read_parameters
 from utils.output_checks import check_output
 from utils.outputs import atomic_write, is_record, manifest_path, write_json
-from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.plan import detect, make_plan
+from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline, set_attention
+from utils.plan import describe, make_plan
 from utils.prompts_file import Prompt, read_prompts
 from utils.reference_image import load_reference
 
@@ -335,11 +336,9 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
     """
     print("\nblocks: shares of their e4m3 values", file=sys.stderr, flush=True)
     try:
-        # make_plan also registers FlashAttention-3.
-        chosen = make_plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights),
-                      detect(recipe.device, recipe.gpu_memory_limit))
-        if not chosen.is_on("fused kernels") and not on_cpu:
-            return {"not_measured": f"fused kernels are off: {chosen.decisions['fused kernels'].how}"}
+        chosen = make_plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights), detect(recipe))
+        if not chosen.fused_kernels.on and not on_cpu:
+            return {"not_measured": f"fused kernels are off: {describe(chosen.fused_kernels)}"}
         from bench.block_shares import block_shares  # Triton, which CPU builds of torch lack
 
         pipeline = load_pipeline(recipe)
@@ -348,6 +347,7 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
         inputs = capture_step(pipeline, call_kwargs(pipeline, recipe, [prompt["prompt"]], [prompt["seed"]]))
         transformer = pipeline.transformer
         del pipeline
+        set_attention(chosen, transformer)
         fuse_projections(transformer)
         as_fused(transformer, torch.device(recipe.device))
         return {"shares": block_shares(transformer, inputs)}

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchao.quantization.quant_api
 
-from utils import pipeline_utils, plan, random_weights, start
+from utils import attention, hardware, pipeline_utils, plan, random_weights, start
 from utils.benchmark_utils import create_parser
 from utils.common import run_cli
 
@@ -57,23 +57,26 @@ def build():
 def float8_on_cpu(monkeypatch):
     """torchao refuses float8 on a CPU although PyTorch computes it there, slowly."""
     monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda *_: None)
-    monkeypatch.setattr(plan.Hardware, "has_float8", True)
+    monkeypatch.setattr(hardware.Hardware, "has_float8", True)
 
 
-def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantization", "fused kernels")):
+def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantization", "fused_kernels")):
     """From now on `optimize` has these techniques on, as on a Hopper GPU; the kernels' references stand in for them."""
-    def planned(*given):
-        chosen = plan.make_plan(*given)
+    def planned(args, *given):
+        chosen = plan.make_plan(args, *given)
         for name in names:
-            chosen.decisions[name] = plan.Decision(True, "")
+            getattr(chosen, name).on = True
         if "attention" in names:
-            chosen.attention_backend = "fa3"
+            chosen.attention.backend = "fa3"
+            patch.setattr(attention, "register_library", lambda *_: None)
         if "quantization" in names:
-            chosen.quant = ("float8", "row")
+            chosen.quantization.dtype, chosen.quantization.granularity = "float8", "row"
+        if {"attention", "quantization"} & set(names) and not args.skip_fp8_check:
+            chosen.fp8_check = plan.Technique()
         return chosen
 
     patch.setattr(pipeline_utils, "make_plan", planned)
-    if "CUDA graphs" in names:
+    if "cuda_graphs" in names:
         patch.setattr(pipeline_utils, "CUDAGraphModule", lambda module, pool=None: module)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 

@@ -29,6 +29,7 @@ from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
 from utils.common import run_cli
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.plan import describe
 
 
 class Drawn(NamedTuple):
@@ -61,14 +62,14 @@ def draw(argv: list[str], fails_on: int | None = None, how: str = "") -> Drawn:
         return pipeline(**call_kwargs(pipeline, args, **changes), output_type="latent").images.cpu()
 
     found, cached, residuals = latents(), [], {}
-    if pipeline.techniques["step cache"].on:
+    if pipeline.plan.step_cache.on:
         cached, residuals = dbcache.cached_steps(pipeline), dbcache.residual_diffs(pipeline)
     for _ in range(20 * torch.cuda.is_available()):  # one GPU that reads before another has written shows now and then
         assert torch.equal(latents(), found)
     other_seed = latents(seed=1)
     torch._dynamo.reset()  # each case is compiled for itself
     faulthandler.cancel_dump_traceback_later()  # which would end this process half an hour after its last step
-    return Drawn(found, other_seed, pipeline.techniques["context parallel"].how, cached, residuals)
+    return Drawn(found, other_seed, describe(pipeline.plan.context_parallel), cached, residuals)
 
 
 def draw_case(argv: list[str], as_on_hopper: list[str] | tuple = (), **failure) -> Drawn:

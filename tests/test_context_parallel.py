@@ -36,7 +36,7 @@ from utils.reference_image import reference_tokens
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--quiet", "--compile_export_mode", "disabled", "--num_inference_steps", "2"]
 FLOAT32 = [*EAGER, "--disable_bf16"]
-FUSED = ["attention", "quantization", "fused kernels"]
+FUSED = ["attention", "quantization", "fused_kernels"]
 # The trained checkpoint has 3 heads, which two processes cannot divide; with random weights it has 4.
 SCHNELL = ["--ckpt", "tiny-flux", "--random_weights"]
 DEV = ["--ckpt", "tiny-flux-dev", "--random_weights"]
@@ -68,11 +68,11 @@ CASES = {
               "ring"]), 1e-5),
     "fused, extrapolated, negative prompt": (dict(
         argv=[*DEV, *EAGER, "--num_inference_steps", "10", "--step_cache", "taylorseer", "--negative_prompt", "red",
-              "--true_cfg_scale", "2", "--context_parallel", "ulysses"], as_on_hopper=[*FUSED, "CUDA graphs"]), 0.015),
+              "--true_cfg_scale", "2", "--context_parallel", "ulysses"], as_on_hopper=[*FUSED, "cuda_graphs"]), 0.015),
     "fused, step cache, batch, negative prompt": (dict(
         argv=[*DEV, *EAGER, "--num_inference_steps", "6", "--cache_dit_config", "CACHE", "--num_images_per_prompt", "2",
               "--negative_prompt", "red", "--true_cfg_scale", "2", "--context_parallel", "ulysses"],
-        as_on_hopper=[*FUSED, "CUDA graphs"]), 0.015),
+        as_on_hopper=[*FUSED, "cuda_graphs"]), 0.015),
     "fused, kontext, ring": (dict(argv=[*KONTEXT, *EAGER, "--context_parallel", "ring"], as_on_hopper=FUSED), 0.015),
 }
 COMPILED = [*SCHNELL[:2], "--random_weights", "1+1", "--device", "cpu", "--quiet", "--disable_quant",

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from bench import fidelity
-from utils import attention, plan, random_weights
+from utils import random_weights
 from utils.benchmark_utils import check_args, create_parser
 from utils.common import RecipeError
+from utils.hardware import Hardware
 from utils.images import save_image
 from utils.memory import GIB
-from utils.plan import Hardware, make_plan
+from utils.plan import make_plan
 
 H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
 RTX4090 = Hardware("cuda", (8, 9), False, "NVIDIA GeForce RTX 4090", 23 * GIB)
@@ -28,14 +29,8 @@ LOSSY = ("attention", "quantization", "fused kernels", "text encoder quant", "st
 
 
 @pytest.fixture
-def decide(monkeypatch):
+def decide():
     """The plan of a row on a machine with all libraries."""
-    monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, "a stand-in"))
-    monkeypatch.setattr(attention, "register_library", lambda *_: None)
-    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
-    monkeypatch.setattr(plan.machine, "libstdcxx_obstacle", lambda: None)
-    monkeypatch.setattr(plan, "find_spec", lambda name: True)
-
     def call(row, hardware, model="FLUX.1-dev"):
         args = create_parser().parse_args(["--device", hardware.device, *fidelity.ROWS[row].flags])
         return make_plan(args, random_weights.architecture(model), hardware)
@@ -53,11 +48,11 @@ def decide(monkeypatch):
     ("default_taylorseer", ["attention", "quantization", "fused kernels", "step cache"]),
 ])
 def test_row_on_an_h100_has_its_lossy_switches_alone(decide, row, lossy):
-    assert [name for name in LOSSY if decide(row, H100).is_on(name)] == lossy
+    assert [name for name in LOSSY if decide(row, H100).techniques()[name].on] == lossy
 
 
 def test_reference_has_every_technique_off(decide):
-    on = [name for name, decision in decide("reference", H100).decisions.items() if decision.on]
+    on = [name for name, technique in decide("reference", H100).techniques().items() if technique.on]
     assert on == ["bf16"]
 
 

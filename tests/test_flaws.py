@@ -15,8 +15,10 @@ import gen_image
 import run_benchmark
 from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, how_to_mend, non_finite_weights, raise_errors
+from utils.hardware import Hardware
 from utils.images import CheckedImageProcessor, GPUImageProcessor
-from utils.plan import Decision
+from utils.plan import make_plan
+from utils.random_weights import architecture
 
 EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "1",
          "--quiet"]
@@ -142,10 +144,10 @@ def test_flaw_of_a_picture_of_one_colour_is_found(channels, is_flawed):
     assert flaw_of(PIL.Image.effect_noise((16, 16), 9), False) is not None
 
 
-def test_non_finite_weights_are_named_with_the_cure(build):
+def test_non_finite_weights_are_named_with_the_cure(build, make_args):
     pipeline = build()
     assert non_finite_weights(pipeline) == []
-    pipeline.techniques = {"bf16": Decision(True, ""), "quantization": Decision(False, "")}
+    pipeline.plan = make_plan(make_args("--disable_quant"), architecture("tiny-flux"), Hardware("cpu"))
     assert "--disable_bf16" in how_to_mend(pipeline) and "--disable_quant" not in how_to_mend(pipeline)
     proj = pipeline.transformer.proj_out
     bad = torch.full_like(proj.weight, 0.5)
@@ -157,9 +159,9 @@ def test_non_finite_weights_are_named_with_the_cure(build):
     assert "transformer/proj_out.weight" in how_to_mend(pipeline)
 
 
-def test_raise_errors_the_worse_exit_code_decides(build):
+def test_raise_errors_the_worse_exit_code_decides(build, make_args):
     pipeline = build()
-    pipeline.techniques = {}
+    pipeline.plan = make_plan(make_args(), architecture("tiny-flux"), Hardware("cpu"))
     raise_errors([], pipeline)
     with pytest.raises(RecipeError) as found:
         raise_errors([RecipeError("disk")], pipeline)

@@ -13,10 +13,12 @@ from bench.quality import capture_step
 from utils import fp8_check, pipeline_utils
 from utils.common import RecipeError
 from utils.fp8_check import BOUND, Fp8Check
+from utils.hardware import Hardware
 from utils.images import image_parameters, save_image
 from utils.kernels import fused_blocks
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+from utils.plan import describe, make_plan
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_fp8_check_of_a_recipe_that_holds_is_recorded(on_hopper, args, capfd, tm
     assert set(errors) == {"first", "middle"} and all(0.01 < error < BOUND for error in errors.values())
     assert pipeline.fp8_check["holds"] and "WARNING" not in capfd.readouterr().err
     assert pipeline.fp8_check["difference"] == pytest.approx(sum(errors.values()) / 2)
-    assert f"{50 * sum(errors.values()):.1f} %" in pipeline.techniques["fp8 check"].how
+    assert f"{50 * sum(errors.values()):.1f} %" in describe(pipeline.plan.fp8_check)
     kwargs = call_kwargs(pipeline, args(), num_inference_steps=1)
     parameters = image_parameters(args(), pipeline, kwargs, "x", 1)
     assert "fp8 check" in parameters["techniques"]
@@ -128,18 +130,18 @@ def test_report_names_only_flags_that_change_something(on_hopper, args, capfd):
                                        (["--offload", "text"], "--offload text")])
 def test_begin_fp8_check_that_does_not_run_names_the_flag(on_hopper, args, argv, why, monkeypatch):
     pipeline = on_hopper(args())
-    pipeline.techniques = {}
-    chosen = pipeline_utils.make_plan(args(), pipeline_utils.configs_of(pipeline), pipeline_utils.detect("cpu"))
+    on_gpu = Hardware("cuda", (9, 0), False, "NVIDIA H100", 80 * 2**30)
+    chosen = make_plan(args(*argv), pipeline_utils.configs_of(pipeline), on_gpu)
     monkeypatch.setattr(fp8_check, "Fp8Check", None)
-    assert pipeline_utils.begin_fp8_check(pipeline, args(*argv), chosen, None) is None
-    assert pipeline.fp8_check is None and why in pipeline.techniques["fp8 check"].how
+    assert pipeline_utils.begin_fp8_check(chosen, pipeline, args(*argv), None) is None
+    assert pipeline.fp8_check is None and why in describe(chosen.fp8_check)
 
 
 def test_optimize_without_fp8_has_no_check(make_args):
     """int8 on a CPU, and bf16, have no fp8 to check."""
     args = make_args("--ckpt", "tiny-flux", "--compile_export_mode", "disabled")
     pipeline = optimize(load_pipeline(args), args)
-    assert pipeline.fp8_check is None and "fp8 check" not in pipeline.techniques
+    assert pipeline.fp8_check is None and not pipeline.plan.fp8_check.on
 
 
 def test_fp8_check_with_guidance_takes_the_first_call_of_each_step(on_hopper, args):

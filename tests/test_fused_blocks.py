@@ -119,7 +119,7 @@ def test_optimize_on_hopper_fuses_the_blocks(load, monkeypatch):
     assert all(type(block) is FusedDoubleBlock for block in pipeline.transformer.transformer_blocks)
     latents += [pipeline(**call_kwargs(pipeline, args), output_type="latent").images for _ in range(2)]
     assert 0.001 < relative(latents[1], latents[0]) < 0.2 and torch.equal(*latents[1:])
-    assert pipeline.techniques["quantization"].on
+    assert pipeline.plan.quantization.on
 
 
 @torch.no_grad()

@@ -15,13 +15,14 @@ from accelerate import PartialState
 from conftest import pretend_world_size
 from torch._inductor import codecache, exc
 
-from utils import machine, many_prompts, memory, pipeline_utils, plan, random_weights, start
+from utils import machine, many_prompts, memory, pipeline_utils, random_weights, start
 from utils.benchmark_utils import check_args
 from utils.common import RecipeError
+from utils.hardware import Hardware, detect
 from utils.machine import available_memory, kernel_cache, use_kernel_cache, world_size
 from utils.memory import check_cpu_memory
 from utils.pipeline_utils import load_pipeline
-from utils.plan import Hardware, make_plan
+from utils.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
 TINY = random_weights.architecture("tiny-flux")
@@ -143,18 +144,23 @@ def test_settle_compilers_sets_working_ones_and_notes_each_change(program, monke
     monkeypatch.setenv("CXX", "bad")
     start.settle_compilers()
     assert "CXX" not in os.environ and machine.cpp_compiler() is None
-    assert plan._compiler_obstacle(CPU)
+    assert machine.compiler_obstacle()
+
+
+def planned(args):
+    """The decision on compilation, on this machine."""
+    return make_plan(args, TINY, detect(args)).compile
 
 
 def test_plan_without_python_h_has_packages_and_no_torch_compile(make_args, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
-    assert make_plan(make_args(), TINY, CPU).compile_mode == "export_aoti"
-    chosen = make_plan(make_args("--vae_tiling"), TINY, CPU)
-    assert chosen.compile_mode == "disabled" and "Python.h" in chosen.decisions["compile"].how
+    assert planned(make_args()).mode == "export_aoti"
+    compiles = planned(make_args("--vae_tiling"))
+    assert compiles.mode == "disabled" and "Python.h" in compiles.why
     with pytest.raises(RecipeError, match=r"Python\.h"):
-        make_plan(make_args("--compile_export_mode", "compile"), TINY, CPU)
+        planned(make_args("--compile_export_mode", "compile"))
 
 
 @pytest.mark.parametrize("error", [
@@ -186,20 +192,20 @@ def test_plan_folders_mounted_noexec_are_not_compiled_into(make_args, tmp_path, 
     monkeypatch.setattr(machine.os, "statvfs", lambda path: SimpleNamespace(
         f_flag=os.ST_NOEXEC if Path(path) in forbidden else 0))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
+    monkeypatch.setattr(machine, "compiler_obstacle", lambda: None)
     monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: None)
     cache = ["--cache-dir", str(kernels / "a" / "b")]
-    decision = make_plan(make_args(*cache), TINY, CPU).decisions["compile"]
-    assert not decision.on and "noexec" in decision.how and "--cache-dir" in decision.how
+    compiles = planned(make_args(*cache))
+    assert not compiles.on and "noexec" in compiles.why and "--cache-dir" in compiles.why
     for mode in ("compile", "export_aoti"):
         with pytest.raises(RecipeError, match=r"noexec.*--cache-dir"):
-            make_plan(make_args(*cache, "--compile_export_mode", mode), TINY, CPU)
-    assert make_plan(make_args(*cache, "--use-cached-model"), TINY, CPU).compile_mode == "export_aoti"
+            planned(make_args(*cache, "--compile_export_mode", mode))
+    assert planned(make_args(*cache, "--use-cached-model")).mode == "export_aoti"
     forbidden[:] = [temporary]
-    chosen = make_plan(make_args(*cache), TINY, CPU)
-    assert chosen.compile_mode == "compile" and "TMPDIR" in chosen.decisions["compile"].how
+    compiles = planned(make_args(*cache))
+    assert compiles.mode == "compile" and "TMPDIR" in compiles.no_packages
     with pytest.raises(RecipeError, match=r"--use-cached-model.*noexec.*TMPDIR"):
-        make_plan(make_args(*cache, "--use-cached-model"), TINY, CPU)
+        planned(make_args(*cache, "--use-cached-model"))
 
 
 # --- folders ---

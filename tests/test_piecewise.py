@@ -6,7 +6,7 @@ own, the same ones for each kind of input, and what the caller gets are copies.
 
 import pytest
 import torch
-from conftest import relative
+from conftest import pretend_hopper, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -16,7 +16,6 @@ from utils.cache.dbcache import CacheOptions, forced, preset
 from utils.cache.piecewise import PiecewiseTransformer
 from utils.cuda_graph import ModuleProxy, signature
 from utils.pipeline_utils import call_kwargs, fuse_projections, load_pipeline
-from utils.plan import Decision
 
 STEPS = 6
 SMALL = ["--ckpt", "tiny-flux-dev", "--height", "64", "--width", "64"]
@@ -254,17 +253,14 @@ def test_optimize_with_cuda_graphs_segments_the_transformer(load, monkeypatch, f
     """`optimize` as on a GPU, with and without --disable_cudagraphs: the same image."""
     if fused:
         pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+        pretend_hopper(monkeypatch)
     make_plan, found = pipeline_utils.make_plan, []
     monkeypatch.setattr(pipeline_utils, "CUDAGraphModule", lambda module, pool: Buffered(module))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def on_a_gpu(args, *rest):
         chosen = make_plan(args, *rest)
-        chosen.decisions["CUDA graphs"] = Decision(not args.disable_cudagraphs, "")
-        if fused:
-            chosen.attention_backend, chosen.quant = "fa3", ("float8", "row")
-            for name in ("attention", "quantization", "fused kernels"):
-                chosen.decisions[name] = Decision(True, "")
+        chosen.cuda_graphs.on = not args.disable_cudagraphs
         return chosen
 
     monkeypatch.setattr(pipeline_utils, "make_plan", on_a_gpu)

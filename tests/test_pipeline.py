@@ -11,22 +11,17 @@ from conftest import relative, skip_without_float8_products
 from torch._dynamo.utils import counters
 
 from bench.quality import capture_step, latent_recorder
-from utils import attention, pipeline_utils, plan, random_weights
+from utils import attention, machine, pipeline_utils, plan, random_weights
 from utils.aoti import export
 from utils.aoti.inductor import write_package
 from utils.benchmark_utils import create_parser
 from utils.cache import dbcache
 from utils.checkpoint import configs_of
 from utils.common import StageLog
-from utils.pipeline_utils import (
-    TUNING_FLAGS,
-    call_kwargs,
-    compile_pipeline,
-    fuse_projections,
-    optimize,
-    use_packages,
-)
-from utils.plan import Decision
+from utils.compilation import TUNING_FLAGS, compile_pipeline, use_packages
+from utils.hardware import Hardware
+from utils.pipeline_utils import call_kwargs, fuse_projections, optimize
+from utils.random_weights import architecture
 
 NAMES = ["tiny-flux", "tiny-flux-dev", "tiny-kontext"]
 LAYERS = "1+2"  # of the models on which switches meet each other
@@ -113,7 +108,7 @@ def test_optimize_each_pair_of_switches_is_close_to_the_plain_pipeline(
     if kind:
         argv += ["--quant_dtype", kind]
         # int8 is refused uncompiled because it would be slow, not because it would be wrong.
-        monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
+        monkeypatch.setattr(machine, "compiler_obstacle", lambda: None)
         monkeypatch.setattr(pipeline_utils, "compile_pipeline", lambda *_: None)
     else:
         argv += ["--compile_export_mode", "disabled"]
@@ -182,7 +177,7 @@ def test_optimize_compiled_is_close_and_compiles_once(build, args_for, compiler,
     args = args_for(name, *argv)
     expected = latents(build(name, torch.bfloat16), args)
     pipeline = optimize(build(name, torch.bfloat16), args)
-    assert pipeline.techniques["compile"].on
+    assert pipeline.plan.compile.on
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > 0
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -280,24 +275,27 @@ def test_fuse_projections_frees_the_separate_ones(build):
     assert not [name for name, _ in pipeline.transformer.named_modules() if name.endswith(("to_q", "add_k_proj"))]
 
 
-def test_compile_pipeline_tunes_the_transformer_alone(build, tmp_path, monkeypatch):
+def test_compile_pipeline_tunes_the_transformer_alone(build, args_for, tmp_path, monkeypatch):
     """Tuning the VAE's norms takes many minutes."""
     assert TUNING_FLAGS.keys() <= set(torch._inductor.list_options())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     seen = {}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: seen.update({type(module).__name__: given}))
-    compile_pipeline(build("tiny-flux", torch.float32), "blocks", str(tmp_path), TUNING_FLAGS, with_t5=True)
+    chosen = plan.make_plan(args_for("tiny-flux"), architecture("tiny-flux"), Hardware("cpu"))
+    chosen.inductor_flags.on = True  # as on a GPU
+    compile_pipeline(chosen, build("tiny-flux", torch.float32), str(tmp_path))
     tuned = {name for name, given in seen.items() if given.get("options") == TUNING_FLAGS}
     assert tuned == {"FluxTransformerBlock", "FluxSingleTransformerBlock"} and "Decoder" in seen
 
 
 @pytest.mark.parametrize("with_t5", [True, False])
-def test_compile_pipeline_leaves_a_t5_whose_weights_travel(build, tmp_path, monkeypatch, with_t5):
+def test_compile_pipeline_leaves_a_t5_whose_weights_travel(build, args_for, tmp_path, monkeypatch, with_t5):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     pipeline, seen = build("tiny-flux", torch.float32), []
-    monkeypatch.setattr(type(pipeline), "device", torch.device("cuda"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: seen.append(type(module).__name__))
-    compile_pipeline(pipeline, "no blocks", str(tmp_path), {}, with_t5)
+    args = args_for("tiny-flux", "--offload", "none" if with_t5 else "text")
+    chosen = plan.make_plan(args, architecture("tiny-flux"), Hardware("cuda", (9, 0), attention_source="fa3"))
+    compile_pipeline(chosen, pipeline, str(tmp_path))
     assert ("T5Block" in seen) == with_t5 and "Decoder" in seen
 
 
@@ -310,9 +308,9 @@ def test_use_packages_tunes_the_blocks_alone(build, args_for, tmp_path, monkeypa
     for flags, tuned in ((["--disable_inductor_tuning_flags"], set()), ([], {"double", "single"})):
         units.clear()
         args, pipeline = args_for("tiny-flux", *flags), build("tiny-flux", layers="1+1")
-        chosen = plan.make_plan(args, configs_of(pipeline), plan.Hardware("cpu"))
-        chosen.decisions["inductor flags"] = Decision(not flags, "as on a GPU")
-        use_packages(chosen, pipeline, args, StageLog(quiet=True))
+        chosen = plan.make_plan(args, configs_of(pipeline), Hardware("cpu"))
+        chosen.inductor_flags.on = not flags
+        use_packages(chosen, pipeline, args, functools.partial(call_kwargs, pipeline, args), StageLog(quiet=True))
         assert {unit.name for unit in units if unit.settings} == tuned
         assert {unit.name for unit in units} == {"double", "single", "decoder"}
     for unit in units:
@@ -375,8 +373,8 @@ def test_load_pipeline_puts_a_text_encoders_lora_into_the_weights(plain, make_ar
 
 def test_optimize_uncompiled_fuses_projections_and_leaves_int8_off(build, args_for):
     pipeline = optimize(build("tiny-flux", torch.bfloat16), args_for("tiny-flux", "--compile_export_mode", "disabled"))
-    assert not pipeline.techniques["compile"].on and not pipeline.techniques["quantization"].on
-    assert pipeline.techniques["fused projections"].on and pipeline.transformer.transformer_blocks[0].attn.to_qkv
+    assert not pipeline.plan.compile.on and not pipeline.plan.quantization.on
+    assert pipeline.plan.fused_projections.on and pipeline.transformer.transformer_blocks[0].attn.to_qkv
 
 
 def test_enable_tiling_at_the_default_size_is_nearly_the_same_picture(build, args_for):

@@ -10,38 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pretend_world_size
 
-from utils import attention, machine, plan
 from utils.benchmark_utils import create_parser
 from utils.common import RecipeError
+from utils.hardware import Hardware, _find_attention, detect
 from utils.memory import GIB, bf16_modulations_fit, choose_load_device, weight_counts
-from utils.plan import Hardware, make_plan
+from utils.plan import Plan, describe, lines, make_plan
 from utils.random_weights import architecture
 
-H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB)
+H100 = Hardware("cuda", (9, 0), False, "NVIDIA H100", 79 * GIB, attention_source="fa3_fwd_interface")
 L20 = Hardware("cuda", (8, 9), False, "NVIDIA L20", 44 * GIB)
 RTX4090 = Hardware("cuda", (8, 9), False, "NVIDIA GeForce RTX 4090", int(23.5 * GIB))
 RTX3090 = Hardware("cuda", (8, 6), False, "NVIDIA GeForce RTX 3090", int(23.5 * GIB))
 A100 = Hardware("cuda", (8, 0), False, "NVIDIA A100", 79 * GIB)
 T4 = Hardware("cuda", (7, 5), False, "Tesla T4", 15 * GIB)
-MI300 = Hardware("cuda", (9, 4), True, "AMD Instinct MI300X", 190 * GIB)
+MI300 = Hardware("cuda", (9, 4), True, "AMD Instinct MI300X", 190 * GIB, attention_source="aiter")
+TWO_H100 = replace(H100, processes=2)
 CPU = Hardware("cpu")
 
 SCHNELL, DEV, SMALL_DEV = architecture("FLUX.1-schnell"), architecture("FLUX.1-dev"), architecture("FLUX.1-dev", "3+5")
-LIBSTDCXX_OBSTACLE = machine.libstdcxx_obstacle
-
-
-@pytest.fixture(autouse=True)
-def full_installation(monkeypatch):
-    """Attention libraries, Triton and compilers are there as far as `plan` asks; nothing is registered for real."""
-    monkeypatch.setattr(attention, "find_library", lambda library: (lambda q, k, v: q, f"a stand-in for {library}"))
-    monkeypatch.setattr(attention, "register_library", lambda *_: None)
-    monkeypatch.setattr(plan, "find_spec", lambda name: True)
-    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: None)
-    for name in ("libstdcxx_obstacle", "header_obstacle", "package_obstacle"):
-        monkeypatch.setattr(machine, name, lambda: None)
-    monkeypatch.setattr(machine, "code_obstacle", lambda cache_dir: None)
 
 
 def arguments(hardware, *argv):
@@ -50,6 +37,15 @@ def arguments(hardware, *argv):
 
 def decide(hardware, *argv, configs=SCHNELL):
     return make_plan(arguments(hardware, *argv), configs, hardware)
+
+
+def lacking(hardware, **missing):
+    names = {"libstdcxx": "libstdc++"}
+    return replace(hardware, missing={names.get(name, name): why for name, why in missing.items()})
+
+
+def quant(chosen: Plan):
+    return (chosen.quantization.dtype, chosen.quantization.granularity) if chosen.quantization.on else None
 
 
 def build_on(hardware, *argv):
@@ -68,7 +64,8 @@ PRINTED = [
         "--disable_cudagraphs", "--disable_fa3", "--disable_fused_kernels", "--disable_quant", "--offload text",
         "--offload model", "--offload group", "--text_encoder_quant", "--vae_tiling",
         "--attention_backend fa3_bf16", "--attention_backend fa3_unscaled", "--attention_backend _native_cudnn",
-        "--context_parallel ulysses", "--disable_channels_last")),
+        "--disable_channels_last")),
+    (TWO_H100, "schnell", ["--context_parallel", "ulysses"]),
     *((H100, "dev", flags.split()) for flags in (
         "--step_cache f12b12", "--step_cache safe", "--step_cache fast", "--step_cache fast --force_cache",
         "--step_cache taylorseer --taylorseer_interval 4")),
@@ -84,18 +81,15 @@ def printed() -> str:
     """All lines of a machine without flags, and with flags those that differ."""
     configs, plain, text = {"schnell": SCHNELL, "dev": DEV, "small dev": SMALL_DEV}, {}, []
     for hardware, model, argv in PRINTED:
-        on = decide(hardware, *argv, configs=configs[model]).decisions
-        width = max(map(len, on))
-        lines = [f"  {name:<{width}}  {'on ' if is_on else 'off'}  {how}" for name, (is_on, how) in on.items()]
+        found = lines(decide(hardware, *argv, configs=configs[model])).splitlines()
         text += [" ".join([hardware.name, model, *argv]),
-                 *(line for line in lines if line not in plain.get(hardware, []))]
-        plain.setdefault(hardware, lines)
+                 *(line for line in found if line not in plain.get(hardware.name, []))]
+        plain.setdefault(hardware.name, found)
     return "\n".join(text) + "\n"
 
 
-def test_plan_lines_are_the_golden_ones(monkeypatch):
-    """After a change of wording: RENEW_GOLDEN=1 python -m pytest -n 0 tests/test_techniques.py -k golden"""
-    pretend_world_size(monkeypatch, 2)
+def test_plan_lines_are_the_golden_ones():
+    """After a change of wording: RENEW_GOLDEN=1 python -m pytest -n 0 tests/test_plan.py -k golden"""
     if os.environ.get("RENEW_GOLDEN"):
         GOLDEN.write_text(printed())
     assert printed() == GOLDEN.read_text()
@@ -103,22 +97,22 @@ def test_plan_lines_are_the_golden_ones(monkeypatch):
 
 # --- what is on, by fields ---
 
-@pytest.mark.parametrize("hardware, backend, quant", [
+@pytest.mark.parametrize("hardware, backend, quantization", [
     (H100, "fa3", ("float8", "row")),
     (L20, "native", ("float8", "row")),
     (A100, "native", ("int8", "row")),
     (MI300, "aiter", ("float8", "row")),
     (CPU, "native", ("int8", "row")),
 ], ids=str)
-def test_plan_without_flags_goes_by_the_machine(hardware, backend, quant):
+def test_plan_without_flags_goes_by_the_machine(hardware, backend, quantization):
     chosen = decide(hardware)
-    assert (chosen.attention_backend, chosen.quant) == (backend, quant)
-    assert chosen.is_on("CUDA graphs") == (hardware.device == "cuda")
+    assert (chosen.attention.backend, quant(chosen)) == (backend, quantization)
+    assert chosen.cuda_graphs.on == (hardware.device == "cuda")
 
 
 @pytest.mark.parametrize("argv", [[], ["--attention_backend", "fa3"]], ids=" ".join)
 def test_plan_on_hopper_has_the_fused_kernels(argv):
-    assert decide(H100, *argv, "--strict").is_on("fused kernels")
+    assert decide(H100, *argv, "--strict").fused_kernels.on
 
 
 @pytest.mark.parametrize("flag", ["--disable_fused_kernels", "--quant_granularity row", "--disable_quant",
@@ -127,38 +121,38 @@ def test_plan_on_hopper_has_the_fused_kernels(argv):
 def test_plan_with_a_flag_against_the_fused_kernels_names_it_and_strict_lets_it_pass(flag):
     """A flag that takes away what they need is no failure of the machine."""
     chosen = decide(H100, *flag.split(), *(["--strict"] if "--offload" not in flag else []))
-    assert not chosen.is_on("fused kernels") and flag in chosen.decisions["fused kernels"].how
+    assert not chosen.fused_kernels.on and flag in describe(chosen.fused_kernels)
 
 
 @pytest.mark.parametrize("hardware", [L20, A100, MI300, CPU], ids=str)
 def test_plan_off_hopper_has_no_fused_kernels(hardware):
-    assert not decide(hardware).is_on("fused kernels")
+    assert not decide(hardware).fused_kernels.on
 
 
 @pytest.mark.parametrize("hardware, on", [(H100, True), (L20, True), (A100, True), (MI300, False), (CPU, False)],
                          ids=str)
 def test_plan_fused_vae_is_on_with_an_nvidia_gpu(hardware, on):
-    assert decide(hardware).is_on("fused VAE") == on
+    assert decide(hardware).fused_vae.on == on
 
 
 @pytest.mark.parametrize("flag", ["--disable_fused_vae", "--disable_channels_last"])
 def test_plan_with_a_flag_against_the_fused_vae_names_it(flag):
     chosen = decide(H100, flag, "--strict")
-    assert not chosen.is_on("fused VAE") and flag in chosen.decisions["fused VAE"].how
+    assert not chosen.fused_vae.on and flag in describe(chosen.fused_vae)
 
 
 def test_plan_disable_quant_quantises_nothing():
     chosen = decide(H100, "--disable_quant")
-    assert chosen.quant is None and not chosen.is_on("quantization")
+    assert quant(chosen) is None and not chosen.quantization.on
 
 
 def test_plan_without_bf16_units_is_in_float32():
     chosen = decide(T4)
-    assert chosen.dtype == torch.float32 and not chosen.is_on("bf16")
+    assert chosen.dtype == torch.float32 and not chosen.bf16.on
 
 
 def test_plan_in_float32_takes_one_scale_a_tensor():
-    assert decide(H100, "--disable_bf16").quant == ("float8", "tensor")
+    assert quant(decide(H100, "--disable_bf16")) == ("float8", "tensor")
 
 
 @pytest.mark.parametrize("argv", [["--attention_backend", "fa3"], ["--attention_backend", "aiter"],
@@ -171,9 +165,13 @@ def test_plan_flag_that_an_a100_cannot_fulfil_is_refused(argv):
 def test_plan_backend_of_diffusers_is_checked_without_setting_it():
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
     before = registry.get_active_backend()
-    with pytest.raises(RecipeError, match="--attention_backend sage"):
-        decide(H100, "--attention_backend", "sage")
-    assert decide(H100, "--attention_backend", "_native_cudnn").attention_backend == "_native_cudnn"
+    for backend in ("sage", "native"):
+        args = arguments(CPU, "--attention_backend", backend)
+        assert detect(args).missing.get("attention") is None  # sage is refused on a CPU without looking for it
+    assert _find_attention("sage", H100)[1] and _find_attention("_native_cudnn", H100)[1] is None
+    with pytest.raises(RecipeError, match="--attention_backend sage: not here"):
+        decide(lacking(H100, attention="not here"), "--attention_backend", "sage")
+    assert decide(H100, "--attention_backend", "_native_cudnn").attention.backend == "_native_cudnn"
     assert registry.get_active_backend() == before
 
 
@@ -184,61 +182,65 @@ def test_plan_quantisation_flag_without_effect_is_refused(hardware, argv):
         decide(hardware, *argv)
 
 
-def test_plan_without_an_attention_library_is_refused_only_if_asked_for(monkeypatch):
-    monkeypatch.setattr(attention, "find_library", lambda library: (None, "pip install it"))
-    chosen = decide(H100)
-    assert chosen.attention_backend == "native" and not chosen.is_on("attention")
-    assert "pip install it" in chosen.decisions["attention"].how
+def test_plan_without_an_attention_library_is_refused_only_if_asked_for():
+    bare = lacking(H100, attention="pip install it")
+    chosen = decide(bare)
+    assert chosen.attention.backend == "native" and not chosen.attention.on
+    assert "pip install it" in describe(chosen.attention)
     for argv in (["--attention_backend", "fa3"], ["--strict"]):
         with pytest.raises(RecipeError, match=f"{' '.join(argv)}.*pip install it"):
-            decide(H100, *argv)
-    assert not decide(H100, "--strict", "--disable_fa3").is_on("attention")
+            decide(bare, *argv)
+    assert not decide(bare, "--strict", "--disable_fa3").attention.on
 
 
 # --- step caches ---
 
 def test_plan_step_cache_has_its_options_and_leaves_cuda_graphs_on():
-    assert decide(H100, configs=DEV).cache is None
+    assert decide(H100, configs=DEV).step_cache.dbcache is None
     chosen = decide(H100, "--step_cache", "f12b12", configs=DEV)
-    assert (chosen.cache.Fn_compute_blocks, chosen.cache.Bn_compute_blocks, chosen.cache.max_warmup_steps,
-            chosen.cache.max_cached_steps, chosen.cache.residual_diff_threshold) == (12, 12, 8, 8, 0.12)
-    assert chosen.is_on("step cache") and chosen.is_on("CUDA graphs")
-    fast = decide(H100, *FAST, configs=DEV).cache
+    cache = chosen.step_cache.dbcache
+    assert (cache.Fn_compute_blocks, cache.Bn_compute_blocks, cache.max_warmup_steps, cache.max_cached_steps,
+            cache.residual_diff_threshold) == (12, 12, 8, 8, 0.12)
+    assert chosen.step_cache.on and chosen.cuda_graphs.on
+    fast = decide(H100, *FAST, configs=DEV).step_cache.dbcache
     assert (fast.Fn_compute_blocks, fast.Bn_compute_blocks, fast.max_warmup_steps, fast.max_cached_steps,
             fast.residual_diff_threshold, fast.enable_taylorseer, fast.taylorseer_order, fast.steps_computation_mask,
             fast.steps_computation_policy) == (1, 0, 6, -1, 0.2, True, 1, "1111110100010000100000100001", "dynamic")
-    forced = decide(H100, *FAST, "--force_cache", configs=DEV).cache
+    forced = decide(H100, *FAST, "--force_cache", configs=DEV).step_cache.dbcache
     assert forced == replace(fast, steps_computation_policy="static")
 
 
 @pytest.mark.parametrize("name, blocks", [("f12b12", (2, 2)), ("safe", (1, 0))])
 def test_plan_step_cache_of_a_small_transformer_computes_fewer_blocks(name, blocks):
     """12 and 8 of FLUX.1's 57 blocks, in proportion to 8."""
-    cache = decide(H100, "--step_cache", name, configs=SMALL_DEV).cache
+    cache = decide(H100, "--step_cache", name, configs=SMALL_DEV).step_cache.dbcache
     assert (cache.Fn_compute_blocks, cache.Bn_compute_blocks) == blocks
 
 
 def test_plan_taylorseer_extrapolates_whole_steps():
     chosen = decide(H100, "--step_cache", "taylorseer", "--taylorseer_interval", "4", configs=DEV)
-    assert (chosen.extrapolation.interval, chosen.extrapolation.order) == (4, 2)
-    assert chosen.extrapolation.mask(28) == "1111110100010001000100010001"
-    assert chosen.cache is None and chosen.is_on("step cache") and chosen.is_on("CUDA graphs")
+    cache = chosen.step_cache
+    assert (cache.taylorseer.interval, cache.taylorseer.order) == (4, 2)
+    assert cache.mask == "1111110100010001000100010001"
+    assert cache.dbcache is None and chosen.step_cache.on and chosen.cuda_graphs.on
 
 
 # --- memory ---
 
 def test_plan_offload_switches_off_what_cannot_follow_moving_weights():
-    assert not decide(H100, "--offload", "model").is_on("CUDA graphs")
+    assert not decide(H100, "--offload", "model").cuda_graphs.on
     group = decide(H100, "--offload", "group", "--text_encoder_quant")
-    assert group.quant == ("float8", "row") and not group.is_on("compile") and not group.is_on("CUDA graphs")
-    assert decide(A100, "--offload", "group").quant is None  # int8, which pays only when compiled
+    assert quant(group) == ("float8", "row") and not group.compile.on and not group.cuda_graphs.on
+    assert quant(decide(A100, "--offload", "group")) is None  # int8, which pays only when compiled
 
 
 @pytest.mark.parametrize("argv", [[], ["--text_encoder_quant"], ["--vae_tiling"]], ids=" ".join)
 def test_plan_offload_text_changes_nothing_else(argv):
     chosen, without = decide(H100, "--offload", "text", *argv), decide(H100, *argv)
-    assert {name for name in without.decisions if chosen.is_on(name) != without.is_on(name)} == {"offload"}
-    assert chosen.compile_mode == without.compile_mode and chosen.quant == without.quant
+    before = without.techniques()
+    assert {name for name, technique in chosen.techniques().items() if technique.on != before[name].on} == {
+        "offload", "fp8 check"}  # the bf16 reference step would need T5 and the transformer on the GPU
+    assert chosen.compile.mode == without.compile.mode and quant(chosen) == quant(without)
 
 
 def test_weight_counts_are_those_of_flux():
@@ -342,13 +344,13 @@ AGAINST_PACKAGES = [
 ], ids=str)
 def test_plan_compile_mode_is_packages_where_they_can_be(hardware, argv, mode):
     chosen = decide(hardware, *argv)
-    assert chosen.compile_mode == mode and chosen.is_on("compile") == (mode != "disabled")
+    assert chosen.compile.mode == mode and chosen.compile.on == (mode != "disabled")
 
 
 @pytest.mark.parametrize("hardware, argv, why", AGAINST_PACKAGES, ids=str)
 def test_plan_without_packages_compiles_and_says_why(hardware, argv, why):
     chosen = decide(hardware, *argv)
-    assert chosen.compile_mode == "compile" and why in chosen.decisions["compile"].how
+    assert chosen.compile.mode == "compile" and why in describe(chosen.compile)
 
 
 @pytest.mark.parametrize("flags", [EXPORT, ["--use-cached-model"], ["--re-export"], ["--package-from", "x"]],
@@ -365,47 +367,49 @@ def test_plan_packages_asked_for_that_cannot_be_are_refused(hardware, argv, why,
                                 ["--attention_backend", "_native_cudnn"])),
     *((argv, "no libstdc++.so") for argv in (COMPILE, ["--disable_fused_kernels"], ["--text_encoder_quant"])),
 ], ids=str)
-def test_plan_strict_lets_a_flag_take_packages_away(monkeypatch, argv, obstacle):
-    monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: obstacle)
-    assert decide(H100, *argv, "--strict").compile_mode == "compile"
+def test_plan_strict_lets_a_flag_take_packages_away(argv, obstacle):
+    hardware = lacking(H100, libstdcxx=obstacle) if obstacle else H100
+    assert decide(hardware, *argv, "--strict").compile.mode == "compile"
 
 
-def test_plan_strict_without_what_packages_need_is_refused(monkeypatch):
-    assert decide(H100, "--strict", *EXPORT).compile_mode == "export_aoti"
-    monkeypatch.setattr(machine, "libstdcxx_obstacle", lambda: "no libstdc++.so")
+def test_plan_strict_without_what_packages_need_is_refused():
+    assert decide(H100, "--strict", *EXPORT).compile.mode == "export_aoti"
+    bare = lacking(H100, libstdcxx="no libstdc++.so")
     with pytest.raises(RecipeError, match=r"no libstdc\+\+\.so"):
-        decide(H100, "--strict", *EXPORT)
-    for hardware, argv in ((H100, []), (CPU, ["--disable_fused_vae", "--disable_fa3", "--disable_fused_kernels"])):
+        decide(bare, "--strict", *EXPORT)
+    for hardware, argv in ((bare, []), (lacking(CPU, libstdcxx="no libstdc++.so"),
+                                        ["--disable_fused_vae", "--disable_fa3", "--disable_fused_kernels"])):
         with pytest.raises(RecipeError, match=r"--strict.*no libstdc\+\+\.so.*--compile_export_mode compile"):
             decide(hardware, "--strict", *argv)
-    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: "no C++ compiler")
     with pytest.raises(RecipeError, match=r"--strict.*no C\+\+ compiler.*--compile_export_mode disabled"):
-        decide(H100, "--strict")
+        decide(lacking(H100, compiler="no C++ compiler", libstdcxx="no libstdc++.so"), "--strict")
 
 
-def test_plan_without_a_compiler_makes_nothing_and_loads_packages(monkeypatch):
-    monkeypatch.setattr(plan, "_compiler_obstacle", lambda hardware: "no C++ compiler")
-    assert decide(CPU).decisions["compile"] == (False, "no C++ compiler") and decide(CPU).compile_mode == "disabled"
+def test_plan_without_a_compiler_makes_nothing_and_loads_packages():
+    bare = lacking(CPU, compiler="no C++ compiler")
+    compiles = decide(bare).compile
+    assert (compiles.on, compiles.why, compiles.mode) == (False, "no C++ compiler", "disabled")
     for flags in (EXPORT, ["--re-export"]):
         with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
-            decide(CPU, *flags)
+            decide(bare, *flags)
     for flags in (["--use-cached-model"], ["--package-from", "x"]):
-        assert decide(CPU, *flags).compile_mode == "export_aoti"
+        assert decide(bare, *flags).compile.mode == "export_aoti"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
 def test_plan_with_a_compiler_that_links_its_own_libstdcxx_makes_no_packages(tmp_path, monkeypatch):
     """g++ names a library that it finds by its path, and one that it does not find by the name it was given."""
-    monkeypatch.setattr(machine, "libstdcxx_obstacle", LIBSTDCXX_OBSTACLE)
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+    args = arguments(CPU)
     for hardware in (CPU, H100):
+        found = replace(hardware, missing={"libstdc++": detect(args).missing["libstdc++"]})
         with pytest.raises(RecipeError, match=r"--compile_export_mode export_aoti.*libstdc\+\+\.so.*apt install"):
-            decide(hardware, *EXPORT)
-        decide(hardware, *EXPORT, "--use-cached-model")
-    chosen = decide(CPU)
-    assert chosen.compile_mode == "compile" and "libstdc++.so" in chosen.decisions["compile"].how
+            decide(found, *EXPORT)
+        decide(found, *EXPORT, "--use-cached-model")
+    chosen = make_plan(args, SCHNELL, detect(args))
+    assert chosen.compile.mode == "compile" and "libstdc++.so" in describe(chosen.compile)
     compiler.write_text('#!/bin/sh\necho "/usr/lib/${1#-print-file-name=}"\n')
-    assert decide(CPU).compile_mode == "export_aoti"
+    assert make_plan(args, SCHNELL, detect(args)).compile.mode == "export_aoti"

@@ -28,7 +28,7 @@ from bench.environment import SCHEMA_VERSION, environment
 from bench.quality import broken_share, latent_drift, latent_recorder, picture_drift
 from tiny_flux import judge
 from tiny_flux.training.data import caption
-from utils import tiny_presets, weight_files
+from utils import plan, tiny_presets, weight_files
 from utils.benchmark_utils import check_args, create_parser
 from utils.cache import dbcache
 from utils.common import RecipeError, run_cli
@@ -72,7 +72,7 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
         images += pipeline(**kwargs, latents=noise(pipeline, kwargs),
                            callback_on_step_end=latent_recorder(steps)).images
         latents.append(torch.cat(steps))
-        if pipeline.techniques["step cache"].on:
+        if pipeline.plan.step_cache.on:
             cached.append(dbcache.cached_steps(pipeline))
             compared.append(dbcache.residual_diffs(pipeline))
             computed.append(dbcache.last_image_steps(pipeline, len(steps)))
@@ -80,7 +80,7 @@ def draw(args, texts: list[str]) -> tuple[Drawn, dict]:
     facts = {"seconds": seconds, "cached_steps": sum(map(len, cached)) / len(cached) if cached else None,
              "computed_steps": sum(computed) / len(computed) if computed else None,
              **per_step(cached, compared, len(steps)),
-             "techniques": {key: decision._asdict() for key, decision in pipeline.techniques.items()}}
+             "techniques": plan.record(pipeline.plan)}
     return Drawn(images, torch.stack(latents), {}), facts
 
 

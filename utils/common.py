@@ -167,3 +167,19 @@ class StageLog:
         """Prints a line to stderr, unless `quiet` is set."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+
+def show_progress(pipeline, shown: bool) -> None:
+    """Shows or hides the progress bar of the denoising loop."""
+    pipeline.set_progress_bar_config(desc="denoising", disable=not shown)
+
+
+@contextmanager
+def no_progress(pipeline):
+    """Hides the progress bar in the body."""
+    before = getattr(pipeline, "_progress_bar_config", {})
+    show_progress(pipeline, False)
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)

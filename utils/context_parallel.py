@@ -42,18 +42,19 @@ TIMEOUT = timedelta(minutes=30)  # one process may compile for minutes while the
 BACKENDS = ("fa3", "fa3_unscaled", "fa3_bf16", "aiter", "native")
 
 
-def choose(wanted: str, config: dict, backend: str) -> str:
+def choose(wanted: str, config: dict, backend: str, gpus: int) -> str:
     """Chooses "ulysses" or "ring". "auto" is Ulysses if the world size divides the number of heads.
 
     Args:
         wanted: the value of --context_parallel: "auto", "ulysses" or "ring".
         config: the transformer's config.
         backend: the value of --attention_backend.
+        gpus: the world size.
 
     Raises:
         RecipeError: the world size does not divide the heads, or the attention backend does not support the method.
     """
-    heads, gpus = config["num_attention_heads"], world_size()
+    heads = config["num_attention_heads"]
     if backend not in BACKENDS:
         raise RecipeError(f"--attention_backend {backend} does not work with --context_parallel: choose from "
                           f"{', '.join(BACKENDS)}.")

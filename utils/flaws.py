@@ -51,9 +51,10 @@ def how_to_mend(pipeline) -> str:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return (f"Weights are not finite: {', '.join(names[:SHOWN])}{more}. Load another copy of --ckpt and --lora, or "
                 "give --lora a smaller scale.")
-    flags = [flag for name, flag in (("quantization", "--disable_quant"), ("attention", "--disable_fa3"),
-                                     ("step cache", "no step cache"), ("bf16", "--disable_bf16"))
-             if name in pipeline.techniques and pipeline.techniques[name].on]
+    plan = pipeline.plan
+    flags = [flag for technique, flag in ((plan.quantization, "--disable_quant"), (plan.attention, "--disable_fa3"),
+                                          (plan.step_cache, "no step cache"), (plan.bf16, "--disable_bf16"))
+             if technique.on]
     if getattr(pipeline, "contents", {}).get("lora"):
         flags.insert(0, "--lora with a smaller scale")
     return f"All weights are finite. Try {', or '.join(flags or ['other weights'])}."

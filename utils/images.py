@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, raise_errors
 from utils.outputs import as_path, atomic_write, free_name, write_or_rescue
+from utils.plan import how_drawn
 
 EXIF_IMAGE_DESCRIPTION = 0x010E
 
@@ -88,14 +89,14 @@ def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> di
     the files.
 
     Args:
-        pipeline: the pipeline after `load_pipeline`, which sets `contents`, and `optimize`, which sets `techniques`.
+        pipeline: the pipeline after `load_pipeline`, which sets `contents`, and `optimize`.
         kwargs: the arguments of the pipeline call (`call_kwargs`).
     """
     names = ("height", "width", "num_inference_steps", "guidance_scale")
     parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
                   "image": args.image, "random_weights": args.random_weights is not None,
                   "contents": getattr(pipeline, "contents", {}),
-                  "techniques": {name: how for name, (on, how) in pipeline.techniques.items() if on},
+                  "techniques": how_drawn(pipeline.plan),
                   **{name: kwargs[name] for name in names}}
     if "negative_prompt" in kwargs:
         parameters |= {"negative_prompt": args.negative_prompt, "true_cfg_scale": args.true_cfg_scale}

@@ -139,7 +139,11 @@ def code_obstacle(cache_dir: str) -> str | None:
 
 def package_obstacle() -> str | None:
     """The reason why packages cannot be opened, or None. PyTorch unpacks their code into the temporary folder."""
-    return noexec_obstacle(tempfile.gettempdir(), "Set TMPDIR to another folder")
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:
+        return f"there is no temporary folder ({reason_of(error)}). Set TMPDIR to one"
+    return noexec_obstacle(folder, "Set TMPDIR to another folder")
 
 
 # --- compilers ---
@@ -152,6 +156,11 @@ def cpp_compiler() -> str | None:
         from shutil import which
         return which(os.environ.get("CXX", default))
     return compiler_of(os.environ.get("CXX", default), ())
+
+
+def compiler_obstacle() -> str | None:
+    """The reason why no C++ code can be compiled, or None."""
+    return None if cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
 
 
 def header_obstacle() -> str | None:

@@ -20,12 +20,12 @@ from accelerate import PartialState
 
 from utils import tiny_presets
 from utils.benchmark_utils import images_per_call
-from utils.common import BrokenResult, RecipeError, reason_of
+from utils.common import BrokenResult, RecipeError, reason_of, show_progress
 from utils.flaws import raise_errors
 from utils.images import decode, image_parameters, keep_image, numbered_path, read_parameters
 from utils.machine import forget_launchers, own_gpu, world_size
 from utils.outputs import append_line, as_path, manifest_path
-from utils.pipeline_utils import call_kwargs, show_progress
+from utils.pipeline_utils import call_kwargs
 from utils.prompts_file import Prompt
 from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 

@@ -7,8 +7,9 @@ import torch
 from utils.benchmark_utils import images_per_call
 from utils.checkpoint import meta_models
 from utils.common import RecipeError
+from utils.hardware import Hardware
 from utils.machine import available_memory
-from utils.plan import Hardware, Plan
+from utils.plan import Plan, Technique
 
 GIB = 2**30
 
@@ -28,14 +29,33 @@ def weight_counts(configs: dict) -> dict[str, int]:
     return counts
 
 
-def bf16_modulations_fit(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> bool:
+def fit(plan: Plan, args: argparse.Namespace, configs: dict, hardware: Hardware) -> None:
+    """Completes `plan` with what depends on free memory: where weights are loaded, and what follows from that.
+
+    Raises:
+        RecipeError: the finished recipe does not fit, or a flag needs the unquantized model on the GPU.
+    """
+    plan.load_device = choose_load_device(args, configs, hardware, plan)
+    if plan.load_device == "cpu":
+        check_cpu_memory(configs, plan.dtype)
+    if plan.load_device == args.device:
+        return
+    # Weights that are loaded onto the GPU leave room for 3 GiB more than float8 modulations take.
+    plan.fused_kernels.float8_modulations = not bf16_modulations_fit(args, configs, hardware, plan)
+    if args.step_error:
+        raise RecipeError("--step_error needs the unquantized model on the GPU, and it does not fit there.")
+    if plan.fp8_check.on:
+        plan.fp8_check = Technique(False, "the unquantized model does not fit on this GPU")
+
+
+def bf16_modulations_fit(args: argparse.Namespace, configs: dict, hardware: Hardware, plan: Plan) -> bool:
     """Returns whether the GPU has room for the blocks' modulations in bf16, which take 3 GiB more than in float8."""
-    _, resident, working = _memory_needed(args, configs, chosen)
-    more = weight_counts(configs)["modulation"] * (chosen.dtype.itemsize - 1)
+    _, resident, working = _memory_needed(args, configs, plan)
+    more = weight_counts(configs)["modulation"] * (plan.dtype.itemsize - 1)
     return resident + working + more <= hardware.free_bytes
 
 
-def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tuple[dict[str, float], float, float]:
+def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple[dict[str, float], float, float]:
     """Estimates the bytes that the finished recipe needs.
 
     The working set is the memory that an H100 reserved beyond the weights for a 1024x1024 image with CUDA graphs:
@@ -46,17 +66,17 @@ def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tup
         The weights of each part, the weights on the GPU at once, and the working set, in bytes.
     """
     count = weight_counts(configs)
-    plain = chosen.dtype.itemsize
+    plain = plan.dtype.itemsize
     in_t5 = 1 if args.text_encoder_quant else plain
-    quantized = count["blocks"] if chosen.quant else 0
-    if chosen.quant and chosen.quant[0] == "int8":
+    quantized = count["blocks"] if plan.quantization.on else 0
+    if plan.quantization.on and plan.quantization.dtype == "int8":
         quantized -= count["modulation"]
     needs = {
         "transformer": quantized + (count["transformer"] - quantized) * plain,
         "text encoders": count["text_encoder_2"] * in_t5 + count["text_encoder"] * plain,
         "VAE": count["vae"] * plain,
     }
-    megapixels = chosen.settings.height * chosen.settings.width / 2**20 * images_per_call(args)
+    megapixels = plan.settings.height * plan.settings.width / 2**20 * images_per_call(args)
     working = (1.5 if args.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
     # Two of T5's layers are on the GPU at a time. The largest layer is the embedding, with 0.25 GiB.
     in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
@@ -64,7 +84,7 @@ def _memory_needed(args: argparse.Namespace, configs: dict, chosen: Plan) -> tup
     return needs, resident, working
 
 
-def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardware, chosen: Plan) -> str:
+def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardware, plan: Plan) -> str:
     """Returns the device for the unquantized weights: "cpu" if only the quantized weights fit on the GPU.
 
     Raises:
@@ -73,13 +93,13 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
     """
     if hardware.device == "cpu":
         return "cpu"
-    needs, resident, working = _memory_needed(args, configs, chosen)
+    needs, resident, working = _memory_needed(args, configs, plan)
     if args.offload != "none":
         build_on = "cpu"
     else:
         count = weight_counts(configs)
         unquantized = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae"))
-        build_on = "cpu" if unquantized * chosen.dtype.itemsize + working > hardware.free_bytes else "cuda"
+        build_on = "cpu" if unquantized * plan.dtype.itemsize + working > hardware.free_bytes else "cuda"
     if resident + working > hardware.free_bytes:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),

@@ -179,14 +179,14 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
         say: prints a line.
 
     Returns:
-        One line on the packages, for the table of techniques.
+        Whether the packages were loaded, exported or fetched, and their key, for the table of techniques.
 
     Raises:
         RecipeError: a package is damaged, missing or unlike eager, or the cache folder is full or not the user's own.
     """
     root, fields = open_store(cache_dir), fields_of(pipeline, units, switches)
     key = key_of(fields)
-    folder, names = root / key, ", ".join(unit.name for unit in units)
+    folder = root / key
     with locked(root, key), no_vector_instructions(pipeline.device.type == "cuda"):
         if os.path.lexists(folder) and not re_export:
             verify(folder)
@@ -197,13 +197,13 @@ def use_packages(pipeline, units: list[Unit], switches: dict, cache_dir: str, us
                               "packages.")
         else:
             if not source:
-                say(f"exporting {names}; later starts load them")
+                say(f"exporting {', '.join(unit.name for unit in units)}; later starts load them")
             make = fetch(source, key) if source else functools.partial(export, units, key=key, say=say)
             publish(root, fields, make)
             size = sum(path.stat().st_size for path in folder.iterdir())
             done = f"{'fetched' if source else 'exported'} {key}, {size / 1e6:.1f} MB"
         put_in_place(pipeline, load(units, folder, key))
-    return f"{names}: {done}"
+    return done
 
 
 @torch.no_grad()
