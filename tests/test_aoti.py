@@ -254,7 +254,7 @@ def test_use_packages_re_export_replaces_a_damaged_package(cache, pipeline, monk
     (cache[1] / "linear.pt2").write_bytes(b"x")
     (cache[1] / "old.pt2").write_bytes(b"x")
     monkeypatch.setattr(export, "write_package", lambda module, arguments, path, *_: path.write_bytes(good))
-    assert use_package(pipeline, cache[0], use_cached=False, re_export=True).startswith("linear: exported")
+    assert use_package(pipeline, cache[0], use_cached=False, re_export=True).startswith("exported")
     assert set(store.verify(cache[1])["files"]) == {"linear.pt2"} and not (cache[1] / "old.pt2").exists()
 
 
