@@ -84,7 +84,7 @@ PRESETS = ("safe", "balanced", "fast", "extreme")
 CACHES = {"cache_default": [*QUICK, "--force_cache", "--step_cache", "f12b12"]} | {
     f"cache_{name}": [*QUICK, "--force_cache", "--step_cache", name] for name in PRESETS} | {
     "cache_taylorseer": [*QUICK, "--step_cache", "taylorseer"]} | {
-    f"cache_taylorseer_{interval}": [*QUICK, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
+    f"cache_taylorseer_{interval}": [*QUICK, "--step_cache", f"taylorseer:{interval}"]
     for interval in "24"}
 # The first row of each group repeats 6_float8: it shows the noise between two processes of one recipe.
 FLOAT8 = {f"float8_{kind}": [*QUICK, *UNFUSED, "--quant_granularity", kind] for kind in ("row", "tensor")}
@@ -154,7 +154,7 @@ TINY = {
     "cache": [*EAGER, *OFF, "--step_cache", "f12b12"],
     "cache_yaml": [*EAGER, *OFF, "--step_cache", "cache_config.yaml"],
 } | {f"cache_{name}": [*EAGER, *OFF, "--step_cache", name] for name in PRESETS} | {
-    f"taylorseer_{interval}": [*EAGER, *OFF, "--step_cache", "taylorseer", "--taylorseer_interval", interval]
+    f"taylorseer_{interval}": [*EAGER, *OFF, "--step_cache", f"taylorseer:{interval}"]
     for interval in "234"} | {
     # 24, 20, 16 and 13 steps compute about as many blocks of this model as the presets do.
     f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {

@@ -2,6 +2,10 @@
 
     python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
     torchrun --nproc_per_node=2 gen_image.py --context_parallel auto --prompt "A cat playing with a ball of yarn"
+
+A script of your own imports `utils` before torch and calls create_parser, check_args, load_pipeline and optimize once.
+For each picture it calls pipeline(**call_kwargs(pipeline, args, prompt, seed)), which returns it in `images`. The size
+and the batch stay those of `args`. Make the kwargs anew for each picture, because a call uses up their generators.
 """
 
 import sys
@@ -47,7 +51,7 @@ def main():
     if not context_parallel.is_main_process():
         return
     if pipeline.plan.step_cache.on:
-        log.line(dbcache.last_image(pipeline, kwargs["num_inference_steps"]))
+        log.line(dbcache.cached_steps_line(pipeline, kwargs["num_inference_steps"]))
     keep_images(pipeline, images, paths, [image_parameters(args, pipeline, kwargs, args.prompt, args.seed + i)
                                           for i in range(len(images))], log)
 

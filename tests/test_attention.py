@@ -10,7 +10,7 @@ from conftest import relative
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
 
 from utils import attention
-from utils.attention import FusedAttnProcessor, measured_scale, norm_scale, quantize_per_head
+from utils.attention import ScaledAttnProcessor, measured_scale, norm_scale, quantize_per_head
 
 TEXT, IMAGE = 12, 40
 
@@ -247,7 +247,7 @@ def test_use_attention_library_scales_are_buffers_outside_the_state():
     run(module, "fp8", **inputs(True, 1))
     assert module.fp8_q_scale.device == module.norm_q.weight.device
     assert "fp8_q_scale" not in module.state_dict()
-    assert isinstance(module.processor, FusedAttnProcessor)
+    assert isinstance(module.processor, ScaledAttnProcessor)
     larger = max(module.norm_q.weight.abs().max(), module.norm_added_q.weight.abs().max())
     assert module.fp8_q_scale == pytest.approx((4 * larger / 448).item())
 

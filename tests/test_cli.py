@@ -95,10 +95,8 @@ REFUSED_BY_ARGUMENTS = [
     (["--cache_preset", "safe", "--cache_dit_config", "cache_config.yaml"], "--step_cache.*safe and cache_config.yaml"),
     (["--step_cache", "taylorseer", "--cache_preset", "fast"], "--step_cache.*taylorseer and fast"),
     (["--step_cache", "taylorseer", "--force_cache"], "--force_cache.*--step_cache"),
-    (["--taylorseer_interval", "4"], "--taylorseer_interval.*--step_cache taylorseer"),
-    (["--taylorseer_order", "0"], "--taylorseer_order.*--step_cache taylorseer"),
-    (["--step_cache", "taylorseer", "--taylorseer_interval", "1"], "--taylorseer_interval 1"),
-    (["--step_cache", "taylorseer", "--taylorseer_order", "-1"], "--taylorseer_order -1"),
+    *((["--step_cache", name], f"--step_cache {name}.*taylorseer:N:ORDER") for name in (
+        "taylorseer:1", "taylorseer:", "taylorseer:x", "taylorseer:3:-1", "taylorseer:3:2:1", "taylorseer:²")),
     (["--force_cache"], "--force_cache.*--step_cache"),
     (["--revision", "main", "--ckpt", "tiny-flux"], "--revision main"),
     (["--random_weights", "--lora", "x"], "--lora.*--random_weights"),

@@ -289,7 +289,7 @@ def test_forced_mask_is_the_pattern_of_cache_dit(build, make_args, tmp_path, opt
     assert cached == [step for step in range(STEPS) if mask[step] == "0"] != []
     always = (options.Fn_compute_blocks + options.Bn_compute_blocks) / 8
     assert dbcache.last_image_steps(pipeline, STEPS) == pytest.approx(STEPS - len(cached) * (1 - always))
-    line = dbcache.last_image(pipeline, STEPS)
+    line = dbcache.cached_steps_line(pipeline, STEPS)
     assert list(map(int, re.findall(r"\d+", line))) == [len(cached), STEPS, *cached]
     assert dbcache.residual_diffs(pipeline) == {}  # none decided
 

@@ -68,7 +68,7 @@ PRINTED = [
     (TWO_H100, "schnell", ["--context_parallel", "ulysses"]),
     *((H100, "dev", flags.split()) for flags in (
         "--step_cache f12b12", "--step_cache safe", "--step_cache fast", "--step_cache fast --force_cache",
-        "--step_cache taylorseer --taylorseer_interval 4")),
+        "--step_cache taylorseer:4")),
     *((H100, "small dev", flags.split()) for flags in ("--step_cache safe", "--step_cache f12b12")),
     (L20, "schnell", []), (L20, "schnell", ["--compile_export_mode", "export_aoti"]),
     (A100, "schnell", []), (A100, "schnell", ["--offload", "group"]), (A100, "schnell", ["--disable_bf16"]),
@@ -218,7 +218,7 @@ def test_plan_step_cache_of_a_small_transformer_computes_fewer_blocks(name, bloc
 
 
 def test_plan_taylorseer_extrapolates_whole_steps():
-    chosen = decide(H100, "--step_cache", "taylorseer", "--taylorseer_interval", "4", configs=DEV)
+    chosen = decide(H100, "--step_cache", "taylorseer:4", configs=DEV)
     cache = chosen.step_cache
     assert (cache.taylorseer.interval, cache.taylorseer.order) == (4, 2)
     assert cache.mask == "1111110100010001000100010001"

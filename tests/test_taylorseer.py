@@ -47,8 +47,7 @@ def test_extrapolated_image_is_that_of_diffusers_taylorseer(load, interval, orde
     theirs.transformer.single_transformer_blocks[2].proj_mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     expected = latents(theirs, args)
 
-    pipeline, args = load("--step_cache", "taylorseer", "--taylorseer_interval", str(interval), "--taylorseer_order",
-                          str(order), *argv)
+    pipeline, args = load("--step_cache", f"taylorseer:{interval}:{order}", *argv)
     pipeline = optimize(pipeline, args)
     assert isinstance(pipeline.transformer, TaylorSeerTransformer)
     found = latents(pipeline, args)
@@ -60,7 +59,7 @@ def test_extrapolated_image_is_that_of_diffusers_taylorseer(load, interval, orde
     skipped = [step for step in range(STEPS) if mask[step] == "0"]
     assert dbcache.cached_steps(pipeline) == skipped and dbcache.residual_diffs(pipeline) == {}
     assert dbcache.last_image_steps(pipeline, STEPS) == mask.count("1")
-    line = dbcache.last_image(pipeline, STEPS)
+    line = dbcache.cached_steps_line(pipeline, STEPS)
     assert list(map(int, re.findall(r"\d+", line))) == [len(skipped), STEPS, *skipped]
 
 

@@ -4,7 +4,8 @@ The layout is (B, S, H, D) throughout, with the text tokens before the image tok
 
 FlashAttention-3 multiplies e4m3 tensors and takes one descale factor per batch item and head. flux-fast used this
 kernel with unscaled casts. Values over 448 then saturate; in eager mode on torch <= 2.11 they become NaN and the image
-is black. This module scales them:
+is black. `ScaledAttnProcessor`, which diffusers' blocks call, scales them. (Fused blocks bring their own scales: see
+utils/kernels/fused_kernels.py.)
 
 * q and k get a *static* scale. RMSNorm gives each head vector the length sqrt(D). After the norm's weight w and RoPE,
   therefore, no element exceeds sqrt(D) * max|w|. A bound that is a few times too wide costs no precision: e4m3 is a
@@ -234,7 +235,7 @@ def quantize_per_head(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale[:, None, :, None]).to(torch.float8_e4m3fn)
 
 
-class FusedAttnProcessor:
+class ScaledAttnProcessor:
     """Flux attention through `flux_faster::attention`, with fused or separate q, k and v projections.
 
     Args:
@@ -312,7 +313,7 @@ def _project(attn, x: Tensor, separate: tuple[str, str, str], fused: str) -> lis
 
 def use_attention_library(transformer: torch.nn.Module, backend: str, attend: Callable = attention,
                           agree: Callable | None = None) -> None:
-    """Puts a `FusedAttnProcessor` on every attention of a FluxTransformer2DModel. Call it after LoRA weights are fused.
+    """Puts a `ScaledAttnProcessor` on every attention of a FluxTransformer2DModel. Call it after LoRAs are merged.
 
     The static scales of q and k become buffers of each attention module. So they follow the module to other devices,
     and all layers can share one compiled block.
@@ -328,4 +329,4 @@ def use_attention_library(transformer: torch.nn.Module, backend: str, attend: Ca
             for name in ("q", "k"):
                 norms = [getattr(module, f"norm_{name}")] + ([getattr(module, f"norm_added_{name}")] if added else [])
                 module.register_buffer(f"fp8_{name}_scale", norm_scale(*norms), persistent=False)
-    transformer.set_attn_processor(FusedAttnProcessor(library, precision, attend, agree))
+    transformer.set_attn_processor(ScaledAttnProcessor(library, precision, attend, agree))

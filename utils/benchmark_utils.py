@@ -63,6 +63,26 @@ def one_step_cache(chosen: list[str] | None) -> str | None:
     return names[0]
 
 
+def taylorseer_options(step_cache: str) -> dict[str, int] | None:
+    """The interval and the order in a --step_cache such as taylorseer, taylorseer:4 or taylorseer:4:2.
+
+    Returns:
+        The given ones of "interval" and "order"; None for another step cache.
+
+    Raises:
+        RecipeError: a number is missing, too small, or one too many.
+    """
+    name, *numbers = step_cache.split(":")
+    if name != "taylorseer":
+        return None
+    least = {"interval": 2, "order": 0}
+    if len(numbers) > 2 or not all(each.isdecimal() for each in numbers) or any(
+            int(each) < bound for each, bound in zip(numbers, least.values(), strict=False)):
+        raise RecipeError(f"--step_cache {step_cache}: write taylorseer, taylorseer:N or taylorseer:N:ORDER, with an N "
+                          "of 2 or more (every N-th step is computed) and an ORDER of 0 or more.")
+    return dict(zip(least, map(int, numbers), strict=False))
+
+
 def create_parser(measure: bool = False) -> argparse.ArgumentParser:
     """The flags of gen_image.py. `--a_b` and `--a-b` are the same flag.
 
@@ -88,7 +108,8 @@ def create_parser(measure: bool = False) -> argparse.ArgumentParser:
     if measure:
         _add_measurement_flags(parser)
     else:
-        parser.set_defaults(step_error=False, force_cache=False, kernels=False, output_json=None, trace_file=None)
+        parser.set_defaults(step_error=False, force_cache=False, compile_scope="blocks", kernels=False,
+                            output_json=None, trace_file=None)
     return parser
 
 
@@ -170,14 +191,11 @@ def _add_technique_flags(parser: argparse.ArgumentParser) -> None:
                         help="T5 in int8, weights only: 4.9 instead of 9.5 GB (lossy)")
     recipe.add_argument("--step_cache", "--cache_preset", "--cache_dit_config", metavar="NAME|FILE", action="append",
                         help="skip blocks in steps that change little (lossy). safe, balanced, fast and extreme "
-                        "compute at least 69, 54, 40 and 30 %% of the blocks of 28 steps, f12b12 83 %%. taylorseer "
-                        "extrapolates whole steps. FILE is a yaml file, such as cache_config.yaml")
+                        "compute at least 69, 54, 40 and 30 %% of the blocks of 28 steps, f12b12 83 %%. "
+                        "taylorseer[:N[:ORDER]] computes every N-th step (3) and extrapolates the others by a "
+                        "polynomial (2). FILE is a yaml file, such as cache_config.yaml")
     recipe.add_argument("--enable_cache_dit", action="append_const", const="f12b12", dest="step_cache",
                         help="the same as --step_cache f12b12")
-    recipe.add_argument("--taylorseer_interval", type=int, metavar="N",
-                        help="taylorseer computes every N-th step; default: 3")
-    recipe.add_argument("--taylorseer_order", type=int, metavar="N",
-                        help="order of taylorseer's polynomial; default: 2")
     recipe.add_argument("--context_parallel", choices=["auto", "ulysses", "ring"],
                         help="split one image's tokens over the GPUs of torchrun. ulysses exchanges tokens for heads, "
                         "ring passes keys and values on; auto is ulysses where the heads can be divided")
@@ -197,8 +215,6 @@ def _add_compilation_flags(parser: argparse.ArgumentParser) -> None:
     packages.add_argument("--compile_export_mode", choices=["compile", "export_aoti", "disabled"],
                           help="torch.compile, or AOTInductor packages that later starts load, or neither; default: "
                           "export_aoti, and compile where packages cannot be made")
-    packages.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
-                          help="compile each kind of block once (seconds), or the whole transformer (many minutes)")
     packages.add_argument("--cache-dir", default=DEFAULT_CACHE_DIR,
                           help="folder of exported packages, and of compiled kernels unless TORCHINDUCTOR_CACHE_DIR or "
                           "TRITON_CACHE_DIR is set")
@@ -219,14 +235,21 @@ def _add_measurement_flags(parser: argparse.ArgumentParser) -> None:
     measurement.add_argument("--force_cache", action="store_true",
                         help="skip every step that the mask allows, ignoring residuals (to time a preset with "
                         "--random_weights)")
+    measurement.add_argument("--compile_scope", choices=["blocks", "whole"], default="blocks",
+                        help="compile each kind of block once (seconds), or the whole transformer (many minutes), to "
+                        "compare")
     measurement.add_argument("--kernels", action="store_true", help="also list the GPU kernels of one denoising step")
     measurement.add_argument("--trace-file", metavar="FILE", help="PyTorch profiler trace, .json or .json.gz")
     measurement.add_argument("--output-json", metavar="FILE", help="where to write the result as JSON")
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses arguments that contradict each other or this machine, before anything loads. `check_outputs` refuses the
-    files that a run could not write. `utils.plan` refuses what depends on the checkpoint or the GPU.
+    """Refuses arguments that contradict each other or this machine, before anything loads.
+
+    What can be wrong with a command is refused in this order: types and choices by argparse; contradictions of flags
+    here; files that could not be written by `utils.output_checks.check_outputs`; lines of a prompts file by
+    `utils.prompts_file.read_prompts`; what depends on the checkpoint's configs, the GPU or installed libraries by
+    `utils.plan.make_plan`; what does not fit by `utils.memory.fit`; LoRAs and weights when their files are read.
 
     Raises:
         RecipeError: names the value, the choices and the way out.
@@ -285,8 +308,9 @@ def _check_techniques(args: argparse.Namespace) -> None:
     _refuse(args.quant_granularity == "row" and args.disable_bf16,
             "--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
             "drop --disable_bf16 or use --quant_granularity tensor.")
-    _refuse(args.disable_fa3 and args.attention_backend and args.attention_backend.startswith("fa3"),
-            f"--disable_fa3 contradicts --attention_backend {args.attention_backend}: drop one of the two.")
+    _refuse(args.disable_fa3 and args.attention_backend,
+            "--disable_fa3 stands for PyTorch's attention, and "
+            f"--attention_backend {args.attention_backend} chooses one as well: drop one of the two.")
     asked, unpackaged = packages_asked_for(args), unpackaged_by_flag(args)
     _refuse(asked and args.compile_export_mode in ("compile", "disabled"),
             f"{asked} needs exported packages, which --compile_export_mode {args.compile_export_mode} neither exports "
@@ -303,13 +327,10 @@ def _check_techniques(args: argparse.Namespace) -> None:
 
 
 def _check_step_cache(args: argparse.Namespace) -> None:
-    cache, by_residuals = args.step_cache, args.step_cache not in (None, "taylorseer")
-    for name, least in (("taylorseer_interval", 2), ("taylorseer_order", 0)):
-        _refuse_below(args, name, least)
+    cache = args.step_cache
+    by_residuals = cache is not None and taylorseer_options(cache) is None
     _refuse(by_residuals and cache not in STEP_CACHES and not Path(cache).expanduser().is_file(),
             f"--step_cache {cache}: there is no such file. Give a yaml file, or one of {', '.join(STEP_CACHES)}.")
-    _refuse(cache != "taylorseer" and (args.taylorseer_interval is not None or args.taylorseer_order is not None),
-            "--taylorseer_interval and --taylorseer_order need --step_cache taylorseer: add it.")
     _refuse(args.force_cache and not by_residuals,
             "--force_cache ignores the residuals of a step cache: add a cache that reads them, such as "
             "--step_cache fast.")

@@ -44,14 +44,8 @@ def use_packages(plan: Plan, pipeline, args, inputs: Callable[..., dict], log: S
         for unit in units:
             if plan.inductor_flags.on and unit.name.startswith(("double", "single")):
                 unit.settings = TUNING_FLAGS
-        quantized = plan.quantization
-        switches = {"dtype": str(plan.dtype), "attention": plan.attention.backend,
-                    "quantization": [quantized.dtype, quantized.granularity] if quantized.on else None} | {
-            name: technique.on for name, technique in plan.techniques().items()
-            if name in ("fused projections", "channels_last", "fused VAE", "fused kernels", "text encoder quant",
-                        "inductor flags")}
-        plan.compile.note = export.use_packages(pipeline, units, switches, args.cache_dir, args.use_cached_model,
-                                                args.re_export, args.package_from, log.line)
+        plan.compile.note = export.use_packages(pipeline, units, plan.graph_switches(), args.cache_dir,
+                                                args.use_cached_model, args.re_export, args.package_from, log.line)
 
 
 def _modulations(pipeline):

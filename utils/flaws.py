@@ -52,9 +52,9 @@ def how_to_mend(pipeline) -> str:
         return (f"Weights are not finite: {', '.join(names[:SHOWN])}{more}. Load another copy of --ckpt and --lora, or "
                 "give --lora a smaller scale.")
     plan = pipeline.plan
-    flags = [flag for technique, flag in ((plan.quantization, "--disable_quant"), (plan.attention, "--disable_fa3"),
-                                          (plan.step_cache, "no step cache"), (plan.bf16, "--disable_bf16"))
-             if technique.on]
+    cures = ((plan.quantization, "--disable_quant"), (plan.attention, "--disable_fa3"),
+             (plan.step_cache, "the command without --step_cache"), (plan.bf16, "--disable_bf16"))
+    flags = [flag for technique, flag in cures if technique.on]
     if getattr(pipeline, "contents", {}).get("lora"):
         flags.insert(0, "--lora with a smaller scale")
     return f"All weights are finite. Try {', or '.join(flags or ['other weights'])}."

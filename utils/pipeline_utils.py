@@ -34,8 +34,8 @@ from utils.text_encoding import overlap_text_encoders, stream_text_encoder, with
 def load_pipeline(args: argparse.Namespace):
     """The FluxPipeline or FluxKontextPipeline of `args`, LoRAs merged, nothing else changed yet.
 
-    Everything that can be refused is refused here, from configs of a few kB, before any weights load. Weights land on
-    the GPU, or on the CPU if they fit on the GPU only once `optimize` has quantized them.
+    The plan is made from configs of a few kB, and LoRAs are read, before the checkpoint is downloaded or loaded.
+    Weights land on the GPU, or on the CPU if they fit on the GPU only once `optimize` has quantized them.
 
     Returns:
         The pipeline. `pipeline.plan` has every decision (`utils.plan.Plan`), `pipeline.contents` identifies the
@@ -58,9 +58,9 @@ def load_pipeline(args: argparse.Namespace):
         width, height = plan.settings.width, plan.settings.height
         context_parallel.check_tokens(plan.settings.max_sequence_length, width * height // 256,
                                       reference_tokens(reference, width * height) if reference else 0)
+    loras = read_loras(args.lora, model_shapes(configs), args.lora_partial) if args.lora else []
     files = None if args.random_weights else _checkpoint_files(args, configs)
     contents = weight_files.identity(files.folder) if files else f"random {args.ckpt} {args.random_weights}"
-    loras = read_loras(args.lora, model_shapes(configs), args.lora_partial) if args.lora else []
     if args.gpu_memory_limit:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * memory.GIB / total))
@@ -117,8 +117,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
 
     # Weights. LoRAs are in them. Concatenation comes before quantization: quantized tensors cannot be concatenated.
     if plan.fused_projections.on:
-        fuse_projections(transformer)
-        fuse_projections(vae)
+        fuse_projections(transformer, vae)
     if plan.channels_last.on:  # cuDNN's tensor-core convolutions take NHWC
         vae.to(memory_format=torch.channels_last)
     if plan.fused_vae.on:
@@ -128,9 +127,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
     set_attention(plan, transformer)
     quantize(plan, pipeline, device, log)
     place_weights(plan, pipeline, device)
-    if check and not plan.context_parallel.on:  # on several GPUs only the finished recipe shards the tokens
-        with log.stage("fp8 check"):
-            check.measure(transformer)
+    measure_quantized_steps(plan, transformer, check, log)
 
     # Code. A step cache replaces the blocks' callers and reads the signature of the code below them. So packages are
     # loaded before it. torch.compile works from inside the blocks.
@@ -296,6 +293,14 @@ def begin_fp8_check(plan: Plan, pipeline, args, log: StageLog) -> fp8_check.Fp8C
         return fp8_check.Fp8Check(pipeline, call_kwargs(pipeline, args, prompt=[args.prompt], seed=[args.seed]))
 
 
+def measure_quantized_steps(plan: Plan, transformer: torch.nn.Module, check: fp8_check.Fp8Check | None,
+                            log: StageLog) -> None:
+    """The fp8 check of the blocks before they are compiled. On several GPUs only the finished recipe shards tokens."""
+    if check and not plan.context_parallel.on:
+        with log.stage("fp8 check"):
+            check.measure(transformer)
+
+
 def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, strict: bool, log: StageLog) -> None:
     """Prints the fp8 check's result and keeps it in `pipeline.fp8_check`.
 
@@ -319,7 +324,7 @@ def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int
 
     Args:
         prompt: one, for --num_images_per_prompt images, or a list of one an image. By default --prompt; with
-            --prompts-file as many of it as its batches hold.
+            --prompts-file, --prompt repeated to the size of the file's batches, as `optimize` warms up.
         seed: of the first image, or a list of one an image. By default --seed.
     """
     settings = image_settings(args, configs_of(pipeline))
@@ -362,10 +367,11 @@ def enable_tiling(vae: torch.nn.Module) -> None:
     vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def fuse_projections(model: torch.nn.Module) -> None:
+def fuse_projections(*models: torch.nn.Module) -> None:
     """One Linear for q, k, v instead of three, and the three freed: diffusers keeps them, 4.3 GB in FLUX.1's case."""
-    model.fuse_qkv_projections()
-    for module in model.modules():
+    for model in models:
+        model.fuse_qkv_projections()
+    for module in (module for model in models for module in model.modules()):
         if getattr(module, "fused_projections", False):
             for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
                 if hasattr(module, name):

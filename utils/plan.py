@@ -3,6 +3,11 @@
 `make_plan` is a pure function of its arguments. A technique that a flag asks for and that cannot run is an error with
 its cure. A technique that is on by default is switched off where it cannot run, unless --strict. `describe` renders
 each decision as the line that people read; no code reads the line.
+
+To add a technique: its flag goes into utils/benchmark_utils.py, its row into `TECHNIQUES` and `Plan`, its decision into
+`make_plan` and its line into `_parameters`. What it needs of the machine goes into utils/hardware.py, its step into
+`optimize` (utils/pipeline_utils.py), its row into the README's table and into experiments.py. A technique that changes
+the exported graph belongs to `graph_switches`, a lossy one to `lossy` and to `CURES` of utils/fp8_check.py.
 """
 
 import argparse
@@ -11,7 +16,13 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 
 from utils import attention, context_parallel
-from utils.benchmark_utils import offloads_transformer, packages_asked_for, t5_on_gpu, unpackaged_by_flag
+from utils.benchmark_utils import (
+    offloads_transformer,
+    packages_asked_for,
+    t5_on_gpu,
+    taylorseer_options,
+    unpackaged_by_flag,
+)
 from utils.cache import dbcache
 from utils.cache.dbcache import CacheOptions
 from utils.cache.taylorseer import TaylorSeer
@@ -129,8 +140,8 @@ class Plan:
     channels_last: Technique
     fused_vae: Technique
     attention: Attention
-    fused_kernels: FusedKernels
     quantization: Quantization
+    fused_kernels: FusedKernels
     text_encoder_quant: Technique
     offload: Offload
     compile: Compile
@@ -150,6 +161,15 @@ class Plan:
     def techniques(self) -> dict[str, Technique]:
         """{name for people: technique}, in the order of the recipe."""
         return {name: getattr(self, attribute) for attribute, (name, _) in TECHNIQUES.items()}
+
+    def graph_switches(self) -> dict:
+        """What changes the exported graph of a block, the VAE or T5, as JSON values: a part of a package's key."""
+        quantized = self.quantization
+        return {"dtype": str(self.dtype), "attention": self.attention.backend,
+                "quantization": [quantized.dtype, quantized.granularity] if quantized.on else None} | {
+            TECHNIQUES[attribute][0]: getattr(self, attribute).on for attribute in (
+                "fused_projections", "channels_last", "fused_vae", "fused_kernels", "text_encoder_quant",
+                "inductor_flags")}
 
     def lossy(self) -> set[str]:
         """The techniques that are on and lossy, as keys of `utils.fp8_check.CURES`."""
@@ -175,10 +195,9 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
     no_gpu = "no GPU" if hardware.device == "cpu" else None
 
     def default(attribute: str, technique: Technique, obstacle: str | None = None, against: str | None = None):
-        """`technique`, off if a flag is `against` it (by default its own) or, without --strict, by an `obstacle`."""
+        """`technique`, off if its own flag or another (`against`) is against it, or, without --strict, an obstacle."""
         name, flag = TECHNIQUES[attribute]
-        if against is None and getattr(args, flag.removeprefix("--"), False):
-            against = flag
+        against = flag if _is_given(args, flag) else against
         if obstacle and not against and args.strict:
             raise RecipeError(f"--strict: {name} is on by default but cannot run here: {obstacle}. "
                               f"Switch it off with {flag}, or drop --strict.")
@@ -194,13 +213,12 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
     fused_vae = default("fused_vae", Technique(note="GroupNorm with SiLU; attention as two products"),
                         no_gpu or ("not tried on ROCm" if hardware.is_rocm else hardware.missing.get("triton")),
                         "not with --disable_channels_last" if args.disable_channels_last else None)
-    attends = default("attention", _attention(args, hardware), _attention_obstacle(args, hardware, configs),
-                      "" if args.attention_backend else None)
+    attends = default("attention", _attention(args, hardware), _attention_obstacle(args, hardware, configs))
     if not attends.on:
         attends.backend = "native"  # PyTorch's SDPA
     fused = default("fused_kernels", FusedKernels(
         note="LayerNorm, modulation, QK-norm, RoPE, GELU and casts to e4m3; the modulations of all steps"),
-        _fusion_obstacle(hardware, attends, configs), _flag_against_fusion(args) or "")
+        _fusion_obstacle(hardware, attends, configs), _flag_against_fusion(args))
     compiles = _compile(args, hardware, fused.on, default)
     quantized = _quantization(args, hardware, bf16.on, fused.on, compiles.on, default)
     cache = _step_cache(args, hardware, configs, settings)
@@ -227,13 +245,19 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         inductor_flags=default(
             "inductor_flags", Technique(note="coordinate descent, no epilogue fusion in the blocks"),
             no_gpu or (None if compiles.on else "nothing is compiled"),
-            "the blocks are Triton kernels" if fused.on and not args.disable_inductor_tuning_flags else None),
+            "the blocks are Triton kernels" if fused.on else None),
         step_cache=cache,
         context_parallel=on_request(parallel, args.context_parallel, "--context_parallel"),
         cuda_graphs=default("cuda_graphs", CUDAGraphs(with_t5=t5_on_gpu(args), segments=segments), no_gpu or (
             f"--offload {args.offload} moves weights" if offloads_transformer(args) else None)),
         gpu_postprocess=default("gpu_postprocess", Technique(note="8-bit pixels made on the GPU"), no_gpu),
         fp8_check=_fp8_check(args, hardware, attends, quantized))
+
+
+def _is_given(args, flag: str) -> bool:
+    """Whether a flag without a value (--disable_fa3), or with this value (--compile_export_mode disabled), is given."""
+    name, _, value = flag.removeprefix("--").partition(" ")
+    return str(getattr(args, name)) == (value or "True")
 
 
 def _settings(args, configs: dict) -> ImageSettings:
@@ -280,8 +304,6 @@ def _attention_obstacle(args, hardware: Hardware, configs: dict) -> str | None:
 
 def _flag_against_fusion(args) -> str | None:
     """The flag that takes away what the fused kernels are made for."""
-    if args.disable_fused_kernels:
-        return "--disable_fused_kernels"
     given = {"--disable_quant": args.disable_quant, "--quant_dtype int8": args.quant_dtype == "int8",
              f"--quant_granularity {args.quant_granularity}": args.quant_granularity,
              "--disable_fa3": args.disable_fa3,
@@ -333,8 +355,7 @@ def _compile(args, hardware: Hardware, fused: bool, default) -> Compile:
             raise RecipeError(f"--compile_export_mode compile: {no_compiler}. Without the flag nothing is compiled.")
     chosen = default("compile", Compile(mode=mode, scope="none" if fused else args.compile_scope,
                                         with_t5=on_gpu and t5_on_gpu(args), no_packages=instead),
-                     "--offload group hooks into every layer" if args.offload == "group" else no_compiler,
-                     TECHNIQUES["compile"][1] if mode == "disabled" else None)
+                     "--offload group hooks into every layer" if args.offload == "group" else no_compiler)
     return chosen if chosen.on else replace(chosen, mode="disabled")
 
 
@@ -363,9 +384,8 @@ def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings
     name, steps = args.step_cache, settings.num_inference_steps
     if name is None:
         return StepCache(on=False, why="--step_cache not given")
-    if name == "taylorseer":
-        given = {"interval": args.taylorseer_interval, "order": args.taylorseer_order}
-        taylorseer = TaylorSeer(**{key: value for key, value in given.items() if value is not None})
+    if (given := taylorseer_options(name)) is not None:
+        taylorseer = TaylorSeer(**given)
         taylorseer.check(steps)
         return StepCache(name=name, taylorseer=taylorseer, mask=taylorseer.mask(steps))
     if "cache-dit" in hardware.missing:

@@ -45,8 +45,9 @@ class CacheOptions:
         parts = [f"DBCache F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}"]
         if not static:
             every = f" by {self.warmup_interval}" if self.warmup_interval != 1 else ""
-            most = "any" if self.max_cached_steps < 0 else self.max_cached_steps
-            parts += [f"warm-up {self.max_warmup_steps}{every}", f"at most {most} cached"]
+            parts.append(f"warm-up {self.max_warmup_steps}{every}")
+            if self.max_cached_steps >= 0:
+                parts.append(f"at most {self.max_cached_steps} cached")
             if self.max_continuous_cached_steps >= 0:
                 parts.append(f"{self.max_continuous_cached_steps} in a row")
             parts.append(f"threshold {self.residual_diff_threshold}")
@@ -67,12 +68,14 @@ FLUX_BLOCKS = 19 + 38
 # medium, fast, ultra). They compute the last step and the first steps, which lay out the picture. F and the thresholds
 # are those of cache-dit's published runs on FLUX.1-dev: F8B0 0.08, F1B0 0.08 to 0.12, F1B0 0.20, F1B0 0.30, all with
 # TaylorSeer of order 1.
-PRESETS = {
-    "safe": CacheOptions(8, 0, 8, 1, -1, -1, 0.08, True, steps_computation_mask="1111111101110011100110010001"),
-    "balanced": CacheOptions(1, 0, 6, 1, -1, -1, 0.12, True, steps_computation_mask="1111110110001100011000110001"),
-    "fast": CacheOptions(1, 0, 6, 1, -1, -1, 0.2, True, steps_computation_mask="1111110100010000100000100001"),
-    "extreme": CacheOptions(1, 0, 4, 1, -1, -1, 0.3, True, steps_computation_mask="1111001000001000000100000001"),
-}
+PRESETS = {name: CacheOptions(Fn_compute_blocks=first, Bn_compute_blocks=0, max_warmup_steps=warm_up,
+                              max_cached_steps=-1, residual_diff_threshold=threshold, enable_taylorseer=True,
+                              steps_computation_mask=mask)
+           for name, first, warm_up, threshold, mask in (
+               ("safe", 8, 8, 0.08, "1111111101110011100110010001"),
+               ("balanced", 1, 6, 0.12, "1111110110001100011000110001"),
+               ("fast", 1, 6, 0.2, "1111110100010000100000100001"),
+               ("extreme", 1, 4, 0.3, "1111001000001000000100000001"))}
 
 # {name in cache-dit before 1.0: name in 1.x}. cache-dit 1.x ignores the old names silently.
 RENAMED = {"warmup_steps": "max_warmup_steps"}
@@ -349,10 +352,18 @@ def last_image_steps(pipeline, steps: int) -> float:
     return steps - len(cached_steps(pipeline)) * (1 - always)
 
 
-def last_image(pipeline, steps: int) -> str:
-    """One log line: which of the last image's `steps` steps were cached."""
-    cached = cached_steps(pipeline)
-    return f"cached {len(cached)} of {steps} steps" + (f": {' '.join(map(str, cached))}" if cached else "")
+def cached_steps_line(pipeline, steps: int) -> str:
+    """One log line: which of the last image's `steps` steps were cached, or why none was."""
+    cached, compared = cached_steps(pipeline), residual_diffs(pipeline)
+    text = f"cached {len(cached)} of {steps} steps"
+    if cached:
+        return f"{text}: {' '.join(map(str, cached))}"
+    if not compared:
+        return text
+    step = min(compared, key=compared.get)
+    return (f"{text}: the smallest difference of residuals is {compared[step]:.3f} (step {step}), and the limit is "
+            f"{pipeline.cache_options.residual_diff_threshold}. Raise residual_diff_threshold in a --step_cache FILE, "
+            "or choose a faster preset")
 
 
 def _summary(pipeline):

@@ -56,7 +56,7 @@ from utils.kernels.modulation import (
 READ = "tokens_read"  # key in joint_attention_kwargs: how many image tokens the pipeline reads
 
 
-def _read(linear: torch.nn.Linear, device: torch.device) -> list[Tensor]:
+def _float32_copy(linear: torch.nn.Linear, device: torch.device) -> list[Tensor]:
     """Copies of a Linear's weight (N, K) and bias (N,), in float32 on `device`, for the caller to change."""
     weight = linear.weight.detach().to(device, torch.float32, copy=True)
     bias = torch.zeros(len(weight), device=device) if linear.bias is None else linear.bias.detach()
@@ -146,13 +146,13 @@ class _Block(torch.nn.Module):
             (N, B, S, 3, H / N, D / H), where part i holds the tokens of GPU i. The scales of q, k and v, (B, 3, H)
             float32. The scales that bound attention's result and the MLP's, (B, 2) float32, see `qkv_gemm`.
         """
-        qkv, descale, shared = qkv_gemm(x, x_scale, *self.qkv.operands(), self.norms, *rope, self.qk_scale, lengths,
+        qkv, descale, bounds = qkv_gemm(x, x_scale, *self.qkv.operands(), self.norms, *rope, self.qk_scale, lengths,
                                         self.bounds, text_tokens, streams, self.parts)
         if self.boxes:
-            return self.boxes.start(qkv, "qkv"), descale, shared
+            return self.boxes.start(qkv, "qkv"), descale, bounds
         if self.context_parallel == "ulysses":
             qkv = all_to_all(qkv)
-        return lambda: qkv, descale, shared
+        return lambda: qkv, descale, bounds
 
     def attend(self, qkv: Callable[[], Tensor], descale: Tensor, queries: slice = slice(None)) -> Tensor:
         """Attention on one GPU, or ring attention.
@@ -221,12 +221,12 @@ class FusedSingleBlock(_Block):
     def __init__(self, block, offset: int, device: torch.device):
         super().__init__()
         attn, width = block.attn, block.attn.query_dim
-        (qkv, qkv_bias), mlp, (out, out_bias) = (_read(one, device) for one in
-                                                 (attn.to_qkv, block.proj_mlp, block.proj_out))
+        (qkv, qkv_bias), mlp, (out, out_bias) = (
+            _float32_copy(linear, device) for linear in (attn.to_qkv, block.proj_mlp, block.proj_out))
         v, v_bias = qkv[-width:], qkv_bias[-width:]
-        read = column_powers([v, mlp[0]])
-        qkv /= read
-        mlp[0] /= read
+        powers = column_powers([v, mlp[0]])
+        qkv /= powers
+        mlp[0] /= powers
         shares = channel_shares(torch.cat([reach(v, v_bias), reach(*mlp)]), out.abs().amax(0))
         v /= shares[:width, None]
         v_bias /= shares[:width]
@@ -234,7 +234,7 @@ class FusedSingleBlock(_Block):
         self.qkv = Float8Linear([qkv], [qkv_bias])
         self.mlp = Float8Linear([mlp[0]], [mlp[1]])
         self.out = Float8Linear([out], [out_bias], gated=True)
-        self.factors = [torch.stack([read, read, self.out.scale])]  # of shift, scale and gate, see `Modulations`
+        self.factors = [torch.stack([powers, powers, self.out.scale])]  # of shift, scale and gate, see `Modulations`
         self.register_buffer("columns", 1 / shares[width:])
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
         self.register_buffer("offsets", torch.tensor([offset, offset], device=device))
@@ -246,6 +246,19 @@ class FusedSingleBlock(_Block):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
                 joint_attention_kwargs=None) -> tuple[Tensor, Tensor]:
         """Computes attention and the MLP side by side, and adds them to the residual stream.
+
+        1. `first_adaln`: the residual add that the previous block deferred, LayerNorm and modulation; x in e4m3 with a
+           measured scale per row.
+        2. `project`: q, k, v = x times weights, plus bias, QK-norm and RoPE; in e4m3 with static scales of q and k, and
+           a bound per head of v.
+        3. `attend`: FlashAttention-3, bf16. The last block computes only the rows that the pipeline reads.
+        4. `place_attention`: e4m3, into the first D columns of `hidden`, with a scale per row: the larger of the
+           measured scale and GELU's bound.
+        5. `gelu_gemm`: GELU(x times weights, plus bias) in e4m3, into the other columns, with the same scale.
+        6. `fp8_gemm`: y = hidden times weights, bf16. The residual add multiplies it by the scale of the row.
+        7. `deferred_residual`: the residual add, or a tuple with which the next block does it.
+
+        With Ulysses 5 comes before 3, and `hidden` has one scale for each batch item, a bound.
 
         Args:
             hidden_states: (B, I, D) fp16, image tokens of the residual stream, as `to_stream` stores it.
@@ -259,29 +272,29 @@ class FusedSingleBlock(_Block):
             (text, image), (B, T, D) and (B, I, D) fp16, with the tuple in the place of text if `defers_residual` is
             set. If unused tokens are pruned, text has no tokens and image has the first `READ` tokens.
         """
-        text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
+        text, image, x, x_scale, gelu_scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
         tokens, queries = text.shape[1], slice(None)
-        qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 1)
-        read = (joint_attention_kwargs or {}).get(READ)
-        if self.prunes_unused_tokens and read:
-            queries = slice(tokens, tokens + read)
-            text, image, x, x_scale, scale = (text[:, :0], image[:, :read], x[:, queries], x_scale[:, queries],
-                                              scale[:, queries])
+        qkv, descale, bounds = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 1)
+        kept = (joint_attention_kwargs or {}).get(READ)
+        if self.prunes_unused_tokens and kept:
+            queries = slice(tokens, tokens + kept)
+            text, image, x, x_scale, gelu_scale = (text[:, :0], image[:, :kept], x[:, queries], x_scale[:, queries],
+                                                   gelu_scale[:, queries])
         width = x.shape[2]
         hidden = x.new_empty(*x.shape[:2], self.out.weight.shape[1])
         mlp = *self.mlp.operands(), self.columns
         if self.context_parallel == "ulysses":
             # GELU's GEMM comes first, so that it runs while q, k and v travel between the GPUs. Attention's result is
             # unknown until then, so the scale of a row has to be a bound.
-            scale = shared[:, 1:].expand_as(scale).contiguous()
-            gelu_gemm(x, x_scale, *mlp, scale, hidden, 0, 1)
+            hidden_scale = bounds[:, 1:].expand_as(gelu_scale).contiguous()
+            gelu_gemm(x, x_scale, *mlp, hidden_scale, hidden, 0, 1)
             hidden[..., :width].unflatten(2, (self.parts, -1)).copy_(
-                self.attend_by_heads(qkv, descale, shared[:, 1].contiguous()).permute(1, 2, 0, 3))
+                self.attend_by_heads(qkv, descale, bounds[:, 1].contiguous()).permute(1, 2, 0, 3))
         else:
-            scale = place_attention(self.attend(qkv, descale, queries), scale, hidden)
-            gelu_gemm(x, x_scale, *mlp, scale, hidden, 0, 1)
+            hidden_scale = place_attention(self.attend(qkv, descale, queries), gelu_scale, hidden)
+            gelu_gemm(x, x_scale, *mlp, hidden_scale, hidden, 0, 1)
         y = fp8_gemm(hidden, self.out.weight, self.one, 0, 1)
-        return self.deferred_residual(text, image, y, scale, self.out, self.gates, temb)
+        return self.deferred_residual(text, image, y, hidden_scale, self.out, self.gates, temb)
 
 
 class FusedDoubleBlock(_Block):
@@ -298,13 +311,13 @@ class FusedDoubleBlock(_Block):
         super().__init__()
         attn, width = block.attn, block.attn.query_dim
         qkv, out, up, down = (
-            [_read(one, device) for one in pair] for pair in
+            [_float32_copy(linear, device) for linear in pair] for pair in
             ((attn.to_added_qkv, attn.to_qkv), (attn.to_add_out, attn.to_out[0]),
              (block.ff_context.net[0].proj, block.ff.net[0].proj), (block.ff_context.net[2], block.ff.net[2])))
         # Attention mixes the values of both streams, so both streams get the same shares.
         v = [(weight[-width:], bias[-width:]) for weight, bias in qkv]
-        read = [(column_powers([own[0]]), column_powers([other[0]])) for own, other in zip(v, up, strict=True)]
-        for (by_qkv, by_up), own, other in zip(read, qkv, up, strict=True):
+        powers = [(column_powers([own[0]]), column_powers([other[0]])) for own, other in zip(v, up, strict=True)]
+        for (by_qkv, by_up), own, other in zip(powers, qkv, up, strict=True):
             own[0] /= by_qkv
             other[0] /= by_up
         shares = channel_shares(torch.maximum(*(reach(*one) for one in v)),
@@ -324,7 +337,7 @@ class FusedDoubleBlock(_Block):
         # The factors of text's and of image's modulation, six parts each, see `Modulations`.
         gates = zip(self.out.scales(), self.down.scales(), strict=True)
         self.factors = [torch.stack([by_qkv, by_qkv, gate, by_up, by_up, mlp_gate])
-                        for (by_qkv, by_up), (gate, mlp_gate) in zip(read, gates, strict=True)]
+                        for (by_qkv, by_up), (gate, mlp_gate) in zip(powers, gates, strict=True)]
         norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
         self.register_buffer("columns", torch.cat(columns))
         self.register_buffer("norms", _norms(norms, device))
@@ -354,10 +367,10 @@ class FusedDoubleBlock(_Block):
         """
         text, image, x, x_scale, scale, lengths = self.first_adaln(encoder_hidden_states, hidden_states, temb)
         tokens = text.shape[1]
-        qkv, descale, shared = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 2)
+        qkv, descale, bounds = self.project(x, x_scale, image_rotary_emb, lengths, tokens, 2)
         if self.context_parallel == "ulysses":
-            parts = self.attend_by_heads(qkv, descale, shared[:, 0].contiguous())
-            attended, attended_scale = parts.permute(1, 2, 0, 3).flatten(2), shared[:, :1].expand_as(scale).contiguous()
+            parts = self.attend_by_heads(qkv, descale, bounds[:, 0].contiguous())
+            attended, attended_scale = parts.permute(1, 2, 0, 3).flatten(2), bounds[:, :1].expand_as(scale).contiguous()
         else:
             attended, attended_scale = cast_attention(self.attend(qkv, descale))
         y = fp8_gemm(attended, self.out.weight, self.one, tokens, 2)

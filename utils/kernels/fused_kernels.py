@@ -7,10 +7,13 @@ into the registers of a GEMM is done in the GEMM.
 
 Shapes use these letters: B batch size, T text tokens, I image tokens, S = T + I, D model width, H heads.
 
-Every activation has a per-row (per-token) scale, and every weight has a per-row (per-output-channel) scale. The rules:
+Every input of a GEMM has a per-row (per-token) scale, and every weight has a per-row (per-output-channel) scale. q and
+k have one static scale a block (`utils.attention.norm_scale`), v one for each batch item and head. With Ulysses,
+attention's result and a single block's hidden row have one for each batch item. The rules:
 
 * **Measured scales for rows that lie in registers.** LayerNorm's output and attention's result are scaled by the
-  largest value of each row.
+  largest value of each row. In a single block attention's result shares a row with GELU's: both take the larger of the
+  measured scale and GELU's bound.
 * **Bounds for scales that must be known before the GEMM.** GELU's result and v are GEMM outputs, and their rows are
   spread over many tiles. The Cauchy-Schwarz inequality gives |w_j x + b_j| <= |w_j| R + |b_j|. R is the length of the
   row x; the LayerNorm kernel measures it. GELU never increases a magnitude. The bound is about 14 times the maximum of
