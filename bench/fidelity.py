@@ -390,11 +390,19 @@ def table(record: dict) -> str:
     if "default" in rows:
         how = rows["default"]["techniques"]
         lines.append("- default on this machine: " + "; ".join(
-            f"{name}: {how.get(name, 'off')}" for name in ("attention", "quantization", "fused kernels")))
+            f"{name}: {_in_words(how, name)}" for name in ("attention", "quantization", "fused kernels")))
     lines += [f"- {name} skipped: {why}" for name, why in record["skipped"].items()]
     lines += [f"- {name} missing: {why}" for name, why in rows[REFERENCE]["not_available"].items()]
     lines += block_lines(record["blocks"])
     return "\n".join(lines) + "\n"
+
+
+def _in_words(techniques: dict, name: str) -> str:
+    """A technique of a picture's metadata, such as "fa3, fa3_fwd_interface", or "off"."""
+    how = techniques.get(name)
+    if isinstance(how, str):  # pictures of before November 29th
+        return how
+    return "off" if how is None else ", ".join(map(str, how.values())) or "on"
 
 
 def make_sheet(rows: dict[str, list[PIL.Image.Image]], labels: dict[str, str], prompts: list[str]) -> PIL.Image.Image:

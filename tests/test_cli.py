@@ -78,7 +78,6 @@ REFUSED_BY_ARGUMENTS = [
     (["--disable_quant", "--quant_dtype", "int8"], "--disable_quant.*--quant_dtype"),
     (["--disable_quant", "--quant_granularity", "row"], "--disable_quant.*--quant_granularity"),
     (["--quant_dtype", "int8", "--quant_granularity", "tensor"], "--quant_granularity tensor.*int8"),
-    (["--quant_granularity", "row", "--disable_bf16"], "--quant_granularity row.*--disable_bf16"),
     (["--disable_fa3", "--attention_backend", "fa3"], "--disable_fa3.*--attention_backend fa3"),
     (["--use-cached-model", "--compile_export_mode", "compile"], "--use-cached-model.*--compile_export_mode compile"),
     (["--re-export", "--compile_export_mode", "disabled"], "--re-export.*--compile_export_mode disabled"),

@@ -344,11 +344,22 @@ def test_enable_cached_steps_skip_the_middle_blocks_and_repeat_exactly(build, ma
 
 
 def test_enable_threshold_of_zero_is_the_plain_pipeline(build, make_args, tmp_path):
-    args = args_with_cache(make_args, tmp_path, text=ALWAYS.replace("100.0", "0.0"))
+    args = args_with_cache(make_args, tmp_path, "--disable_bf16", text=ALWAYS.replace("100.0", "0.0"))
     expected = final_latents(build("tiny-flux-dev"), args)
     pipeline = optimize(build("tiny-flux-dev"), args)
     torch.testing.assert_close(final_latents(pipeline, args), expected, rtol=1e-4, atol=1e-5)
     assert dbcache.cached_steps(pipeline) == []
+
+
+def test_cached_steps_line_without_a_cached_step_names_the_smallest_difference(build, make_args, tmp_path):
+    args = args_with_cache(make_args, tmp_path, text=ALWAYS.replace("100.0", "0.0001"))
+    pipeline = optimize(build("tiny-flux-dev"), args)
+    final_latents(pipeline, args)
+    compared = dbcache.residual_diffs(pipeline)
+    smallest = min(compared.values())
+    assert 0.0001 < smallest < 1
+    line = dbcache.cached_steps_line(pipeline, STEPS)
+    assert f"{smallest:.3f}" in line and "0.0001" in line and "residual_diff_threshold" in line
 
 
 @pytest.mark.slow

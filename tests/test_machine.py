@@ -147,6 +147,25 @@ def test_settle_compilers_sets_working_ones_and_notes_each_change(program, monke
     assert machine.compiler_obstacle()
 
 
+def test_triton_obstacle_is_a_missing_compiler_or_header_until_something_is_compiled(tmp_path, program, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setitem(start.GIVEN, name, None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path / "include"))
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    assert "C compiler" in machine.triton_obstacle(str(tmp_path))
+    program("gcc")
+    assert "Python.h" in machine.triton_obstacle(str(tmp_path))
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    assert machine.triton_obstacle(str(tmp_path)) is None
+    monkeypatch.setenv("CC", "absent")
+    assert "C compiler" in machine.triton_obstacle(str(tmp_path))
+    (machine.triton_cache(str(tmp_path)) / "abc").mkdir(parents=True)
+    assert machine.triton_obstacle(str(tmp_path)) is None
+
+
 def planned(args):
     """The decision on compilation, on this machine."""
     return make_plan(args, TINY, detect(args)).compile

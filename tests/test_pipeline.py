@@ -17,7 +17,7 @@ from utils.aoti.inductor import write_package
 from utils.benchmark_utils import create_parser
 from utils.cache import dbcache
 from utils.checkpoint import configs_of
-from utils.common import StageLog
+from utils.common import RecipeError, StageLog
 from utils.compilation import TUNING_FLAGS, compile_pipeline, use_packages
 from utils.hardware import Hardware
 from utils.pipeline_utils import call_kwargs, fuse_projections, optimize
@@ -369,6 +369,20 @@ def test_load_pipeline_puts_a_text_encoders_lora_into_the_weights(plain, make_ar
     found = loaded.text_encoder.state_dict()
     changed = {name for name, weight in found.items() if not torch.equal(weight, base[name])}
     assert len(changed) == 4 and all("q_proj" in name or "fc1" in name for name in changed)
+
+
+@pytest.mark.parametrize("flags, dtype", [([], torch.bfloat16), (["--disable_bf16"], torch.float32)])
+def test_optimize_casts_a_pipeline_of_ones_own_to_the_plans_dtype(build, args_for, flags, dtype):
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    args = args_for("tiny-flux", *flags, "--compile_export_mode", "disabled")
+    pipeline = optimize(build("tiny-flux", other, LAYERS), args)
+    assert {p.dtype for p in pipeline.transformer.parameters()} == {dtype} and pipeline.plan.dtype == dtype
+
+
+def test_optimize_refuses_a_lora_for_a_pipeline_of_ones_own(build, args_for):
+    """Its weights are as they are, and the metadata would name a LoRA that nothing merged."""
+    with pytest.raises(RecipeError, match="--lora x"):
+        optimize(build("tiny-flux"), args_for("tiny-flux", "--lora", "x"))
 
 
 def test_optimize_uncompiled_fuses_projections_and_leaves_int8_off(build, args_for):

@@ -182,6 +182,12 @@ def test_plan_quantisation_flag_without_effect_is_refused(hardware, argv):
         decide(hardware, *argv)
 
 
+def test_plan_per_row_float8_without_bf16_is_refused_and_int8_is_per_row_anyway():
+    with pytest.raises(RecipeError, match=r"--quant_granularity row.*--disable_bf16"):
+        decide(H100, "--quant_granularity", "row", "--disable_bf16")
+    assert quant(decide(A100, "--quant_granularity", "row", "--disable_bf16")) == ("int8", "row")
+
+
 def test_plan_without_an_attention_library_is_refused_only_if_asked_for():
     bare = lacking(H100, attention="pip install it")
     chosen = decide(bare)
@@ -223,6 +229,17 @@ def test_plan_taylorseer_extrapolates_whole_steps():
     assert (cache.taylorseer.interval, cache.taylorseer.order) == (4, 2)
     assert cache.mask == "1111110100010001000100010001"
     assert cache.dbcache is None and chosen.step_cache.on and chosen.cuda_graphs.on
+
+
+# --- the fp8 check ---
+
+@pytest.mark.parametrize("argv, on", [([], True), (["--num_images_per_prompt", "2"], False),
+                                      (["--step_cache", "fast"], False),
+                                      (["--compile_export_mode", "disabled", "--disable_cudagraphs"], False)], ids=str)
+def test_plan_on_several_gpus_checks_the_step_of_the_warm_up(argv, on):
+    """Only the finished recipe shards the tokens, and the reference's step is one image's first."""
+    assert decide(TWO_H100, "--context_parallel", "auto", *argv, configs=DEV).fp8_check.on == on
+    assert decide(H100, *argv, configs=DEV).fp8_check.on
 
 
 # --- memory ---
@@ -360,6 +377,30 @@ def test_plan_without_packages_compiles_and_says_why(hardware, argv, why):
 def test_plan_packages_asked_for_that_cannot_be_are_refused(hardware, argv, why, flags):
     with pytest.raises(RecipeError, match=f"^{re.escape(' '.join(flags[:1]))}.*{re.escape(why)}"):
         decide(hardware, *argv, *flags)
+
+
+def test_plan_vae_tiling_leaves_the_vae_out_of_packages_and_nothing_to_package_is_refused():
+    assert not decide(CPU, *EXPORT, "--vae_tiling").compile.with_vae and decide(CPU, *EXPORT).compile.with_vae
+    assert decide(CPU, "--vae_tiling").compile.with_vae  # by torch.compile
+    with pytest.raises(RecipeError, match=r"--compile_export_mode export_aoti.*--vae_tiling.*--offload text"):
+        decide(H100, *EXPORT, "--vae_tiling", "--offload", "text")
+
+
+def test_plan_compile_that_a_flag_asks_for_and_offload_forbids_is_refused():
+    with pytest.raises(RecipeError, match=r"--compile_export_mode compile.*--offload group"):
+        decide(H100, *COMPILE, "--offload", "group")
+
+
+def test_plan_triton_without_its_c_compiler_has_no_triton_kernels():
+    chosen = decide(lacking(H100, triton="no C compiler"))
+    assert (chosen.fused_kernels.why, chosen.fused_vae.why) == ("no C compiler", "no C compiler")
+
+
+@pytest.mark.parametrize("argv", ["--offload model", "--offload group", "--compile_export_mode disabled",
+                                  "--vae_tiling", "--offload text"])
+def test_plan_strict_lets_every_flag_take_techniques_away(argv):
+    """--strict is about the machine."""
+    decide(lacking(H100, libstdcxx="no libstdc++.so") if "vae" in argv else H100, *argv.split(), "--strict")
 
 
 @pytest.mark.parametrize("argv, obstacle", [

@@ -297,7 +297,8 @@ def _check_device(args: argparse.Namespace) -> None:
     _refuse(args.device == "cpu" and args.offload != "none",
             f"--offload {args.offload} moves weights between CPU and GPU: drop it, or drop --device cpu.")
     _refuse(args.gpu_memory_limit is not None and (args.device == "cpu" or args.gpu_memory_limit <= 0),
-            "--gpu_memory_limit takes a positive number of GiB and needs --device cuda.")
+            f"--gpu_memory_limit {args.gpu_memory_limit}: it takes a positive number of GiB and needs --device cuda. "
+            "Drop it on a CPU.")
 
 
 def _check_techniques(args: argparse.Namespace) -> None:
@@ -305,9 +306,6 @@ def _check_techniques(args: argparse.Namespace) -> None:
             "--disable_quant contradicts --quant_dtype and --quant_granularity: drop one or the other.")
     _refuse(args.quant_dtype == "int8" and args.quant_granularity == "tensor",
             "--quant_granularity tensor is for float8, and int8 is quantized per row. Drop one of the two flags.")
-    _refuse(args.quant_granularity == "row" and args.disable_bf16,
-            "--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
-            "drop --disable_bf16 or use --quant_granularity tensor.")
     _refuse(args.disable_fa3 and args.attention_backend,
             "--disable_fa3 stands for PyTorch's attention, and "
             f"--attention_backend {args.attention_backend} chooses one as well: drop one of the two.")

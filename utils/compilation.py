@@ -34,8 +34,8 @@ def use_packages(plan: Plan, pipeline, args, inputs: Callable[..., dict], log: S
     if plan.compile.with_t5:
         set_static_attention_mask(pipeline.text_encoder_2)
     fused = plan.fused_kernels.on
-    kinds = export.packaged(pipeline, not fused, not plan.vae_tiling, plan.settings.model.needs_image,
-                            plan.compile.with_t5)
+    kinds = export.packaged(pipeline, plan.compile.scope != "none", plan.compile.with_vae,
+                            plan.settings.model.needs_image, plan.compile.with_t5)
 
     with log.stage("packages"), _modulations(pipeline) if fused else nullcontext():
         with no_progress(pipeline):

@@ -52,7 +52,7 @@ def how_to_mend(pipeline) -> str:
         return (f"Weights are not finite: {', '.join(names[:SHOWN])}{more}. Load another copy of --ckpt and --lora, or "
                 "give --lora a smaller scale.")
     plan = pipeline.plan
-    cures = ((plan.quantization, "--disable_quant"), (plan.attention, "--disable_fa3"),
+    cures = ((plan.quantization, "--disable_quant"), (plan.attention, "--attention_backend native"),
              (plan.step_cache, "the command without --step_cache"), (plan.bf16, "--disable_bf16"))
     flags = [flag for technique, flag in cures if technique.on]
     if getattr(pipeline, "contents", {}).get("lora"):

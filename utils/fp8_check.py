@@ -5,7 +5,8 @@ does not show the failure. The reference is the loaded model in bf16 on the inpu
 two steps, the first and one from the middle of the schedule:
 
 * The quantized blocks compute both steps, before the blocks are compiled, recorded as CUDA graphs or cached.
-* The finished recipe computes the first step once more.
+* The finished recipe computes the first step once more in its warm-up, unless a step cache or a batch gives the
+  warm-up other inputs.
 """
 
 import sys
@@ -104,7 +105,7 @@ class Fp8Check:
 
     def line(self) -> str:
         """The measured error, for the log."""
-        return f"a step differs from bf16's by {100 * self.difference:.1f} %"
+        return f"a step differs from the unquantized model's by {100 * self.difference:.1f} %"
 
     def record(self) -> dict:
         """The check's result, for the benchmark's JSON."""

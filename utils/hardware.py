@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 import torch
@@ -24,10 +24,10 @@ class Hardware:
         device: "cuda" (also AMD's ROCm) or "cpu".
         free_bytes: GPU memory that this process may still allocate.
         processes: of torchrun or accelerate.
-        attention_source: the module in which the attention library was found, "" if none was looked for.
-        missing: {what: why it cannot be used, and the cure}. Keys: "triton", "attention", "compiler", "headers"
-            (Python.h), "code" (a cache folder that code can be loaded from), "packages" (the same for the temporary
-            folder), "libstdc++", "cache-dit". An absent key means that nothing is missing.
+        attention_source: where the attention library was found, "" if it was not found or not looked for.
+        missing: {what: why it cannot be used, and the cure}. Keys: "triton" (with what its kernels need), "attention",
+            "compiler" (of C++), "headers" (Python.h), "code" (a cache folder that code can be loaded from), "packages"
+            (the same for the temporary folder), "libstdc++", "cache-dit". An absent key means that nothing is missing.
     """
     device: str
     capability: tuple[int, int] = (0, 0)
@@ -63,8 +63,9 @@ def gpu(memory_limit_gib: float | None = None) -> Hardware:
 def detect(args: argparse.Namespace) -> Hardware:
     """The hardware and the installed software, as far as the flags in `args` make use of them."""
     found = gpu(args.gpu_memory_limit) if args.device == "cuda" else Hardware("cpu")
-    source, no_attention = _find_attention(args.attention_backend, found)
-    no_triton = _triton_obstacle() if args.device == "cuda" else None
+    # Importing FlashAttention-3 takes seconds.
+    source, no_attention = ("", None) if args.disable_fa3 else _find_attention(args.attention_backend, found)
+    no_triton = machine.triton_obstacle(args.cache_dir) if args.device == "cuda" else None
     no_headers = machine.header_obstacle()
     missing = {
         "triton": no_triton,
@@ -77,16 +78,8 @@ def detect(args: argparse.Namespace) -> Hardware:
         "libstdc++": machine.libstdcxx_obstacle(),
         "cache-dit": None if find_spec("cache_dit") else "the step cache needs cache-dit: pip install cache-dit==1.5.3",
     }
-    return Hardware(found.device, found.capability, found.is_rocm, found.name, found.free_bytes, machine.world_size(),
-                    source, {name: why for name, why in missing.items() if why})
-
-
-def _triton_obstacle() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "Triton is not installed"
-    return None
+    return replace(found, processes=machine.world_size(), attention_source=source,
+                   missing={name: why for name, why in missing.items() if why})
 
 
 def _find_attention(wanted: str | None, found: Hardware) -> tuple[str, str | None]:

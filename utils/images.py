@@ -96,7 +96,7 @@ def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> di
     parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
                   "image": args.image, "random_weights": args.random_weights is not None,
                   "contents": getattr(pipeline, "contents", {}),
-                  "techniques": how_drawn(pipeline.plan),
+                  "vae_tiling": args.vae_tiling, "techniques": how_drawn(pipeline.plan),
                   **{name: kwargs[name] for name in names}}
     if "negative_prompt" in kwargs:
         parameters |= {"negative_prompt": args.negative_prompt, "true_cfg_scale": args.true_cfg_scale}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -94,6 +95,15 @@ def kernel_cache(cache_dir: str) -> Path:
         raise RecipeError(f"--cache-dir {cache_dir}: {reason_of(error)}. Choose another folder.") from error
 
 
+def triton_cache(cache_dir: str) -> Path:
+    """The folder of Triton's compiled kernels: the user's own, or one beside inductor's."""
+    if GIVEN["TRITON_CACHE_DIR"]:
+        return Path(GIVEN["TRITON_CACHE_DIR"])
+    if GIVEN["TRITON_HOME"]:
+        return Path(GIVEN["TRITON_HOME"], ".triton", "cache")
+    return kernel_cache(cache_dir) / "triton"
+
+
 def use_kernel_cache(cache_dir: str) -> None:
     """Makes inductor and Triton keep their kernels in `kernel_cache(cache_dir)` from now on.
 
@@ -113,7 +123,7 @@ def use_kernel_cache(cache_dir: str) -> None:
             os.rmdir(default)  # PyTorch creates it on import; rmdir fails if it is not empty
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     if not (GIVEN["TRITON_CACHE_DIR"] or GIVEN["TRITON_HOME"]):
-        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+        os.environ["TRITON_CACHE_DIR"] = str(triton_cache(cache_dir))
     from torch._inductor import codecache
     if hasattr(codecache, "_HEADER_DIR"):  # inductor sets it once, on import
         codecache._HEADER_DIR = str(folder / "precompiled_headers")
@@ -163,6 +173,23 @@ def compiler_obstacle() -> str | None:
     return None if cpp_compiler() else "no C++ compiler (Debian, Ubuntu: apt install g++)"
 
 
+def triton_obstacle(cache_dir: str) -> str | None:
+    """The reason why Triton's kernels cannot run on this GPU, or None.
+
+    At its first use Triton compiles a launcher in C, which includes Python.h. Later starts load it from Triton's cache.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    if any(triton_cache(cache_dir).glob("*")):
+        return None
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, [named] if named else ("clang", "gcc"))):
+        return "Triton needs a C compiler (Debian, Ubuntu: apt install gcc)"
+    return header_obstacle() or code_obstacle(cache_dir)
+
+
 def header_obstacle() -> str | None:
     """The reason why torch.compile cannot build its code, which includes Python.h, or None.
 
@@ -204,7 +231,8 @@ def compiling():
         lines = [line.strip() for line in str(error).splitlines()]
         first = next((line for line in lines if re.search(r"\berror:", line)), reason_of(error)).rstrip(".")
         raise RecipeError(f"compilation failed ({os.environ.get('CXX', 'g++')}): {first[:300]}. Repair the compiler, "
-                          "or use --compile_export_mode disabled, which needs no compiler on a CPU.") from error
+                          "or do without it: --compile_export_mode disabled, and on a GPU --disable_fused_kernels "
+                          "--disable_fused_vae as well.") from error
 
 
 def _is_of_a_compiler(error: BaseException | None) -> bool:

@@ -103,8 +103,8 @@ def is_made(path: Path, parameters: dict) -> bool:
 def _of_the_picture(parameters: dict) -> dict:
     """The parameters that decide the picture.
 
-    They leave out the FP8 check's result, whether packages were exported or loaded, and the files' names if hashes of
-    the contents are present.
+    They leave out the fp8 check, whether packages or torch.compile compiled the code, and the files' names if hashes
+    of the contents are present.
     """
     techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()
                   if name != "fp8 check"}

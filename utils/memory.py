@@ -43,7 +43,8 @@ def fit(plan: Plan, args: argparse.Namespace, configs: dict, hardware: Hardware)
     # Weights that are loaded onto the GPU leave room for 3 GiB more than float8 modulations take.
     plan.fused_kernels.float8_modulations = not bf16_modulations_fit(args, configs, hardware, plan)
     if args.step_error:
-        raise RecipeError("--step_error needs the unquantized model on the GPU, and it does not fit there.")
+        raise RecipeError("--step_error needs the unquantized model on the GPU, and it does not fit there: drop "
+                          "--step_error, or measure on a GPU with more memory.")
     if plan.fp8_check.on:
         plan.fp8_check = Technique(False, "the unquantized model does not fit on this GPU")
 
@@ -67,7 +68,7 @@ def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple
     """
     count = weight_counts(configs)
     plain = plan.dtype.itemsize
-    in_t5 = 1 if args.text_encoder_quant else plain
+    in_t5 = 1 if plan.text_encoder_quant.on else plain
     quantized = count["blocks"] if plan.quantization.on else 0
     if plan.quantization.on and plan.quantization.dtype == "int8":
         quantized -= count["modulation"]
@@ -77,11 +78,11 @@ def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple
         "VAE": count["vae"] * plain,
     }
     megapixels = plan.settings.height * plan.settings.width / 2**20 * images_per_call(args)
-    working = (1.5 if args.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
+    working = (1.5 if plan.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
     # Two of T5's layers are on the GPU at a time. The largest layer is the embedding, with 0.25 GiB.
     in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
-    resident = {"none": sum(needs.values()), "text": in_turn, "model": max(needs.values()), "group": 0}[args.offload]
-    return needs, resident, working
+    at_once = {"none": sum(needs.values()), "text": in_turn, "model": max(needs.values()), "group": 0}
+    return needs, at_once[plan.offload.mode], working
 
 
 def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardware, plan: Plan) -> str:
@@ -94,7 +95,7 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
     if hardware.device == "cpu":
         return "cpu"
     needs, resident, working = _memory_needed(args, configs, plan)
-    if args.offload != "none":
+    if plan.offload.on:
         build_on = "cpu"
     else:
         count = weight_counts(configs)
@@ -104,8 +105,9 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),
                                           ("--vae_tiling", args.vae_tiling),
-                                          ("--offload text", args.offload != "none"),
-                                          ("--offload group", args.offload == "group")) if not given]
+                                          ("--offload text", args.offload != "none" or args.context_parallel),
+                                          ("--offload group", args.offload == "group" or args.context_parallel))
+                 if not given]
         if args.disable_quant:
             helps.insert(0, "quantization (drop --disable_quant)")
         raise RecipeError(

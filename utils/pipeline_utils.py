@@ -18,14 +18,14 @@ from utils.benchmark_utils import images_per_call
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeerTransformer
 from utils.checkpoint import configs_of, image_settings, model_shapes, read_configs
-from utils.common import StageLog, no_progress, reading, show_progress
+from utils.common import RecipeError, StageLog, no_progress, reading, show_progress
 from utils.compilation import compile_pipeline, use_packages
 from utils.cuda_graph import CUDAGraphModule
 from utils.hardware import detect
 from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
-from utils.plan import Plan, lines, make_plan
+from utils.plan import Plan, Technique, lines, make_plan
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
 from utils.text_encoding import overlap_text_encoders, stream_text_encoder, with_embeddings
@@ -35,7 +35,7 @@ def load_pipeline(args: argparse.Namespace):
     """The FluxPipeline or FluxKontextPipeline of `args`, LoRAs merged, nothing else changed yet.
 
     The plan is made from configs of a few kB, and LoRAs are read, before the checkpoint is downloaded or loaded.
-    Weights land on the GPU, or on the CPU if they fit on the GPU only once `optimize` has quantized them.
+    Weights land on the GPU; or on the CPU with --offload, or if they fit on the GPU only once they are quantized.
 
     Returns:
         The pipeline. `pipeline.plan` has every decision (`utils.plan.Plan`), `pipeline.contents` identifies the
@@ -110,7 +110,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
     Raises:
         RecipeError: packages are missing or do not fit, or, with --strict, the fp8 check fails.
     """
-    plan = pipeline.plan = getattr(pipeline, "plan", None) or make_plan(args, configs_of(pipeline), detect(args))
+    plan = pipeline.plan = getattr(pipeline, "plan", None) or plan_of_own(pipeline, args)
     log, inputs = log or StageLog(args.quiet), partial(call_kwargs, pipeline, args)
     transformer, vae, device = pipeline.transformer, pipeline.vae, torch.device(args.device)
     check = begin_fp8_check(plan, pipeline, args, log)
@@ -150,6 +150,25 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
     warm_up(plan, pipeline, inputs, check, log)
     report_fp8_check(plan, pipeline, check, args.strict, log)
     return pipeline
+
+
+def plan_of_own(pipeline, args: argparse.Namespace) -> Plan:
+    """The plan for a pipeline that `load_pipeline` did not make. The pipeline is cast to the plan's dtype.
+
+    Raises:
+        RecipeError: as `make_plan`, and for --lora, which `load_pipeline` merges.
+    """
+    if args.lora:
+        raise RecipeError(f"--lora {args.lora[0]}: only load_pipeline merges LoRAs. Load the pipeline with it, or call "
+                          "pipeline.fuse_lora() and drop the flag.")
+    plan = make_plan(args, configs_of(pipeline), detect(args))
+    plan.load_device = pipeline.transformer.device.type
+    if plan.load_device != args.device and plan.fp8_check.on:
+        plan.fp8_check = Technique(False, f"the unquantized model is on the {plan.load_device}")
+    pipeline.to(plan.dtype)
+    if args.device == "cuda":
+        use_kernel_cache(args.cache_dir)
+    return plan
 
 
 # --- the recipe's steps; each reads its own technique of the plan ---
@@ -221,8 +240,8 @@ def shard_attention(plan: Plan, transformer: torch.nn.Module, device: torch.devi
     if plan.fused_kernels.on:
         from utils.kernels.fused_blocks import share_attention  # needs Triton
 
-        plan.context_parallel.note = share_attention(transformer, plan.context_parallel.kind,
-                                                     plan.context_parallel.processes, device)
+        plan.context_parallel.peer_memory = share_attention(transformer, plan.context_parallel.kind,
+                                                            plan.context_parallel.processes, device)
 
 
 def cache_steps(plan: Plan, pipeline) -> None:
@@ -307,9 +326,7 @@ def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, str
     Raises:
         RecipeError: fp8 does not hold, with --strict.
     """
-    if check and not check.errors:
-        plan.fp8_check.on, plan.fp8_check.why = False, "not run: several GPUs, and a step cache or no warm-up"
-    elif check:
+    if check:
         pipeline.fp8_check, plan.fp8_check.note = check.record(), check.line()
         log.line(f"fp8 check: {check.line()}")
         if context_parallel.is_main_process():

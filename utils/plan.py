@@ -1,8 +1,8 @@
 """Decides which techniques are on, before any weights load: from the flags, the checkpoint's configs and the hardware.
 
-`make_plan` is a pure function of its arguments. A technique that a flag asks for and that cannot run is an error with
-its cure. A technique that is on by default is switched off where it cannot run, unless --strict. `describe` renders
-each decision as the line that people read; no code reads the line.
+`make_plan` depends on its arguments alone (and on a --step_cache FILE), and changes nothing. A technique that a flag
+asks for and that cannot run is an error with its cure. A technique that is on by default is switched off where it
+cannot run, unless --strict. `describe` renders each decision as the line that people read; no code reads the line.
 
 To add a technique: its flag goes into utils/benchmark_utils.py, its row into `TECHNIQUES` and `Plan`, its decision into
 `make_plan` and its line into `_parameters`. What it needs of the machine goes into utils/hardware.py, its step into
@@ -17,6 +17,7 @@ import torch
 
 from utils import attention, context_parallel
 from utils.benchmark_utils import (
+    images_per_call,
     offloads_transformer,
     packages_asked_for,
     t5_on_gpu,
@@ -83,6 +84,7 @@ class Offload(Technique):
 class Compile(Technique):
     mode: str = "disabled"  # export_aoti (AOTInductor packages) | compile (torch.compile) | disabled
     scope: str = "blocks"  # of the transformer: blocks | whole | none, for blocks that are Triton kernels
+    with_vae: bool = True
     with_t5: bool = False
     no_packages: str = ""  # why torch.compile takes the place of packages
 
@@ -100,6 +102,7 @@ class StepCache(Technique):
 class ContextParallel(Technique):
     kind: str = ""  # ulysses | ring
     processes: int = 1
+    peer_memory: bool = False  # fused blocks exchange q, k and v through symmetric memory
 
 
 @dataclass
@@ -172,7 +175,7 @@ class Plan:
                 "inductor_flags")}
 
     def lossy(self) -> set[str]:
-        """The techniques that are on and lossy, as keys of `utils.fp8_check.CURES`."""
+        """The lossy techniques for which `utils.fp8_check.CURES` has a flag, as its keys."""
         on = {"fused": self.fused_kernels.on, "fp8 attention": self.attention.on and self.attention.library == "fa3"
               and self.attention.precision != "bf16", "float8": self.quantization.on
               and self.quantization.dtype == "float8"}
@@ -220,13 +223,15 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         note="LayerNorm, modulation, QK-norm, RoPE, GELU and casts to e4m3; the modulations of all steps"),
         _fusion_obstacle(hardware, attends, configs), _flag_against_fusion(args))
     compiles = _compile(args, hardware, fused.on, default)
-    quantized = _quantization(args, hardware, bf16.on, fused.on, compiles.on, default)
+    quantized = _quantization(args, hardware, bf16.on, compiles, default)
     cache = _step_cache(args, hardware, configs, settings)
     parallel = ContextParallel(processes=hardware.processes)
     if args.context_parallel:
         parallel.kind = context_parallel.choose(args.context_parallel, configs["transformer"], attends.backend,
                                                 hardware.processes)
     segments = (5 if cache.dbcache.Bn_compute_blocks else 4) if cache.dbcache else 1
+    graphs = default("cuda_graphs", CUDAGraphs(with_t5=t5_on_gpu(args), segments=segments), no_gpu,
+                     f"--offload {args.offload} moves weights" if offloads_transformer(args) else None)
     return Plan(
         settings=settings,
         vae_tiling=args.vae_tiling,
@@ -243,15 +248,14 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         offload=on_request(Offload(mode=args.offload), args.offload != "none", "--offload"),
         compile=compiles,
         inductor_flags=default(
-            "inductor_flags", Technique(note="coordinate descent, no epilogue fusion in the blocks"),
-            no_gpu or (None if compiles.on else "nothing is compiled"),
-            "the blocks are Triton kernels" if fused.on else None),
+            "inductor_flags", Technique(note="coordinate descent, no epilogue fusion in the blocks"), no_gpu,
+            None if compiles.on and not fused.on else
+            "the blocks are Triton kernels" if fused.on else "nothing is compiled"),
         step_cache=cache,
         context_parallel=on_request(parallel, args.context_parallel, "--context_parallel"),
-        cuda_graphs=default("cuda_graphs", CUDAGraphs(with_t5=t5_on_gpu(args), segments=segments), no_gpu or (
-            f"--offload {args.offload} moves weights" if offloads_transformer(args) else None)),
+        cuda_graphs=graphs,
         gpu_postprocess=default("gpu_postprocess", Technique(note="8-bit pixels made on the GPU"), no_gpu),
-        fp8_check=_fp8_check(args, hardware, attends, quantized))
+        fp8_check=_fp8_check(args, hardware, attends, quantized, cache, compiles.on or graphs.on))
 
 
 def _is_given(args, flag: str) -> bool:
@@ -341,7 +345,8 @@ def _compile(args, hardware: Hardware, fused: bool, default) -> Compile:
         untested = ("packages without the fused kernels are untested on GPUs" if on_gpu and not fused else
                     "packages with an int8 T5 are untested on GPUs" if on_gpu and args.text_encoder_quant else None)
         # Without a compiler nothing is compiled, which --strict refuses below.
-        if args.strict and of_machine and not (asked or by_flag or no_compiler or hardware.is_rocm or untested):
+        if args.strict and of_machine and not (asked or by_flag or no_compiler or hardware.is_rocm or untested
+                                               or args.vae_tiling):
             raise RecipeError(f"--strict: exported packages are on by default but cannot be made here: {of_machine}. "
                               "Use --compile_export_mode compile, or drop --strict.")
         if not asked:
@@ -349,17 +354,22 @@ def _compile(args, hardware: Hardware, fused: bool, default) -> Compile:
             # Tiles come in several sizes, so packages would leave the VAE uncompiled.
             instead = by_flag or of_machine or ("--vae_tiling" if args.vae_tiling else forced) or ""
         mode = "compile" if instead else mode
+    by_offload = "--offload group hooks into every layer" if args.offload == "group" else None
     if mode == "compile":
         no_compiler = no_compiler or missing.get("headers")
-        if args.compile_export_mode and no_compiler:
-            raise RecipeError(f"--compile_export_mode compile: {no_compiler}. Without the flag nothing is compiled.")
-    chosen = default("compile", Compile(mode=mode, scope="none" if fused else args.compile_scope,
-                                        with_t5=on_gpu and t5_on_gpu(args), no_packages=instead),
-                     "--offload group hooks into every layer" if args.offload == "group" else no_compiler)
+        if args.compile_export_mode and (by_offload or no_compiler):
+            raise RecipeError(f"--compile_export_mode compile: {by_offload or no_compiler}. Without the flag nothing "
+                              "is compiled.")
+    chosen = Compile(mode=mode, scope="none" if fused else args.compile_scope, no_packages=instead,
+                     with_vae=not (mode == "export_aoti" and args.vae_tiling), with_t5=on_gpu and t5_on_gpu(args))
+    if mode == "export_aoti" and chosen.scope == "none" and not (chosen.with_vae or chosen.with_t5):
+        raise RecipeError(f"{asked}: nothing is left to package: the blocks are Triton kernels, --vae_tiling decodes "
+                          f"in several sizes, and --offload {args.offload} streams T5. Drop one of the flags.")
+    chosen = default("compile", chosen, no_compiler, by_offload)
     return chosen if chosen.on else replace(chosen, mode="disabled")
 
 
-def _quantization(args, hardware: Hardware, bf16: bool, fused: bool, compiles: bool, default) -> Quantization:
+def _quantization(args, hardware: Hardware, bf16: bool, compiles: Compile, default) -> Quantization:
     dtype = args.quant_dtype
     if dtype == "float8" and not hardware.has_float8:
         raise RecipeError(f"--quant_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, or an MI300; "
@@ -369,15 +379,18 @@ def _quantization(args, hardware: Hardware, bf16: bool, fused: bool, compiles: b
     if dtype == "int8" and args.quant_granularity == "tensor":
         raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantizes to int8, which "
                           "goes per row: drop the flag.")
-    obstacle = None
-    if dtype == "int8" and not compiles:
-        obstacle = "int8 pays only when compiled"
-        if args.offload == "group":
-            obstacle += ", which --offload group rules out (--offload text does not)"
+    if dtype == "float8" and args.quant_granularity == "row" and not bf16:
+        raise RecipeError("--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
+                          "drop --disable_bf16 or use --quant_granularity tensor.")
+    # `compiles.why` is the flag or the obstacle that int8 meets as well.
+    obstacle = f"int8 pays only when compiled, and nothing is: {compiles.why}" if (
+        dtype == "int8" and not compiles.on) else None
     if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
-        raise RecipeError(f"--quant_dtype and --quant_granularity have no effect here: {obstacle}.")
+        given = "--quant_dtype int8" if args.quant_dtype != "auto" else f"--quant_granularity {args.quant_granularity}"
+        raise RecipeError(f"{given} has no effect here: {obstacle}. Drop one of the flags, or add --disable_quant.")
+    by_flag = obstacle if obstacle and compiles.why.startswith("--") else None
     granularity = args.quant_granularity or ("row" if dtype == "int8" or bf16 else "tensor")
-    return default("quantization", Quantization(dtype=dtype, granularity=granularity), None if fused else obstacle)
+    return default("quantization", Quantization(dtype=dtype, granularity=granularity), obstacle, by_flag)
 
 
 def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings) -> StepCache:
@@ -404,13 +417,21 @@ def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings
                      separate_cfg=args.true_cfg_scale > 1, note="; ".join(notes))
 
 
-def _fp8_check(args, hardware: Hardware, attends: Attention, quantized: Quantization) -> Technique:
-    """int8 is checked as well, but not on a CPU, where a bf16 step takes longer than the picture's steps."""
+def _fp8_check(args, hardware: Hardware, attends: Attention, quantized: Quantization, cache: StepCache, warms_up: bool
+               ) -> Technique:
+    """int8 is checked as well, but not on a CPU, where a bf16 step takes longer than the picture's steps.
+
+    On several GPUs only the finished recipe shards the tokens, so that the warm-up's step is checked alone. A step
+    cache and a batch give that step other inputs than the reference's.
+    """
     lossy = (attends.on and attends.precision != "bf16") or (
         quantized.on and (quantized.dtype == "float8" or hardware.device == "cuda"))
     off = ("nothing is in fp8" if not lossy else "--skip_fp8_check" if args.skip_fp8_check else
-           f"--offload {args.offload} keeps the unquantized model off the GPU" if args.offload != "none" else "")
-    return Technique(not off, off, "" if off else "two quantized steps are compared with bf16")
+           f"--offload {args.offload} keeps the unquantized model off the GPU" if args.offload != "none" else
+           "several GPUs check the warm-up's step, which has other inputs here" if args.context_parallel and (
+               cache.on or images_per_call(args) > 1 or not warms_up) else "")
+    steps = "one quantized step is" if args.context_parallel else "two quantized steps are"
+    return Technique(not off, off, "" if off else f"{steps} compared with the unquantized model's")
 
 
 # --- what people read ---
@@ -437,17 +458,18 @@ def _parameters(technique: Technique) -> str:
         case Offload():
             return OFFLOADS[technique.mode]
         case Compile():
-            units = {"none": "", "blocks": "blocks, ", "whole": "whole transformer, "}[technique.scope] + "VAE" + (
-                ", T5" if technique.with_t5 else "")
+            blocks = {"none": "", "blocks": "blocks", "whole": "whole transformer"}[technique.scope]
+            units = filter(None, (blocks, technique.with_vae and "VAE", technique.with_t5 and "T5"))
             reason = f" (no packages: {technique.no_packages})" if technique.no_packages else ""
-            return f"{units} by {'torch.compile' if technique.mode == 'compile' else 'AOTInductor'}{reason}"
+            return f"{', '.join(units)} by {'torch.compile' if technique.mode == 'compile' else 'AOTInductor'}{reason}"
         case StepCache(taylorseer=TaylorSeer() as taylorseer):
             mask, order = technique.mask, taylorseer.order
             return f"TaylorSeer over whole steps, order {order}, {mask.count('1')} of {len(mask)} computed: {mask}"
         case StepCache():
             return f"{technique.name}: {technique.dbcache}" if technique.name else str(technique.dbcache)
         case ContextParallel():
-            return f"{technique.kind}, {technique.processes} processes"
+            how = ", through each other's memory" if technique.peer_memory else ""
+            return f"{technique.kind}, {technique.processes} processes{how}"
         case CUDAGraphs():
             segments = f" in {technique.segments} segments, between which the cache decides"
             return f"{'text encoders' if technique.with_t5 else 'CLIP'}, VAE decoder, step" + (
@@ -462,14 +484,15 @@ def lines(plan: Plan) -> str:
                      for name, technique in plan.techniques().items())
 
 
-def how_drawn(plan: Plan) -> dict[str, str]:
-    """{name: line} of the techniques that are on, for the metadata of an image."""
-    return {name: describe(technique) for name, technique in plan.techniques().items() if technique.on}
+def how_drawn(plan: Plan) -> dict[str, dict]:
+    """{name: parameters} of the techniques that are on, for the metadata of an image."""
+    common = {each.name for each in fields(Technique)}
+    return {name: {key: value for key, value in asdict(technique).items() if key not in common}
+            for name, technique in plan.techniques().items() if technique.on}
 
 
 def record(plan: Plan) -> dict[str, dict]:
     """{name: {"on", "how", and the technique's parameters}}, for a benchmark's JSON."""
-    common = {each.name for each in fields(Technique)}
-    return {name: {"on": technique.on, "how": describe(technique)} | (
-                {key: value for key, value in asdict(technique).items() if key not in common} if technique.on else {})
+    parameters = how_drawn(plan)
+    return {name: {"on": technique.on, "how": describe(technique)} | parameters.get(name, {})
             for name, technique in plan.techniques().items()}

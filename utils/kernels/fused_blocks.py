@@ -505,7 +505,7 @@ def prune_unused_tokens(pipeline) -> None:
     pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, device: torch.device) -> str:
+def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, device: torch.device) -> bool:
     """Makes every fused block attend to the tokens of all GPUs (utils/context_parallel.py).
 
     Args:
@@ -515,7 +515,7 @@ def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, d
         device: this process's device.
 
     Returns:
-        A note for the log, empty unless the GPUs exchange q, k and v through symmetric memory.
+        Whether the GPUs exchange q, k and v through symmetric memory.
     """
     boxes = None
     if kind == "ulysses" and device.type == "cuda":
@@ -523,4 +523,4 @@ def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, d
         boxes = mailboxes()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.context_parallel, block.parts, block.boxes = kind, gpus if kind == "ulysses" else 1, boxes
-    return ", through each other's memory" if boxes else ""
+    return boxes is not None
