@@ -23,9 +23,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import PIL.Image
-
 from bench.environment import SCHEMA_VERSION, current_commit
 from bench.report import records
 from utils.common import finite_float
@@ -351,6 +348,9 @@ def lines_of(job: Job, gpu: str, scratch: Path) -> list[list[str]]:
     """Returns the commands of a row, and writes their inputs into the scratch folder."""
     scratch.mkdir(exist_ok=True)
     if job.suite == "kontext":
+        import numpy as np
+        import PIL.Image
+
         noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
         PIL.Image.fromarray(noise).save(scratch / "reference.png")
     return commands(gpu, job.suite, job.row, scratch)

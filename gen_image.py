@@ -10,16 +10,10 @@ and the batch stay those of `args`. Make the kwargs anew for each picture, becau
 
 import sys
 
-from utils import context_parallel
-from utils.benchmark_utils import check_args, create_parser
-from utils.cache import dbcache
+from utils.benchmark_utils import check_args, choose_device, create_parser
 from utils.common import StageLog, freeze_gc, run_cli
-from utils.images import image_parameters, keep_images
-from utils.many_prompts import image_paths, join_processes, make_images
 from utils.output_checks import check_outputs
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
-from utils.prompts_file import read_prompts
-from utils.text_encoding import warn_of_cut_prompts
+from utils.prompts_file import image_paths, read_prompts
 
 
 def main():
@@ -28,6 +22,16 @@ def main():
     prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
     paths = image_paths(args, prompts)
     check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])
+
+    # Only now, since torch and diffusers take seconds to import.
+    from utils import context_parallel
+    from utils.cache import dbcache
+    from utils.images import image_parameters, keep_images
+    from utils.many_prompts import join_processes, make_images
+    from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+    from utils.text_encoding import warn_of_cut_prompts
+
+    choose_device(args)
     if args.context_parallel:
         context_parallel.init_distributed(args)
     processes = join_processes(args)

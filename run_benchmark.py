@@ -7,35 +7,12 @@ It also saves the last image, and a profiler trace with --trace-file. The last l
 object.
 """
 
-import gzip
-import hashlib
 import json
-import shutil
-import statistics
-import tempfile
-import time
-from pathlib import Path
 
-import numpy as np
-import psutil
-import torch
-
-from bench.environment import SCHEMA_VERSION, PeakMemory, environment, monitor_gpu, summarize
-from bench.profiling import StageTimes, annotate
-from bench.quality import capture_step, float32_step
-from bench.roofline import record_token_counts, step_record
-from utils import context_parallel, flaws, plan
-from utils.benchmark_utils import check_args, create_parser
-from utils.cache import dbcache
-from utils.common import RecipeError, StageLog, freeze_gc, reason_of, run_cli, show_progress
-from utils.cuda_graph import recording_is_an_error
-from utils.fp8_check import relative_error
-from utils.images import image_parameters, keep_image
-from utils.machine import kernel_cache
+from utils.benchmark_utils import check_args, choose_device, create_parser
+from utils.common import RecipeError, StageLog, freeze_gc, run_cli, show_progress
 from utils.output_checks import check_outputs
-from utils.outputs import as_path, atomic_write, is_record, is_trace, refuse_torn_trace, write_json, write_or_rescue
-from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
-from utils.text_encoding import warn_of_cut_prompts
+from utils.outputs import as_path
 
 
 def main():
@@ -49,17 +26,34 @@ def main():
                           "or draw the file's prompts with gen_image.py.")
     path = as_path(args.output_file)
     check_outputs(args, [path], [args.prompt])
-    if args.kernels and args.device != "cuda":
-        raise RecipeError("--kernels lists GPU kernels and needs --device cuda. Add it, or drop --kernels.")
     if args.step_error and (args.step_cache or args.offload != "none"):
         raise RecipeError("--step_error runs a single step with the unquantized transformer on the GPU: it does not "
                           "work with --step_cache or --offload. Drop one of the flags.")
+
+    # Only now, since torch and diffusers take seconds to import.
+    import torch
+
+    from bench import timing
+    from bench.environment import PeakMemory, monitor_gpu
+    from bench.quality import capture_step, float32_step
+    from bench.roofline import record_token_counts, step_record
+    from utils import context_parallel, flaws
+    from utils.cuda_graph import recording_is_an_error
+    from utils.images import image_parameters, keep_image
+    from utils.machine import kernel_cache
+    from utils.outputs import is_record, write_json, write_or_rescue
+    from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
+    from utils.text_encoding import warn_of_cut_prompts
+
+    choose_device(args)
+    if args.kernels and args.device != "cuda":
+        raise RecipeError("--kernels lists GPU kernels and needs --device cuda. Add it, or drop --kernels.")
     if args.context_parallel:
         context_parallel.init_distributed(args)
     log, memory = StageLog(args.quiet), PeakMemory()
     cache_was_empty = not any(kernel_cache(args.cache_dir).glob("*"))
     if __name__ == "__main__":
-        log.seconds["imports"] = since_start()
+        log.seconds["imports"] = timing.since_start()
 
     with log.stage("load"):
         pipeline = load_pipeline(args)
@@ -73,7 +67,7 @@ def main():
     freeze_gc()
     memory.end_of("optimize")
     show_progress(pipeline, False)
-    error = step_error(pipeline, args, step_inputs, reference) if args.step_error else None
+    error = timing.step_error(pipeline, args, step_inputs, reference) if args.step_error else None
     if context_parallel.is_main_process():
         prompts = [("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)]
         warn_of_cut_prompts(pipeline, prompts, call_kwargs(pipeline, args)["max_sequence_length"])
@@ -84,15 +78,15 @@ def main():
             pipeline(**call_kwargs(pipeline, args))
             # The cold start is only valid in a process of its own, and without --step_error's extra work.
             if i == 0 and __name__ == "__main__" and not args.step_error:
-                synchronize(args.device)
-                log.seconds["process start to first image"] = since_start()
+                timing.synchronize(args.device)
+                log.seconds["process start to first image"] = timing.since_start()
     with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error():
-        seconds, image = time_images(pipeline, args)
+        seconds, image = timing.time_images(pipeline, args)
         is_finite = pipeline.image_processor.finite.tolist()[0]
         memory.end_of("image")
         with record_token_counts(pipeline.transformer) as tokens, monitor_gpu(args.device) as load:
-            stages, steps = time_stages(pipeline, args)
-        kernels = step_kernels(pipeline, args) if args.kernels else None
+            stages, steps = timing.time_stages(pipeline, args)
+        kernels = timing.step_kernels(pipeline, args) if args.kernels else None
     if not context_parallel.is_main_process():
         if args.trace_file:  # the main process traces one more image, which needs every rank
             pipeline(**call_kwargs(pipeline, args))
@@ -101,169 +95,20 @@ def main():
     kwargs = call_kwargs(pipeline, args)
     parameters = image_parameters(args, pipeline, kwargs, args.prompt, args.seed)
     errors = [keep_image(image, path, parameters, is_finite)]
-    timing, cached = summarize(seconds), pipeline.plan.step_cache.on
-    record = {
-        "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
-        "device": args.device,
-        "settings": {"seed": args.seed} | {name: value for name, value in kwargs.items()
-                                           if isinstance(value, (int, float, str))},
-        "techniques": plan.record(pipeline.plan),
-        "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
+    record = timing.record_of(args, pipeline, kwargs, seconds, image, is_finite) | {
         "stages_ms": stages, "steps_ms": steps, "gpu_load": load,
         "roofline": step_record(pipeline.transformer.config, tokens, stages["denoising_step"],
-                                cached=cached),
-        "step_kernels": kernels, "cold_start_s": log.seconds,
-        "compile_cache_was_empty": cache_was_empty, "peak_memory": memory.phases, "step_relative_error": error,
-        "fp8_check": pipeline.fp8_check,
-        "cached_steps": dbcache.cached_steps(pipeline) if cached else None,
-        "residual_diffs": dbcache.residual_diffs(pipeline) if cached else None,
-        "broken": flaws.flaw_of(image, is_finite), "image_std": float(np.asarray(image).std()),
-        "image_sha256": hashlib.sha256(image.tobytes()).hexdigest(), "environment": environment(args.device),
+                                cached=pipeline.plan.step_cache.on),
+        "step_kernels": kernels, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty,
+        "peak_memory": memory.phases, "step_relative_error": error,
     }
     if args.output_json:
         errors.append(write_or_rescue(lambda path: write_json(path, record, is_record), args.output_json, "result"))
-    report(record)
+    timing.report(record)
     print(json.dumps(record), flush=True)
     if args.trace_file:  # last, so that a failed trace does not cost the result
-        errors.append(write_trace(pipeline, args))
+        errors.append(timing.write_trace(pipeline, args))
     flaws.raise_errors([error for error in errors if error], pipeline)
-
-
-def since_start() -> float:
-    """Returns the seconds since the operating system started this process."""
-    return time.time() - psutil.Process().create_time()
-
-
-def synchronize(device: str) -> None:
-    """Waits until the GPU has finished; does nothing on a CPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def step_error(pipeline, args, inputs: dict, reference) -> float:
-    """Returns the relative error of one optimized step against float32, over the picture's tokens.
-
-    Kontext appends the tokens of its reference image, whose output the pipeline drops.
-
-    Args:
-        pipeline: after `optimize`.
-        args: of the command line.
-        inputs: the transformer's named arguments, from `bench.quality.capture_step`.
-        reference: the output (B, S, C) in float32, from `bench.quality.float32_step`.
-    """
-    kwargs = call_kwargs(pipeline, args)
-    tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)
-    pipeline._current_timestep = inputs["timestep"]  # the denoising loop sets it, and the timed step reads it
-    with torch.no_grad():
-        found = pipeline.transformer(**inputs)[0][:, :tokens]
-    pipeline._current_timestep = None
-    return relative_error(found, reference[:, :tokens])
-
-
-def time_images(pipeline, args):
-    """Times --runs whole calls, from prompt to PIL image. The arguments are built outside the timed part.
-
-    Returns:
-        The seconds of each call, and the last call's first image.
-    """
-    seconds = []
-    for _ in range(args.runs):
-        kwargs = call_kwargs(pipeline, args)
-        synchronize(args.device)
-        start = time.perf_counter()
-        image = pipeline(**kwargs).images[0]
-        synchronize(args.device)
-        seconds.append(time.perf_counter() - start)
-    return seconds, image
-
-
-def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
-    """Times the stages of up to three more images; the images of `time_images` record no events.
-
-    Returns:
-        The median milliseconds of each stage, and of each denoising step in order. With --true_cfg_scale a step has
-        two entries, one for each call. A GPU at its power limit slows down within an image.
-    """
-    times, images = StageTimes(args.device), min(3, args.runs)
-    with annotate(pipeline, times.timer):
-        for _ in range(images):
-            pipeline(**call_kwargs(pipeline, args))
-    spans = times.milliseconds()
-    calls = spans["denoising_step"]
-    of_each_step = [calls[i::len(calls) // images] for i in range(len(calls) // images)]
-    return {name: statistics.median(each) for name, each in spans.items()}, list(map(statistics.median, of_each_step))
-
-
-def step_kernels(pipeline, args) -> list[dict]:
-    """Returns the GPU kernels of an image's first denoising step, slowest first.
-
-    Each is {"name", "launches", "ms"}, with the milliseconds of all launches together.
-    """
-    inputs = capture_step(pipeline, call_kwargs(pipeline, args))
-    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        pipeline.transformer(**inputs)
-        synchronize(args.device)
-    # Names of C++ templates can have thousands of characters.
-    found = [{"name": event.key[:160], "launches": event.count, "ms": event.self_device_time_total / 1e3}
-             for event in profile.key_averages() if event.self_device_time_total]
-    return sorted(found, key=lambda kernel: -kernel["ms"])
-
-
-def write_trace(pipeline, args) -> RecipeError | None:
-    """Writes a profiler trace of one image, with its stages as named regions.
-
-    Returns:
-        None on success, else the error, as `write_or_rescue`.
-    """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if args.device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    kwargs = call_kwargs(pipeline, args)
-    with annotate(pipeline, torch.profiler.record_function), torch.profiler.profile(activities=activities) as trace:
-        pipeline(**kwargs)
-        synchronize(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder, "trace.json")
-        try:
-            trace.export_chrome_trace(str(whole))  # a second export of the same trace fails
-            refuse_torn_trace(whole)
-        except Exception as error:
-            return RecipeError(f"--trace-file {args.trace_file}: the trace cannot be written to the temporary folder "
-                               f"{folder} ({reason_of(error)})")
-        return write_or_rescue(lambda path: write_compressed(path, whole), args.trace_file, "trace")
-
-
-def write_compressed(path: Path, source: Path) -> None:
-    """Copies `source` to `path`, compressed if the path ends in .gz."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with atomic_write(path, is_trace) as temporary, open(source, "rb") as read, opened(temporary, "wb") as written:
-        shutil.copyfileobj(read, written)
-
-
-def report(record: dict) -> None:
-    """Prints the result for people."""
-    seconds = record["seconds"]
-    print(f"time mean/var: {seconds['mean']:.4f} s / {seconds['variance']:.3e} s^2 over {len(seconds['raw'])} runs")
-    print(f"median {seconds['median']:.4f} s, min {seconds['min']:.4f}, max {seconds['max']:.4f}; "
-          f"{record['images_per_second']:.3f} images/s")
-    print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
-    if record["gpu_load"]:
-        print("GPU load (median): {sm_clock_mhz:.0f} MHz, {power_w:.0f} W".format(**record["gpu_load"]))
-    work = record["roofline"]
-    print(f"step: {sum(work['flops'].values()) / 1e12:.3f} TFLOP over {work['image_tokens']} + {work['text_tokens']} "
-          f"tokens" + (f", {work['tflops']:.3f} TFLOP/s" if work["tflops"] else ", partly cached"))
-    for phase, peak in record["peak_memory"].items():
-        print(f"peak GPU memory, {phase}: {peak['allocated_gib']:.2f} GiB allocated, "
-              f"{peak['reserved_gib']:.2f} GiB reserved")
-    print("cold start: " + ", ".join(f"{name} {s:.2f} s" for name, s in record["cold_start_s"].items()))
-    for kernel in (record["step_kernels"] or [])[:20]:
-        print(f"  {kernel['ms']:8.3f} ms {kernel['launches']:5d} x {kernel['name'][:100]}")
-    if record["step_relative_error"] is not None:
-        print(f"relative error of one step against float32: {record['step_relative_error']:.3e}")
-    if record["cached_steps"] is not None:
-        print(f"cached steps: {record['cached_steps']}")
-        print("residual differences: " + (", ".join(f"{step} {value:.3f}" for step, value in
-                                                    record["residual_diffs"].items()) or "none compared"))
 
 
 if __name__ == "__main__":

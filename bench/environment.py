@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 SAMPLE_MS = 20
 START_S = 5  # time limit for nvidia-smi's first line
 
@@ -39,6 +37,8 @@ def environment(device: str) -> dict:
     Args:
         device: "cuda" or "cpu"; "cuda" adds the GPU.
     """
+    import torch
+
     packages = ("torch", "triton", "diffusers", "transformers", "torchao", "cache-dit", "accelerate", "fa3-fwd",
                 "flash-attn-3", "amd-aiter")
     versions = {}
@@ -100,12 +100,16 @@ class PeakMemory:
 
     @staticmethod
     def _reset():
+        import torch
+
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def end_of(self, phase: str) -> None:
         """Records the peak since the end of the last phase."""
+        import torch
+
         if torch.cuda.is_available():
             self.phases[phase] = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
                                   "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
@@ -119,6 +123,8 @@ def monitor_gpu(device: str):
     It yields a dict, and fills it at the end of the block: the medians `sm_clock_mhz` and `power_w`, and the number of
     `samples`. The dict stays empty on a CPU, and if nvidia-smi is missing or reports no values.
     """
+    import torch
+
     load, process = {}, None
     if device == "cuda":
         # The UUID names the GPU: nvidia-smi numbers all GPUs, and PyTorch only the visible ones (CUDA_VISIBLE_DEVICES).

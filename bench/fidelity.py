@@ -38,7 +38,7 @@ from bench.quality import capture_step, perceptual, picture_drift
 from experiments import CHANNELS, COMPILED, EAGER, FA3, FUSED, OFF, QUANT
 from tiny_flux import judge, pictures
 from utils import lora_files, tiny_presets, weight_files
-from utils.benchmark_utils import DEFAULT_CKPT, check_args, create_parser
+from utils.benchmark_utils import DEFAULT_CKPT, check_args, choose_device, create_parser
 from utils.checkpoint import read_configs
 from utils.common import RecipeError, run_cli
 from utils.hardware import detect
@@ -458,6 +458,7 @@ def shared_flags(args) -> tuple[list[str], argparse.Namespace]:
     for name, value in (fixed | {"ckpt": args.ckpt, "image": args.image}).items():
         if getattr(recipe, name) != value:
             raise RecipeError(f"--{name} after --: the report sets this flag for each row. Drop the flag.")
+    choose_device(recipe)
     return common, recipe
 
 
@@ -522,6 +523,7 @@ def main():
         make_rows(record, previous, names, args, [*common, "--prompts-file", str(prompts_file)])
     if "shares" not in record["blocks"]:
         default_recipe = create_parser().parse_args([*common, *ROWS["default"].flags, "--quiet"])
+        choose_device(default_recipe)
         record["blocks"] = measure_blocks(default_recipe, prompts[0], on_cpu) | {"commit": machine["commit"]}
     write_json(str(path), record)
     print(write_report(record, args.output_dir))

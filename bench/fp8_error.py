@@ -24,7 +24,7 @@ from bench.quality import capture_step, float32_step, picture_drift
 from tiny_flux import judge, pictures
 from utils import attention
 from utils.attention import use_attention_library
-from utils.benchmark_utils import create_parser
+from utils.benchmark_utils import choose_device, create_parser
 from utils.common import RecipeError, finite_float, freeze_gc, run_cli
 from utils.fp8_check import relative_error, run_step
 from utils.output_checks import check_output
@@ -150,6 +150,7 @@ def main():
     parser.add_argument("--output-json", required=True, metavar="FILE", help="file for the record")
     args, rest = parser.parse_known_args()
     recipe = create_parser().parse_args([*rest, "--quiet"])
+    choose_device(recipe)
     check_output(args.output_json, "--output-json", is_record)
     cases = ([(text, trained_like.parse(text)) for text in args.cases] if args.cases else
              [("plain", {}), *trained_like.cases()])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from utils.common import RecipeError, run_cli
 from utils.context_parallel import _pass_on, all_to_all, init_distributed, is_main_process
-from utils.machine import world_size
+from utils.launchers import world_size
 
 
 def bytes_sent(kind: str, config: dict, image_tokens: int, text_tokens: int, gpus: int, batch: int = 1,

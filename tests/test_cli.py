@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import exit_code_of, pretend_world_size
 
 import gen_image
 import run_benchmark
 from bench.environment import environment, summarize
-from utils import benchmark_utils, pipeline_utils, random_weights
-from utils.benchmark_utils import check_args, create_parser
+from utils import pipeline_utils, random_weights
+from utils.benchmark_utils import check_args, choose_device, create_parser
 from utils.common import RecipeError
 from utils.pipeline_utils import load_pipeline
 
@@ -176,7 +177,6 @@ def test_gen_image_as_a_process_wrong_checkpoint_is_one_paragraph_and_exit_code_
     (["--step_cache", "taylorseer", "--offload", "model"], "--offload text or --offload group"),
 ])
 def test_check_args_offload_with_flags_it_excludes_is_refused(make_args, monkeypatch, argv, text):
-    monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)
     with pytest.raises(RecipeError, match=text):
         check_args(make_args("--device", "cuda", *argv))
 
@@ -184,7 +184,6 @@ def test_check_args_offload_with_flags_it_excludes_is_refused(make_args, monkeyp
 @pytest.mark.parametrize("argv", [
     ["--compile_scope", "whole"], ["--enable_cache_dit"], ["--use-cached-model"], ["--text_encoder_quant"]], ids=str)
 def test_check_args_offload_text_goes_with_flags_that_offload_model_excludes(make_args, monkeypatch, argv):
-    monkeypatch.setattr(benchmark_utils.torch.cuda, "is_available", lambda: True)
     check_args(make_args("--device", "cuda", "--offload", "text", *argv))
     if argv != ["--text_encoder_quant"]:
         with pytest.raises(RecipeError, match="--offload"):
@@ -192,6 +191,45 @@ def test_check_args_offload_text_goes_with_flags_that_offload_model_excludes(mak
     pretend_world_size(monkeypatch, 2)
     with pytest.raises(RecipeError, match=r"--offload text.*--context_parallel"):
         check_args(make_args("--device", "cuda", "--offload", "text", "--context_parallel", "auto"))
+
+
+@pytest.mark.parametrize("script, argv, code", [
+    *((script, ["--help"], 0) for script in ("gen_image.py", "run_benchmark.py", "experiments.py")),
+    ("gen_image.py", ["--heigth", "64"], 2), ("gen_image.py", ["--height", "65"], 2),
+    ("gen_image.py", ["--output-file", "x.tiff"], 2), ("gen_image.py", ["--prompts-file", "absent"], 2),
+    ("gen_image.py", ["--step_cache", "absent.yaml"], 2), ("run_benchmark.py", ["--runs", "0"], 2),
+    ("experiments.py", ["run", "h100", "--suite", "absent"], 2)], ids=str)
+def test_scripts_help_and_refusals_import_no_large_library(tmp_path, script, argv, code):
+    """torch alone takes 1.5 to 5 seconds to import."""
+    text = f"""import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = {[script, *argv]!r}
+try:
+    runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+except SystemExit as end:
+    large = {{"torch", "diffusers", "transformers", "numpy", "torchao"}} & set(sys.modules)
+    sys.exit(f"imported {{large}}" if large else end.code)
+"""
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and "imported" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("given, available, device", [(None, True, "cuda"), (None, False, "cpu"), ("cpu", True, "cpu")])
+def test_choose_device_is_the_gpu_unless_a_flag_says_otherwise(monkeypatch, given, available, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    args = create_parser().parse_args(["--device", given] if given else [])
+    check_args(args)
+    choose_device(args)
+    assert args.device == device
+
+
+def test_choose_device_without_a_gpu_refuses_flags_that_need_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv in (["--device", "cuda"], ["--offload", "text"], ["--gpu_memory_limit", "8"]):
+        args = create_parser().parse_args(argv)
+        check_args(args)
+        with pytest.raises(RecipeError, match=argv[0]):
+            choose_device(args)
 
 
 def test_summarize_values_are_those_of_the_definitions():

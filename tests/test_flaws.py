@@ -13,11 +13,12 @@ from diffusers.image_processor import VaeImageProcessor
 
 import gen_image
 import run_benchmark
+from utils import pipeline_utils
 from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, how_to_mend, non_finite_weights, raise_errors
 from utils.hardware import Hardware
-from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.plan import make_plan
+from utils.postprocess import CheckedImageProcessor, GPUImageProcessor
 from utils.random_weights import architecture
 
 EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "1",
@@ -28,7 +29,7 @@ EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "dis
 def run(monkeypatch, tmp_path):
     """A script's exit code, with `damage` done to its pipeline once it is optimized."""
     def call(script, damage, *argv):
-        optimize = script.optimize
+        optimize = pipeline_utils.optimize
 
         def damaged(*args):
             pipeline = optimize(*args)
@@ -38,7 +39,7 @@ def run(monkeypatch, tmp_path):
         with monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.filterwarnings("error", "invalid value")
             patch.chdir(tmp_path)
-            patch.setattr(script, "optimize", damaged)
+            patch.setattr(pipeline_utils, "optimize", damaged)
             return exit_code_of(patch, script, *EAGER, *argv)
     return call
 

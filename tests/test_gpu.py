@@ -21,8 +21,8 @@ from utils.checkpoint import read_configs
 from utils.common import RecipeError
 from utils.cuda_graph import CUDAGraphModule, recording_is_an_error
 from utils.fp8_check import relative_error
-from utils.images import GPUImageProcessor
 from utils.pipeline_utils import call_kwargs, load_checkpoint, load_pipeline, optimize
+from utils.postprocess import GPUImageProcessor
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")]

@@ -6,13 +6,8 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from utils.images import (
-    GPUImageProcessor,
-    image_parameters,
-    numbered_path,
-    read_parameters,
-    save_image,
-)
+from utils.images import image_parameters, numbered_path, read_parameters, save_image
+from utils.postprocess import GPUImageProcessor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,7 +59,7 @@ def test_save_image_that_breaks_leaves_nothing(tmp_path, monkeypatch):
 def test_image_parameters_tell_references_of_other_shapes_apart(make_args):
     def sha256(size):
         image = PIL.Image.new("RGB", size, "red")
-        pipeline = types.SimpleNamespace(plan=types.SimpleNamespace(techniques=dict), contents={})
+        pipeline = types.SimpleNamespace(plan=types.SimpleNamespace(parameters=dict), contents={})
         kwargs = dict(height=16, width=16, num_inference_steps=1, guidance_scale=1.0, image=image)
         return image_parameters(make_args("--image", "x.png"), pipeline, kwargs, "a cat", 0)["image_sha256"]
 

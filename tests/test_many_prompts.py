@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 def run(monkeypatch):
     """gen_image.py on prompts.txt; returns the batch of each of the transformer's steps."""
     def call(*argv, ckpt="tiny-flux", file="prompts.txt"):
-        batches, optimize = [], gen_image.optimize
+        batches, optimize = [], pipeline_utils.optimize
 
         def watched(pipeline, *args):
             pipeline = optimize(pipeline, *args)
@@ -55,7 +55,7 @@ def run(monkeypatch):
             return pipeline
 
         with monkeypatch.context() as patch:
-            patch.setattr(gen_image, "optimize", watched)
+            patch.setattr(pipeline_utils, "optimize", watched)
             patch.setattr(sys, "argv", ["gen_image.py", "--ckpt", ckpt, "--prompts-file", file, *EAGER, *argv])
             gen_image.main()
         return batches
@@ -218,7 +218,7 @@ def test_make_images_two_ranks_share_missing_images_and_manifest(folder, run, on
                            ("broadcast_object_list", broadcast)):
         monkeypatch.setattr(torch.distributed, name, function)
     for index in (0, 1):
-        monkeypatch.setattr(gen_image, "join_processes", lambda args, index=index: Rank(index))
+        monkeypatch.setattr(many_prompts, "join_processes", lambda args, index=index: Rank(index))
         capsys.readouterr()
         assert run("--output-file", "two/x.png", "--batch_size", "2") == [2]
         assert ("1 of 5 images" in capsys.readouterr().err) == (index == 0)
@@ -396,7 +396,7 @@ def test_optimize_with_a_prompts_file_warms_up_with_the_batch(build, make_args, 
 
 
 def test_make_images_repeated_prompts_are_encoded_once(folder, run, monkeypatch):
-    encoded, load = [], gen_image.load_pipeline
+    encoded, load = [], pipeline_utils.load_pipeline
 
     def watched(args):
         pipeline = load(args)
@@ -405,6 +405,6 @@ def test_make_images_repeated_prompts_are_encoded_once(folder, run, monkeypatch)
             encoded.append(kwargs["prompt"]) if kwargs.get("prompt") else None, encode(**kwargs))[1])
         return pipeline
 
-    monkeypatch.setattr(gen_image, "load_pipeline", watched)
+    monkeypatch.setattr(pipeline_utils, "load_pipeline", watched)
     run("--output-file", "x.png", "--batch_size", "2")
     assert encoded == list(dict.fromkeys(TEXTS))

@@ -17,13 +17,13 @@ from conftest import exit_code_of
 
 import gen_image
 import run_benchmark
-from utils import outputs
+from bench import timing
+from utils import outputs, pipeline_utils
 from utils.common import RecipeError
 from utils.images import read_parameters, save_image
-from utils.many_prompts import image_paths
 from utils.output_checks import check_output, check_outputs
 from utils.outputs import append_line, as_path, atomic_write, free_name, is_record, write_json, write_or_rescue
-from utils.prompts_file import Prompt
+from utils.prompts_file import Prompt, image_paths
 
 EAGER = ["--ckpt", "tiny-flux", "--device", "cpu", "--compile_export_mode", "disabled", "--num_inference_steps", "1",
          "--quiet"]
@@ -117,7 +117,7 @@ def test_scripts_foreign_file_stays_and_nothing_loads(run, folder, monkeypatch, 
         if argv:
             os.rename("output.png", "r.json")
         before = everything(folder)
-        monkeypatch.setattr(script, "load_pipeline", lambda args: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(pipeline_utils, "load_pipeline", lambda args: pytest.fail("the model was loaded"))
         assert run(script, *argv) == 2
         assert everything(folder) == before
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -356,8 +356,8 @@ def test_gen_image_on_a_full_disk_keeps_pictures_in_the_temporary_folder(run, fo
 
 
 def test_gen_image_into_a_vanished_folder_keeps_the_picture_elsewhere(run, folder, temporary, monkeypatch, capsys):
-    optimize = gen_image.optimize
-    monkeypatch.setattr(gen_image, "optimize", lambda *a: (optimize(*a), os.rmdir("new"))[0])
+    optimize = pipeline_utils.optimize
+    monkeypatch.setattr(pipeline_utils, "optimize", lambda *a: (optimize(*a), os.rmdir("new"))[0])
     assert run(gen_image, "--output-file", "new/x.png") == 2
     assert [path.name for path in temporary.iterdir()] == ["x.kept.png"] and everything(folder) == {}
     assert "x.kept.png" in capsys.readouterr().err
@@ -383,7 +383,7 @@ def test_run_benchmark_on_a_full_disk_prints_its_result_and_keeps_files(run, fol
     assert b"traceEvents" in gzip.decompress((temporary / "t.json.kept.gz").read_bytes())
     assert everything(folder) == {}
     assert all(name in shown.err for name in ("output.kept.png", "r.kept.json", "t.json.kept.gz"))
-    monkeypatch.setattr(run_benchmark, "refuse_torn_trace", no_space)
+    monkeypatch.setattr(timing, "refuse_torn_trace", no_space)
     assert run(run_benchmark, *argv) == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["schema_version"] == 1
 

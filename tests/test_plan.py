@@ -102,7 +102,7 @@ def test_plan_lines_are_the_golden_ones():
     (L20, "native", ("float8", "row")),
     (A100, "native", ("int8", "row")),
     (MI300, "aiter", ("float8", "row")),
-    (CPU, "native", ("int8", "row")),
+    (CPU, "native", None),
 ], ids=str)
 def test_plan_without_flags_goes_by_the_machine(hardware, backend, quantization):
     chosen = decide(hardware)
@@ -330,13 +330,13 @@ AGAINST_PACKAGES = [
     (CPU, ["--compile_scope", "whole"], "--compile_scope whole"),
     (H100, ["--offload", "model"], "--offload model"),
     (H100, ["--context_parallel", "ulysses"], "--context_parallel ulysses"),
-    (CPU, ["--attention_backend", "_native_math"], "--attention_backend _native_math"),
+    (H100, ["--attention_backend", "_native_math"], "--attention_backend _native_math"),
     (MI300, [], "AMD"),
 ]
 
 
 @pytest.mark.parametrize("hardware, argv, mode", [
-    (CPU, [], "export_aoti"),
+    (CPU, [], "disabled"),
     (H100, [], "export_aoti"),
     (H100, COMPILE, "compile"),
     (H100, ["--vae_tiling"], "compile"),
@@ -347,7 +347,8 @@ AGAINST_PACKAGES = [
     (L20, COMPILE, "compile"),
     (L20, EXPORT, "export_aoti"),
     (H100, [*EXPORT, "--attention_backend", "fa3_bf16"], "export_aoti"),
-    (CPU, ["--attention_backend", "native"], "export_aoti"),
+    (CPU, [*EXPORT, "--attention_backend", "native"], "export_aoti"),
+    (CPU, ["--quant_dtype", "int8"], "export_aoti"),
     (CPU, ["--use-cached-model"], "export_aoti"),
     (CPU, ["--re-export"], "export_aoti"),
     (CPU, ["--package-from", "x"], "export_aoti"),
@@ -357,7 +358,7 @@ AGAINST_PACKAGES = [
     (CPU, [*COMPILE, "--compile_scope", "whole"], "compile"),
     (CPU, DISABLED, "disabled"),
     (H100, ["--offload", "group"], "disabled"),
-    (CPU, ["--vae_tiling"], "compile"),
+    (CPU, ["--vae_tiling", "--quant_dtype", "int8"], "compile"),
 ], ids=str)
 def test_plan_compile_mode_is_packages_where_they_can_be(hardware, argv, mode):
     chosen = decide(hardware, *argv)
@@ -381,7 +382,7 @@ def test_plan_packages_asked_for_that_cannot_be_are_refused(hardware, argv, why,
 
 def test_plan_vae_tiling_leaves_the_vae_out_of_packages_and_nothing_to_package_is_refused():
     assert not decide(CPU, *EXPORT, "--vae_tiling").compile.with_vae and decide(CPU, *EXPORT).compile.with_vae
-    assert decide(CPU, "--vae_tiling").compile.with_vae  # by torch.compile
+    assert decide(CPU, "--vae_tiling", "--quant_dtype", "int8").compile.with_vae  # by torch.compile
     with pytest.raises(RecipeError, match=r"--compile_export_mode export_aoti.*--vae_tiling.*--offload text"):
         decide(H100, *EXPORT, "--vae_tiling", "--offload", "text")
 
@@ -428,7 +429,7 @@ def test_plan_strict_without_what_packages_need_is_refused():
 
 def test_plan_without_a_compiler_makes_nothing_and_loads_packages():
     bare = lacking(CPU, compiler="no C++ compiler")
-    compiles = decide(bare).compile
+    compiles = decide(lacking(H100, compiler="no C++ compiler")).compile
     assert (compiles.on, compiles.why, compiles.mode) == (False, "no C++ compiler", "disabled")
     for flags in (EXPORT, ["--re-export"]):
         with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
@@ -444,7 +445,7 @@ def test_plan_with_a_compiler_that_links_its_own_libstdcxx_makes_no_packages(tmp
     compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    args = arguments(CPU)
+    args = arguments(CPU, "--quant_dtype", "int8")
     for hardware in (CPU, H100):
         found = replace(hardware, missing={"libstdc++": detect(args).missing["libstdc++"]})
         with pytest.raises(RecipeError, match=r"--compile_export_mode export_aoti.*libstdc\+\+\.so.*apt install"):

@@ -16,6 +16,7 @@ import torch
 
 import gen_image
 import run_benchmark
+from bench import timing
 from bench.quality import capture_step
 from utils.cache.dbcache import preset
 from utils.common import RecipeError, freeze_gc
@@ -121,15 +122,15 @@ def test_run_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
 def test_time_images_makes_arguments_outside_the_timed_region(run, monkeypatch):
     """flux-fast timed loading Kontext's reference image in every run."""
     order = []
-    counter = run_benchmark.time.perf_counter
-    monkeypatch.setattr(run_benchmark.time, "perf_counter", lambda: (order.append("clock"), counter())[1])
+    counter = timing.time.perf_counter
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: (order.append("clock"), counter())[1])
 
     def pipeline(**kwargs):
         order.append("call")
         return types.SimpleNamespace(images=[0])
 
-    monkeypatch.setattr(run_benchmark, "call_kwargs", lambda *a: order.append("kwargs") or {})
-    seconds, image = run_benchmark.time_images(pipeline, types.SimpleNamespace(runs=2, device="cpu"))
+    monkeypatch.setattr(timing, "call_kwargs", lambda *a: order.append("kwargs") or {})
+    seconds, image = timing.time_images(pipeline, types.SimpleNamespace(runs=2, device="cpu"))
     assert order == ["kwargs", "clock", "call", "clock"] * 2 and len(seconds) == 2 and image == 0
 
 
@@ -169,9 +170,9 @@ def test_step_error_leaves_out_the_tokens_of_the_reference_image(build, make_arg
         reference = pipeline.transformer(**inputs)[0]
     assert reference.shape[1] == 128
     reference[:, 64:] += 1
-    assert run_benchmark.step_error(pipeline, args, inputs, reference) == 0
+    assert timing.step_error(pipeline, args, inputs, reference) == 0
     reference[:, 63] += 1
-    assert run_benchmark.step_error(pipeline, args, inputs, reference) > 0.01
+    assert timing.step_error(pipeline, args, inputs, reference) > 0.01
 
 
 def test_spare_the_garbage_collector_gives_objects_back_at_exit(monkeypatch):

@@ -29,7 +29,7 @@ from bench.quality import broken_share, latent_drift, latent_recorder, picture_d
 from tiny_flux import judge
 from tiny_flux.training.data import caption
 from utils import plan, tiny_presets, weight_files
-from utils.benchmark_utils import check_args, create_parser
+from utils.benchmark_utils import check_args, choose_device, create_parser
 from utils.cache import dbcache
 from utils.common import RecipeError, run_cli
 from utils.outputs import atomic_write, write_json
@@ -216,6 +216,7 @@ def main():
 
     args = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--quiet", *options.recipe])
     check_args(args)
+    choose_device(args)
     drawn_by = origin(options.recipe, options.prompts, args.device)
     if options.keep and read_origin(options.keep) == drawn_by:
         return

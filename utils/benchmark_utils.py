@@ -1,15 +1,16 @@
-"""The command line: flags, their help, and the combinations that are refused."""
+"""The command line: flags, their help, and the combinations that are refused.
+
+Nothing here imports torch before the flags are checked: --help and a typo take a fraction of a second.
+"""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-import torch
-
 from utils import start
 from utils.common import RecipeError, finite_float
-from utils.machine import world_size
-from utils.reference_image import scheme_of
+from utils.launchers import world_size
 
 DEFAULT_CACHE_DIR = str(start.default_cache_dir())
 DEFAULT_CKPT = "black-forest-labs/FLUX.1-schnell"
@@ -127,8 +128,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--lora_partial", action="store_true",
                        help="add the part of a LoRA that fits this model. Without the flag a LoRA that fits in part is "
                        "an error")
-    model.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
-                       help="cuda is also AMD's ROCm")
+    model.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if PyTorch sees a GPU. "
+                       "cuda is also AMD's ROCm")
     model.add_argument("--offload", choices=["none", "text", "model", "group"], default="none",
                        help="keep weights in CPU memory until the GPU needs them. text: T5 layer by layer, all else "
                        "stays fast. model: one model at a time, slow, no CUDA graphs. group: every layer, least "
@@ -255,11 +256,33 @@ def check_args(args: argparse.Namespace) -> None:
         RecipeError: names the value, the choices and the way out.
     """
     _check_image(args)
-    _check_device(args)
+    if args.device:
+        _check_device(args)
     _check_techniques(args)
     _check_step_cache(args)
     _check_processes(args)
     _check_inputs(args)
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    """Sets `args.device` where no flag did, and checks what depends on it. Imports torch.
+
+    Raises:
+        RecipeError: --device cuda without a GPU, or a flag that needs another device.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    _refuse(args.device == "cuda" and not available,
+            "--device cuda: PyTorch sees no GPU here. Use --device cpu, or install a CUDA or ROCm build of torch.")
+    args.device = args.device or ("cuda" if available else "cpu")
+    _check_device(args)
+
+
+def scheme_of(image: str) -> str:
+    """The scheme of a URL in lower case, such as "https", or "" for a path."""
+    match = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", image, re.IGNORECASE)
+    return (match[1] or match[2]).lower() if match else ""
 
 
 def _refuse(wrong, text: str) -> None:
@@ -292,8 +315,6 @@ def _refuse_below(args: argparse.Namespace, name: str, least: int) -> None:
 
 
 def _check_device(args: argparse.Namespace) -> None:
-    _refuse(args.device == "cuda" and not torch.cuda.is_available(),
-            "--device cuda: PyTorch sees no GPU here. Use --device cpu, or install a CUDA or ROCm build of torch.")
     _refuse(args.device == "cpu" and args.offload != "none",
             f"--offload {args.offload} moves weights between CPU and GPU: drop it, or drop --device cpu.")
     _refuse(args.gpu_memory_limit is not None and (args.device == "cpu" or args.gpu_memory_limit <= 0),

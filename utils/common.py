@@ -11,8 +11,6 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from utils import start
 
 
@@ -41,10 +39,17 @@ def reading(what: str, cure: str):
     """
     try:
         yield
-    except (RecipeError, torch.OutOfMemoryError):
+    except RecipeError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RecipeError(f"{what}: {reason_of(error)}. {cure}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is torch.OutOfMemoryError. This module does not import torch, which takes seconds."""
+    return "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
 
 
 def reason_of(error: BaseException) -> str:
@@ -93,10 +98,6 @@ def run_cli(main):
     except RecipeError as error:
         _explain(error, str(error))
         code = error.exit_code
-    except torch.OutOfMemoryError as error:
-        _explain(error, f"out of GPU memory ({reason_of(error)}). Try, in this order: "
-                 "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
-                 "--height and --width, --offload text, --offload group.")
     except KeyboardInterrupt:
         start.take_back()
         print("interrupted", file=sys.stderr)
@@ -104,11 +105,16 @@ def run_cli(main):
     except Exception as error:
         if isinstance(error, BrokenPipeError) and start.reader_has_gone():
             os._exit(141)  # after `| head`, as when SIGPIPE ends a program
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        _explain(error, f"{type(error).__name__}: {reason_of(error)} ({Path(frame.filename).name}:{frame.lineno}). "
-                 "This is a bug in the program. Run it again with --debug and report the traceback.")
-        code = 1
-    if torch.distributed.is_initialized():
+        if is_out_of_memory(error):
+            _explain(error, f"out of GPU memory ({reason_of(error)}). Try, in this order: "
+                     "--text_encoder_quant, --vae_tiling, a smaller --batch_size or --num_images_per_prompt, a smaller "
+                     "--height and --width, --offload text, --offload group.")
+        else:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            _explain(error, f"{type(error).__name__}: {reason_of(error)} ({Path(frame.filename).name}:{frame.lineno}). "
+                     "This is a bug in the program. Run it again with --debug and report the traceback.")
+            code = 1
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         _end_among_others(code)
     if code:
         sys.exit(code)
@@ -127,7 +133,7 @@ def _end_among_others(code: int) -> None:
     this one. torchrun sees the exit code and ends the other processes.
     """
     if code == 0:
-        torch.distributed.barrier()  # other ranks may still read from this GPU's memory
+        sys.modules["torch"].distributed.barrier()  # other ranks may still read from this GPU's memory
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -36,7 +36,7 @@ from torch import Tensor
 from utils.attention import attention, attention_with_lse, sdpa
 from utils.common import RecipeError
 from utils.cuda_graph import ModuleProxy
-from utils.machine import own_gpu, world_size
+from utils.launchers import own_gpu, world_size
 
 TIMEOUT = timedelta(minutes=30)  # one process may compile for minutes while the others wait
 BACKENDS = ("fa3", "fa3_unscaled", "fa3_bf16", "aiter", "native")

@@ -1,7 +1,6 @@
 """Checks results for NaN, infinite values and pictures of a single color."""
 
 import PIL.Image
-import torch
 
 from utils.common import BrokenResult, RecipeError
 
@@ -25,13 +24,17 @@ def flaw_of(image: PIL.Image.Image, is_finite: bool) -> str | None:
 
 def non_finite_weights(pipeline) -> list[str]:
     """The names of the pipeline's weights and buffers that hold NaN or infinite values."""
+    import torch
+
     return [f"{name}/{key}" for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)
             for key, tensor in [*model.named_parameters(), *model.named_buffers()] if not _is_finite(tensor)]
 
 
-@torch.no_grad()
-def _is_finite(tensor: torch.Tensor) -> bool:
+def _is_finite(tensor) -> bool:
     """Whether all values are finite. Meta tensors, and tensor types that lack the operation, count as finite."""
+    import torch
+
+    tensor = tensor.detach()
     try:
         if not tensor.is_floating_point() or tensor.is_meta:
             return True

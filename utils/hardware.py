@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers import attention_backend as diffusers_backend
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from utils import attention, machine
+from utils import attention, launchers, machine
 
 DISPATCHER = tuple(name.value for name in AttentionBackendName)  # diffusers' attention backends
 CPU_BACKENDS = ("native", "_native_math", "_native_flash", "flex")  # of the dispatcher, tried on torch 2.13
@@ -78,7 +78,7 @@ def detect(args: argparse.Namespace) -> Hardware:
         "libstdc++": machine.libstdcxx_obstacle(),
         "cache-dit": None if find_spec("cache_dit") else "the step cache needs cache-dit: pip install cache-dit==1.5.3",
     }
-    return replace(found, processes=machine.world_size(), attention_source=source,
+    return replace(found, processes=launchers.world_size(), attention_source=source,
                    missing={name: why for name, why in missing.items() if why})
 
 

@@ -13,7 +13,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -22,19 +21,12 @@ from utils import tiny_presets
 from utils.benchmark_utils import images_per_call
 from utils.common import BrokenResult, RecipeError, reason_of, show_progress
 from utils.flaws import raise_errors
-from utils.images import decode, image_parameters, keep_image, numbered_path, read_parameters
-from utils.machine import forget_launchers, own_gpu, world_size
-from utils.outputs import append_line, as_path, manifest_path
+from utils.images import decode, image_parameters, keep_image, read_parameters
+from utils.launchers import forget_launchers, own_gpu, world_size
+from utils.outputs import append_line, manifest_path
 from utils.pipeline_utils import call_kwargs
-from utils.prompts_file import Prompt
+from utils.prompts_file import Prompt, Request, requests_of
 from utils.text_encoding import warn_of_cut_prompts, with_embeddings
-
-
-class Request(NamedTuple):
-    """An image to make."""
-    prompt: str
-    seed: int
-    path: Path
 
 
 def join_processes(args) -> PartialState | None:
@@ -64,29 +56,6 @@ def join_processes(args) -> PartialState | None:
     processes = PartialState(cpu=args.device == "cpu")
     args.quiet = args.quiet or not processes.is_main_process
     return processes
-
-
-def requests_of(prompts: list[Prompt], args) -> list[Request]:
-    """The images to make.
-
-    Image i of the prompt with index k has the seed --seed + k * --num_images_per_prompt + i. If the file sets the
-    prompt's seed, image i has that seed + i. So batches and processes change neither seeds nor names.
-    """
-    count, requests = args.num_images_per_prompt, []
-    for prompt in prompts:
-        first = args.seed + prompt.index * count if prompt.seed is None else prompt.seed
-        requests += [Request(prompt.text, seed, numbered_path(args.output_file, prompt.index, seed))
-                     for seed in range(first, first + count)]
-    return requests
-
-
-def image_paths(args, prompts: list[Prompt] | None) -> list[Path]:
-    """Every file that gen_image.py saves an image to. `prompts` is None without --prompts-file."""
-    if prompts:
-        return [request.path for request in requests_of(prompts, args)]
-    if args.num_images_per_prompt == 1:
-        return [as_path(args.output_file)]
-    return [numbered_path(args.output_file, i, args.seed + i) for i in range(args.num_images_per_prompt)]
 
 
 def is_made(path: Path, parameters: dict) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from utils import attention, context_parallel, fp8_check, memory, random_weights, tiny_presets, weight_files
-from utils.benchmark_utils import images_per_call
+from utils.benchmark_utils import choose_device, images_per_call
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeerTransformer
 from utils.checkpoint import configs_of, image_settings, model_shapes, read_configs
@@ -22,10 +22,10 @@ from utils.common import RecipeError, StageLog, no_progress, reading, show_progr
 from utils.compilation import compile_pipeline, use_packages
 from utils.cuda_graph import CUDAGraphModule
 from utils.hardware import detect
-from utils.images import CheckedImageProcessor, GPUImageProcessor
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
 from utils.plan import Plan, Technique, lines, make_plan
+from utils.postprocess import CheckedImageProcessor, GPUImageProcessor
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
 from utils.text_encoding import overlap_text_encoders, stream_text_encoder, with_embeddings
@@ -48,6 +48,8 @@ def load_pipeline(args: argparse.Namespace):
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
+    if args.device is None:  # a script of one's own
+        choose_device(args)
     configs, hardware = read_configs(args.ckpt, args.revision, args.random_weights), detect(args)
     plan = make_plan(args, configs, hardware)
     memory.fit(plan, args, configs, hardware)

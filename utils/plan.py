@@ -165,6 +165,12 @@ class Plan:
         """{name for people: technique}, in the order of the recipe."""
         return {name: getattr(self, attribute) for attribute, (name, _) in TECHNIQUES.items()}
 
+    def parameters(self) -> dict[str, dict]:
+        """{name: parameters} of the techniques that are on, for the metadata of an image."""
+        common = {each.name for each in fields(Technique)}
+        return {name: {key: value for key, value in asdict(technique).items() if key not in common}
+                for name, technique in self.techniques().items() if technique.on}
+
     def graph_switches(self) -> dict:
         """What changes the exported graph of a block, the VAE or T5, as JSON values: a part of a package's key."""
         quantized = self.quantization
@@ -354,6 +360,10 @@ def _compile(args, hardware: Hardware, fused: bool, default) -> Compile:
             # Tiles come in several sizes, so packages would leave the VAE uncompiled.
             instead = by_flag or of_machine or ("--vae_tiling" if args.vae_tiling else forced) or ""
         mode = "compile" if instead else mode
+    by_request = asked or args.compile_export_mode or args.compile_scope == "whole" or args.quant_dtype == "int8"
+    if not (on_gpu or by_request):
+        # tiny-flux on two cores: an export takes 44 s and more, and saves 0.04 s of each picture's 0.12.
+        return Compile(False, "a CPU draws sooner than it compiles; --compile_export_mode export_aoti asks for it")
     by_offload = "--offload group hooks into every layer" if args.offload == "group" else None
     if mode == "compile":
         no_compiler = no_compiler or missing.get("headers")
@@ -382,15 +392,19 @@ def _quantization(args, hardware: Hardware, bf16: bool, compiles: Compile, defau
     if dtype == "float8" and args.quant_granularity == "row" and not bf16:
         raise RecipeError("--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
                           "drop --disable_bf16 or use --quant_granularity tensor.")
-    # `compiles.why` is the flag or the obstacle that int8 meets as well.
-    obstacle = f"int8 pays only when compiled, and nothing is: {compiles.why}" if (
-        dtype == "int8" and not compiles.on) else None
+    obstacle = by_choice = None
+    if dtype == "int8" and not compiles.on:
+        obstacle = f"int8 pays only when compiled, and nothing is: {compiles.why}"
+        by_choice = obstacle if compiles.why.startswith("--") else None
+    if hardware.device == "cpu" and args.quant_dtype == "auto":
+        # tiny-flux on two cores, with packages: 0.097 s a picture in int8, 0.085 in bf16.
+        obstacle = by_choice = "int8 is slower than bf16 on a CPU; --quant_dtype int8 asks for it"
     if obstacle and (args.quant_dtype != "auto" or args.quant_granularity):
         given = "--quant_dtype int8" if args.quant_dtype != "auto" else f"--quant_granularity {args.quant_granularity}"
-        raise RecipeError(f"{given} has no effect here: {obstacle}. Drop one of the flags, or add --disable_quant.")
-    by_flag = obstacle if obstacle and compiles.why.startswith("--") else None
+        raise RecipeError(f"{given} has no effect here: {obstacle}. Drop one of the flags, or add "
+                          "--compile_export_mode compile.")
     granularity = args.quant_granularity or ("row" if dtype == "int8" or bf16 else "tensor")
-    return default("quantization", Quantization(dtype=dtype, granularity=granularity), obstacle, by_flag)
+    return default("quantization", Quantization(dtype=dtype, granularity=granularity), obstacle, by_choice)
 
 
 def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings) -> StepCache:
@@ -484,15 +498,8 @@ def lines(plan: Plan) -> str:
                      for name, technique in plan.techniques().items())
 
 
-def how_drawn(plan: Plan) -> dict[str, dict]:
-    """{name: parameters} of the techniques that are on, for the metadata of an image."""
-    common = {each.name for each in fields(Technique)}
-    return {name: {key: value for key, value in asdict(technique).items() if key not in common}
-            for name, technique in plan.techniques().items() if technique.on}
-
-
 def record(plan: Plan) -> dict[str, dict]:
     """{name: {"on", "how", and the technique's parameters}}, for a benchmark's JSON."""
-    parameters = how_drawn(plan)
+    parameters = plan.parameters()
     return {name: {"on": technique.on, "how": describe(technique)} | parameters.get(name, {})
             for name, technique in plan.techniques().items()}

@@ -1,4 +1,5 @@
-"""Reads --prompts-file: lines of text, lines of JSON, a JSON list or a table. The content decides the format."""
+"""Reads --prompts-file: lines of text, lines of JSON, a JSON list or a table. The content decides the format. Names the
+images of its prompts."""
 
 import csv
 import functools
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 from utils.common import RecipeError, reading
 from utils.file_kinds import kind_of
+from utils.images import numbered_path
+from utils.outputs import as_path
 
 CURE = ('Give a UTF-8 text file with one prompt per line, or JSON: lines or a list of {"prompt": "a cat", "seed": 42}. '
         "The seed is optional.")
@@ -27,6 +30,13 @@ class Prompt(NamedTuple):
     index: int  # the number, from 0, among all lines but blank ones; a corrected line renumbers no other line
     text: str
     seed: int | None = None  # the seed of the prompt's first image, if the file sets it
+
+
+class Request(NamedTuple):
+    """An image to make."""
+    prompt: str
+    seed: int
+    path: Path
 
 
 class Records(NamedTuple):
@@ -236,3 +246,26 @@ def _checked(prompt: str) -> str:
     if match := CONTROL.search(prompt):
         raise ValueError(f"it holds the control character U+{ord(match[0]):04X}")
     return prompt
+
+
+def requests_of(prompts: list[Prompt], args) -> list[Request]:
+    """The images to make.
+
+    Image i of the prompt with index k has the seed --seed + k * --num_images_per_prompt + i. If the file sets the
+    prompt's seed, image i has that seed + i. So batches and processes change neither seeds nor names.
+    """
+    count, requests = args.num_images_per_prompt, []
+    for prompt in prompts:
+        first = args.seed + prompt.index * count if prompt.seed is None else prompt.seed
+        requests += [Request(prompt.text, seed, numbered_path(args.output_file, prompt.index, seed))
+                     for seed in range(first, first + count)]
+    return requests
+
+
+def image_paths(args, prompts: list[Prompt] | None) -> list[Path]:
+    """Every file that gen_image.py saves an image to. `prompts` is None without --prompts-file."""
+    if prompts:
+        return [request.path for request in requests_of(prompts, args)]
+    if args.num_images_per_prompt == 1:
+        return [as_path(args.output_file)]
+    return [numbered_path(args.output_file, i, args.seed + i) for i in range(args.num_images_per_prompt)]

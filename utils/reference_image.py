@@ -2,7 +2,6 @@
 
 import functools
 import io
-import re
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import ImageChops, ImageCms, ImageOps
 
 from utils import context_parallel
+from utils.benchmark_utils import scheme_of
 from utils.common import RecipeError, reading, reason_of
 from utils.file_kinds import kind_of
 
@@ -30,12 +30,6 @@ LONGEST = 4
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "QOI", "PSD")
 CURE = "Give a picture, saved again as an 8-bit PNG, JPEG or WebP file."
 DNG_VERSION, NEW_SUBFILE_TYPE = 50706, 254  # TIFF tags
-
-
-def scheme_of(image: str) -> str:
-    """The scheme of a URL in lower case, such as "https", or "" for a path."""
-    match = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", image, re.IGNORECASE)
-    return (match[1] or match[2]).lower() if match else ""
 
 
 @functools.lru_cache(maxsize=8)
