@@ -242,6 +242,15 @@ def test_plan_on_several_gpus_checks_the_step_of_the_warm_up(argv, on):
     assert decide(H100, *argv, configs=DEV).fp8_check.on
 
 
+# --- kept weights ---
+
+def test_plan_keeps_the_fused_weights_of_checkpoints_alone():
+    assert decide(H100, "--keep_quantized").kept_weights.on and not decide(H100).kept_weights.on
+    for argv in (["--disable_fused_kernels"], ["--random_weights"], ["--ckpt", "tiny-flux"], ["--step_error"]):
+        with pytest.raises(RecipeError, match="--keep_quantized"):
+            decide(H100, *argv, "--keep_quantized")
+
+
 # --- memory ---
 
 def test_plan_offload_switches_off_what_cannot_follow_moving_weights():

@@ -223,7 +223,8 @@ def norm_scale(*norms: torch.nn.RMSNorm) -> Tensor:
 
     The bound holds with and without RoPE. The module docstring derives it.
     """
-    bound = max(norm.normalized_shape[-1] ** 0.5 * norm.weight.detach().abs().max().float() for norm in norms)
+    bound = torch.stack([norm.normalized_shape[-1] ** 0.5 * norm.weight.detach().abs().max().float()
+                         for norm in norms]).amax()
     return bound.clamp(min=1e-12) / E4M3_MAX
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -63,6 +63,10 @@ class Lora:
     left_out: str  # one sentence on the tensors that --lora_partial leaves out; "" without such tensors
     sha256: str | None = None  # of the contents (`utils.lora_files.contents`); None before the merge
     changed: bool | None = None  # whether the merge changed any weight; None before the merge
+
+    def without(self, component: str) -> "Lora":
+        """This LoRA without its changes of one component, such as "transformer"."""
+        return replace(self, changes=[change for change in self.changes if change.component != component])
 
 
 def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], partial: bool) -> list[Lora]:

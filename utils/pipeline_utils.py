@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from utils import attention, context_parallel, fp8_check, memory, random_weights, tiny_presets, weight_files
+from utils import attention, context_parallel, fp8_check, lora_files, memory, random_weights, tiny_presets, weight_files
 from utils.benchmark_utils import choose_device, images_per_call
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeerTransformer
@@ -62,7 +62,9 @@ def load_pipeline(args: argparse.Namespace):
                                       reference_tokens(reference, width * height) if reference else 0)
     loras = read_loras(args.lora, model_shapes(configs), args.lora_partial) if args.lora else []
     files = None if args.random_weights else _checkpoint_files(args, configs)
-    contents = weight_files.identity(files.folder) if files else f"random {args.ckpt} {args.random_weights}"
+    contents = {"weights": weight_files.identity(files.folder) if files else
+                f"random {args.ckpt} {args.random_weights}",
+                "lora": [[lora_files.contents(lora.path), lora.scale] for lora in loras]}
     if args.gpu_memory_limit:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * memory.GIB / total))
@@ -70,16 +72,41 @@ def load_pipeline(args: argparse.Namespace):
     if args.random_weights:
         pipeline = random_weights.build(configs, plan.load_device, plan.dtype)
     else:
-        pipeline = load_checkpoint(files, plan.dtype)
-        pipeline.to(plan.load_device)
+        kept = kept_transformer(plan, args, configs, contents)
+        pipeline = load_checkpoint(files, plan.dtype, kept)
+        for name in weight_files.STEMS:
+            if not (kept and name == "transformer"):
+                getattr(pipeline, name).to(plan.load_device)
         weight_files.refuse_non_finite(args.ckpt, pipeline)
         if args.ckpt in tiny_presets.NAMES:
             pipeline = tiny_presets.as_preset(pipeline, args.ckpt)
-    merge_loras(pipeline, loras, args.quiet)
-    pipeline.plan = plan
-    pipeline.contents = {"weights": contents, "lora": [[lora.sha256, lora.scale] for lora in loras]}
+        if kept:
+            loras = [lora.without("transformer") for lora in loras]  # whose changes are in the kept weights
+    merge_loras(pipeline, [lora for lora in loras if lora.changes], args.quiet)
+    pipeline.plan, pipeline.contents = plan, contents
     show_progress(pipeline, not args.quiet)
     return pipeline
+
+
+def kept_transformer(plan: Plan, args: argparse.Namespace, configs: dict, contents: dict):
+    """The quantized transformer that an earlier start kept, or None. Adapts the plan to it."""
+    if not plan.kept_weights.on:
+        return None
+    from utils import kept_weights  # needs Triton
+
+    found = kept_weights.load(args.cache_dir, kept_weights.fields_of(plan, contents), configs["transformer"],
+                              torch.device(args.device))
+    if found is None:
+        return None
+    transformer, check = found
+    plan.kept_weights.loaded = True
+    if not plan.offload.on:
+        plan.load_device = args.device
+    if plan.fp8_check.on:
+        plan.fp8_check = (Technique(note=f"{100 * check['difference']:.1f} %, measured before the weights were kept")
+                          if check else Technique(False, "not run before the weights were kept"))
+    transformer.fp8_check = check
+    return transformer
 
 
 def _checkpoint_files(args, configs: dict) -> weight_files.Checkpoint:
@@ -90,16 +117,20 @@ def _checkpoint_files(args, configs: dict) -> weight_files.Checkpoint:
                                         read_configs(str(folder)) if preset else configs)
 
 
-def load_checkpoint(files: weight_files.Checkpoint, dtype: torch.dtype):
+def load_checkpoint(files: weight_files.Checkpoint, dtype: torch.dtype, transformer=None):
     """The pipeline of a checkpoint on the CPU, its weights compared with the files.
+
+    Args:
+        transformer: takes the place of the checkpoint's.
 
     Raises:
         RecipeError: a library cannot read a file, or weights did not get in.
     """
     with reading(f"--ckpt {files.ckpt}", "Download the checkpoint again, or save it anew with diffusers 0.42."):
         pipeline = DiffusionPipeline.from_pretrained(str(files.folder), dtype=dtype, use_safetensors=True,
-                                                     variant=files.variant)
-    weight_files.compare_loaded(files, pipeline)
+                                                     variant=files.variant,
+                                                     **({"transformer": transformer} if transformer else {}))
+    weight_files.compare_loaded(files, pipeline, {"transformer"} if transformer else set())
     return pipeline
 
 
@@ -119,7 +150,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
 
     # Weights. LoRAs are in them. Concatenation comes before quantization: quantized tensors cannot be concatenated.
     if plan.fused_projections.on:
-        fuse_projections(transformer, vae)
+        fuse_projections(*([] if plan.kept_weights.loaded else [transformer]), vae)
     if plan.channels_last.on:  # cuDNN's tensor-core convolutions take NHWC
         vae.to(memory_format=torch.channels_last)
     if plan.fused_vae.on:
@@ -129,6 +160,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
     set_attention(plan, transformer)
     quantize(plan, pipeline, device, log)
     place_weights(plan, pipeline, device)
+    quantized = transformer.state_dict() if plan.kept_weights.on and not plan.kept_weights.loaded else None
     measure_quantized_steps(plan, transformer, check, log)
 
     # Code. A step cache replaces the blocks' callers and reads the signature of the code below them. So packages are
@@ -151,6 +183,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
     log.line(lines(plan))
     warm_up(plan, pipeline, inputs, check, log)
     report_fp8_check(plan, pipeline, check, args.strict, log)
+    keep_weights(pipeline, quantized, args.cache_dir, log)
     return pipeline
 
 
@@ -210,9 +243,10 @@ def quantize(plan: Plan, pipeline, device: torch.device, log: StageLog) -> None:
             from utils.kernels.fused_blocks import defer_residuals, fuse_blocks  # need Triton
 
             in_float8, cache = plan.fused_kernels.float8_modulations, plan.step_cache.dbcache
-            count = fuse_blocks(transformer, device, float8_modulations=in_float8)
+            if not plan.kept_weights.loaded:
+                count = fuse_blocks(transformer, device, float8_modulations=in_float8)
+                plan.quantization.note = f"{count} Linears; modulations in {'float8' if in_float8 else 'bf16'}"
             defer_residuals(transformer, *((cache.Fn_compute_blocks, cache.Bn_compute_blocks) if cache else (0, 0)))
-            plan.quantization.note = f"{count} Linears; modulations in {'float8' if in_float8 else 'bf16'}"
         elif plan.quantization.on:
             count = quantize_transformer(transformer, plan.quantization.dtype, plan.quantization.granularity, device,
                                          cpu if plan.offload.mode in ("model", "group") else None)
@@ -304,10 +338,24 @@ def warm_up(plan: Plan, pipeline, inputs: Callable, check: fp8_check.Fp8Check | 
             pipeline(**with_embeddings(pipeline, inputs(num_inference_steps=steps), {}))
 
 
+def keep_weights(pipeline, state: dict | None, cache_dir: str, log: StageLog) -> None:
+    """Keeps the quantized transformer for the next start, unless the fp8 check failed.
+
+    Args:
+        state: the transformer's tensors after `quantize`, or None if they are not to be kept.
+    """
+    check = pipeline.fp8_check
+    if state is None or (check and not check["holds"]) or not context_parallel.is_main_process():
+        return
+    from utils import kept_weights
+
+    kept_weights.keep(cache_dir, kept_weights.fields_of(pipeline.plan, pipeline.contents), state, check, log)
+
+
 def begin_fp8_check(plan: Plan, pipeline, args, log: StageLog) -> fp8_check.Fp8Check | None:
     """The check with its bf16 reference, computed before anything is quantized, if the plan has it on."""
-    pipeline.fp8_check = None
-    if not plan.fp8_check.on:
+    pipeline.fp8_check = getattr(pipeline.transformer, "fp8_check", None)  # of kept weights
+    if not plan.fp8_check.on or plan.kept_weights.loaded:
         return None
     with log.stage("bf16 step"), no_progress(pipeline):
         # One image, whatever the batch: a bf16 step takes three times as long as one in fp8.

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from utils import attention, context_parallel
+from utils import attention, context_parallel, tiny_presets
 from utils.benchmark_utils import (
     images_per_call,
     offloads_transformer,
@@ -76,6 +76,11 @@ class FusedKernels(Technique):
 
 
 @dataclass
+class KeptWeights(Technique):
+    loaded: bool = False  # this start read the quantized weights of an earlier one
+
+
+@dataclass
 class Offload(Technique):
     mode: str = "none"  # none | text | model | group
 
@@ -121,6 +126,7 @@ TECHNIQUES = {
     "attention": ("attention", "--disable_fa3"),
     "quantization": ("quantization", "--disable_quant"),
     "fused_kernels": ("fused kernels", "--disable_fused_kernels"),
+    "kept_weights": ("kept weights", None),
     "text_encoder_quant": ("text encoder quant", None),
     "offload": ("offload", None),
     "compile": ("compile", "--compile_export_mode disabled"),
@@ -145,6 +151,7 @@ class Plan:
     attention: Attention
     quantization: Quantization
     fused_kernels: FusedKernels
+    kept_weights: KeptWeights
     text_encoder_quant: Technique
     offload: Offload
     compile: Compile
@@ -249,6 +256,7 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         attention=attends,
         quantization=quantized,
         fused_kernels=fused,
+        kept_weights=_kept_weights(args, fused.on),
         text_encoder_quant=on_request(Technique(note="T5 int8, weights only"), args.text_encoder_quant,
                                       "--text_encoder_quant"),
         offload=on_request(Offload(mode=args.offload), args.offload != "none", "--offload"),
@@ -407,6 +415,18 @@ def _quantization(args, hardware: Hardware, bf16: bool, compiles: Compile, defau
     return default("quantization", Quantization(dtype=dtype, granularity=granularity), obstacle, by_choice)
 
 
+def _kept_weights(args, fused: bool) -> KeptWeights:
+    if not args.keep_quantized:
+        return KeptWeights(False, "--keep_quantized not given")
+    obstacle = ("the weights of the fused kernels alone are kept" if not fused else
+                "--random_weights are not kept" if args.random_weights else
+                f"{args.ckpt} is quantized in no time" if args.ckpt in tiny_presets.NAMES else
+                "--step_error measures the unquantized model" if args.step_error else "")
+    if obstacle:
+        raise RecipeError(f"--keep_quantized: {obstacle}. Drop the flag.")
+    return KeptWeights()
+
+
 def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings) -> StepCache:
     name, steps = args.step_cache, settings.num_inference_steps
     if name is None:
@@ -469,6 +489,8 @@ def _parameters(technique: Technique) -> str:
             return f"{technique.backend} ({PRECISIONS[technique.precision]}) from {technique.source}"
         case Quantization():
             return f"{technique.dtype}, per-{technique.granularity} scales"
+        case KeptWeights():
+            return "loaded" if technique.loaded else "for the next start"
         case Offload():
             return OFFLOADS[technique.mode]
         case Compile():

@@ -161,16 +161,21 @@ def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
 
 
 @torch.no_grad()
-def compare_loaded(checkpoint: Checkpoint, pipeline) -> None:
+def compare_loaded(checkpoint: Checkpoint, pipeline, others: set[str] = frozenset()) -> None:
     """Compares the last row of every loaded tensor with the file, bit by bit in the model's dtype.
 
     It reads a few kB of each tensor. It also checks that both tokenizers turn a text into known tokens.
+
+    Args:
+        others: components that were not loaded from the checkpoint.
 
     Raises:
         RecipeError: a tensor was not loaded, or a tokenizer does not match its text encoder.
     """
     here = f"--ckpt {checkpoint.ckpt}"
     for component, tensors in checkpoint.tensors.items():
+        if component in others:
+            continue
         loaded = {_in_model(component, name): parameter
                   for name, parameter in getattr(pipeline, component).named_parameters(remove_duplicate=False)}
         files = {}

@@ -17,7 +17,8 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,22 +39,22 @@ def key_of(fields: dict) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def open_store(cache_dir: str | Path) -> Path:
-    """The folder of all packages. Creates it with mode 0700 if it is missing.
+def open_store(cache_dir: str | Path, name: str = "packages") -> Path:
+    """The folder of all packages, or of all kept weights (`name` "weights"). Creates it with mode 0700 if missing.
 
     Raises:
         RecipeError: the folder cannot be created or written, or other users may write into it.
     """
     try:
-        root = Path(cache_dir).expanduser() / "packages"
+        root = Path(cache_dir).expanduser() / name
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
-        raise RecipeError(f"--cache-dir {cache_dir}: its folder packages cannot be created ({reason_of(error)}). "
+        raise RecipeError(f"--cache-dir {cache_dir}: its folder {name} cannot be created ({reason_of(error)}). "
                           "Choose another folder.") from error
     if not os.access(root, os.W_OK | os.X_OK):
         raise RecipeError(f"--cache-dir {cache_dir}: {root} is not writable. Choose another folder.")
     if reason := _distrust(root):
-        raise RecipeError(f"--cache-dir {cache_dir}: {reason}, and packages are code that would run with your rights. "
+        raise RecipeError(f"--cache-dir {cache_dir}: {reason}, and what is in there runs, or draws, with your rights. "
                           "Choose another folder, or restrict this folder to yourself (chmod 700).")
     return root
 
@@ -70,10 +71,18 @@ def _distrust(path: Path) -> str | None:
     return f"{path} is writable for others" if info.st_mode & 0o022 else None
 
 
-def unusable(key: str, reason: str) -> RecipeError:
+class Unusable(RecipeError):
+    """A package, or kept weights, that must not be loaded. `reason` is the text without the packages' cure."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"package {key} cannot be used: {reason}. --re-export exports it again; "
+                         "--compile_export_mode compile uses no packages.")
+        self.reason = reason
+
+
+def unusable(key: str, reason: str) -> Unusable:
     """The error for a package that must not be loaded."""
-    return RecipeError(f"package {key} cannot be used: {reason}. --re-export exports it again; "
-                       "--compile_export_mode compile uses no packages.")
+    return Unusable(key, reason)
 
 
 def verify(folder: Path) -> dict:
@@ -88,13 +97,14 @@ def verify(folder: Path) -> dict:
     manifest = read_manifest(folder)
     if folder.name != key_of(manifest["fields"]):
         raise unusable(folder.name, f"its fields belong to {key_of(manifest['fields'])}")
-    for name, expected in manifest["files"].items():
-        path = folder / name
+    paths = {name: folder / name for name in manifest["files"]}
+    for name, path in paths.items():
         if Path(name).name != name or not path.is_file():
             raise unusable(folder.name, f"{name} is missing")
         if reason := _distrust(path):
             raise unusable(folder.name, reason)
-        if _sha256(path) != expected:
+    for name, found in zip(paths, _sha256s(paths.values()), strict=True):
+        if found != manifest["files"][name]:
             raise unusable(folder.name, f"{name} is damaged: its SHA-256 differs from the manifest's")
     return manifest
 
@@ -123,6 +133,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sha256s(paths: Iterable[Path]) -> list[str]:
+    """Of several files at once: 12 GB of kept weights would take one thread several seconds."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(_sha256, paths))
+
+
 @contextmanager
 def locked(root: Path, key: str):
     """Lets one process at a time work on a key; others print a line and wait. The lock ends with its process."""
@@ -130,7 +146,7 @@ def locked(root: Path, key: str):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process works on package {key}: waiting", file=sys.stderr)
+        print(f"another process works on {root.name}/{key}: waiting", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -138,13 +154,16 @@ def locked(root: Path, key: str):
         lock.release()
 
 
-def publish(root: Path, fields: dict, make: Callable[[Path], None]) -> Path:
+def publish(root: Path, fields: dict, make: Callable[[Path], None], facts: dict | None = None,
+            needed_bytes: int = NEEDED_BYTES) -> Path:
     """Writes a package folder whole or not at all, and replaces an older one. The caller holds the key's lock.
 
     Args:
         root: the folder of all packages.
         fields: everything that decides the package's code.
         make: writes the files into the empty folder that it receives, and raises an exception if they are wrong.
+        facts: further entries of the manifest, which decide nothing.
+        needed_bytes: free space that `root` needs.
 
     Returns:
         The package folder.
@@ -155,15 +174,18 @@ def publish(root: Path, fields: dict, make: Callable[[Path], None]) -> Path:
     key = key_of(fields)
     for left_over in root.glob(f".{key}.*.tmp"):  # a killed process left it behind
         shutil.rmtree(left_over)
-    for place in (root, Path(tempfile.gettempdir())):
-        if (free := shutil.disk_usage(place).free) < NEEDED_BYTES:
-            raise RecipeError(f"exporting needs {NEEDED_BYTES / 2**20:.0f} MiB in {place}, but only {free / 2**20:.0f} "
-                              "are free. Free some space, or choose another --cache-dir (or TMPDIR).")
+    for place, needed in ((root, needed_bytes), (Path(tempfile.gettempdir()), min(needed_bytes, NEEDED_BYTES))):
+        if (free := shutil.disk_usage(place).free) < needed:
+            raise RecipeError(f"writing {root.name} needs {needed / 2**20:.0f} MiB in {place}, but only "
+                              f"{free / 2**20:.0f} are free. Free some space, or choose another --cache-dir (or "
+                              "TMPDIR).")
     temporary, folder = root / f".{key}.{os.getpid()}.tmp", root / key
     temporary.mkdir(mode=0o700)
     try:
         make(temporary)
-        manifest = {"fields": fields, "files": {path.name: _sha256(path) for path in sorted(temporary.iterdir())}}
+        paths = sorted(temporary.iterdir())
+        manifest = {"fields": fields, "facts": facts or {},
+                    "files": {path.name: digest for path, digest in zip(paths, _sha256s(paths), strict=True)}}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in temporary.iterdir():
             path.chmod(0o600)
@@ -174,8 +196,8 @@ def publish(root: Path, fields: dict, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RecipeError(f"no space left in {root} while exporting. Free some space, or choose another --cache-dir. "
-                          "No half-written package stays.") from error
+        raise RecipeError(f"no space left in {root}. Free some space, or choose another --cache-dir. Nothing "
+                          "half-written stays.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
