@@ -95,6 +95,7 @@ REFUSED_BY_ARGUMENTS = [
     (["--cache_preset", "safe", "--cache_dit_config", "cache_config.yaml"], "--step_cache.*safe and cache_config.yaml"),
     (["--step_cache", "taylorseer", "--cache_preset", "fast"], "--step_cache.*taylorseer and fast"),
     (["--step_cache", "taylorseer", "--force_cache"], "--force_cache.*--step_cache"),
+    (["--max_sequence_length", "0"], "--max_sequence_length 0"),
     *((["--step_cache", name], f"--step_cache {name}.*taylorseer:N:ORDER") for name in (
         "taylorseer:1", "taylorseer:", "taylorseer:x", "taylorseer:3:-1", "taylorseer:3:2:1", "taylorseer:²")),
     (["--force_cache"], "--force_cache.*--step_cache"),

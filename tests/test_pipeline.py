@@ -20,6 +20,7 @@ from utils.checkpoint import configs_of
 from utils.common import RecipeError, StageLog
 from utils.compilation import TUNING_FLAGS, compile_pipeline, use_packages
 from utils.hardware import Hardware
+from utils.images import image_parameters
 from utils.pipeline_utils import call_kwargs, fuse_projections, optimize
 from utils.random_weights import architecture
 
@@ -257,6 +258,17 @@ def test_call_kwargs_kontext_takes_any_size(build, args_for, size, tokens):
     output, reference = height * width // 256, inputs["hidden_states"].shape[1] - height * width // 256
     assert output <= tokens and abs(reference - output) <= 0.35 * output
     assert image(pipeline, args)[0].size == (width, height)
+
+
+def test_call_kwargs_fewer_text_tokens_reach_the_model_and_the_metadata(build, args_for):
+    pipeline = build("tiny-flux")
+    for flags, tokens in (([], 64), (["--max_sequence_length", "32"], 32)):
+        args = args_for("tiny-flux", *flags, "--compile_export_mode", "disabled", "--disable_bf16")
+        kwargs = call_kwargs(pipeline, args)
+        assert capture_step(pipeline, kwargs)["encoder_hidden_states"].shape[1] == tokens
+        optimized = optimize(build("tiny-flux"), args)
+        parameters = image_parameters(args, optimized, call_kwargs(optimized, args), "a cat", 1)
+        assert parameters.get("max_sequence_length", 64) == tokens
 
 
 def test_call_kwargs_each_image_of_a_batch_has_its_own_seed(build, args_for):

@@ -242,6 +242,15 @@ def test_plan_on_several_gpus_checks_the_step_of_the_warm_up(argv, on):
     assert decide(H100, *argv, configs=DEV).fp8_check.on
 
 
+# --- text tokens ---
+
+def test_plan_more_text_tokens_than_the_model_was_trained_with_are_refused():
+    assert decide(H100, "--max_sequence_length", "128").settings.max_sequence_length == 128
+    assert decide(H100, "--max_sequence_length", "512", configs=DEV).settings.max_sequence_length == 512
+    with pytest.raises(RecipeError, match="--max_sequence_length 512.* 256 "):
+        decide(H100, "--max_sequence_length", "512")
+
+
 # --- kept weights ---
 
 def test_plan_keeps_the_fused_weights_of_checkpoints_alone():

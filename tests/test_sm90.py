@@ -132,8 +132,13 @@ SCHNELL, DEV, KONTEXT = (256, 4096), (512, 4096), (512, 8192)  # text tokens and
 LARGE, ODD = (512, 16384), (512, 65 * 65)  # at 2048x2048, and a number of rows that 16 does not divide: 1040x1040
 
 
-def case(name: str, launch, *args, slow: bool = True):
-    return pytest.param(launch, args, id=name, marks=[pytest.mark.slow] if slow else [])
+SPILLS = pytest.mark.xfail(
+    triton.__version__.startswith("3.7."), strict=False,
+    reason="Triton 3.7.1 spills 8 bytes and loads 4, at 255 registers; Triton 3.6, 3.8 and 3.9 spill none")
+
+
+def case(name: str, launch, *args, slow: bool = True, marks=()):
+    return pytest.param(launch, args, id=name, marks=[*marks, *([pytest.mark.slow] if slow else [])])
 
 
 CASES = [
@@ -143,9 +148,10 @@ CASES = [
     case("cast_attention", lambda tokens: kernels.cast_attention._init_fn(new(1, tokens, D)), sum(DEV), slow=False),
     case("place_attention", place_attention, sum(DEV), slow=False),
     case("send_attention-2_gpus", send_attention, sum(DEV), 2, slow=False),
-    case("gelu_gemm-single", gelu_gemm, *SCHNELL, 1, slow=False),
+    case("gelu_gemm-single", gelu_gemm, *SCHNELL, 1, slow=False, marks=[SPILLS]),
     case("qkv_gemm-single", qkv_gemm, *SCHNELL, 1, slow=False),
-    *(case(f"gelu_gemm-double-{name}", gelu_gemm, *size, 2) for name, size in {"dev": DEV, "odd": ODD}.items()),
+    case("gelu_gemm-double-dev", gelu_gemm, *DEV, 2, marks=[SPILLS]),
+    case("gelu_gemm-double-odd", gelu_gemm, *ODD, 2),
     case("gelu_gemm-single-odd", gelu_gemm, *ODD, 1),
     *(case(f"qkv_gemm-single-{name}", qkv_gemm, *size, 1)
       for name, size in {"dev": DEV, "kontext": KONTEXT, "large": LARGE, "odd": ODD}.items()),

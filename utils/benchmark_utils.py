@@ -150,6 +150,9 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
     image.add_argument("--true_cfg_scale", type=finite_float, default=1.0,
                        help="classifier-free guidance with the negative prompt; doubles the work of a step")
+    image.add_argument("--max_sequence_length", type=int, metavar="TOKENS",
+                       help="text tokens that T5 makes of a prompt; default by model: 256 schnell, 512 dev, 512 "
+                       "Kontext. Fewer tokens are faster, change the image and cut longer prompts")
     image.add_argument("--guidance_scale", type=finite_float,
                        help="distilled guidance; default by model: 3.5 dev, 2.5 Kontext; schnell has none")
     image.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
@@ -189,8 +192,8 @@ def _add_technique_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--disable_fused_kernels", action="store_true",
                         help="diffusers' blocks and torchao's float8 instead of this project's Triton kernels (Hopper)")
     recipe.add_argument("--keep_quantized", action="store_true",
-                        help="keep the fused kernels' quantized weights in --cache-dir (12 GB), from which later starts "
-                        "with this flag load them")
+                        help="keep the fused kernels' quantized weights in --cache-dir (12 GB); later starts with this "
+                        "flag load them")
     recipe.add_argument("--text_encoder_quant", action="store_true",
                         help="T5 in int8, weights only: 4.9 instead of 9.5 GB (lossy)")
     recipe.add_argument("--step_cache", "--cache_preset", "--cache_dit_config", metavar="NAME|FILE", action="append",
@@ -299,7 +302,8 @@ def _check_image(args: argparse.Namespace) -> None:
         _refuse(size is not None and (size <= 0 or size % 16),
                 f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
                 f"The nearest is {max(16, round((size or 0) / 16) * 16)}.")
-    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1)):
+    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1),
+                        ("max_sequence_length", 1)):
         _refuse_below(args, name, least)
     _refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed}: it must be from 0 to 2^63 - 1.")
     _refuse(args.true_cfg_scale < 1, f"--true_cfg_scale {args.true_cfg_scale}: it must be 1 (off) or more.")

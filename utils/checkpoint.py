@@ -92,7 +92,12 @@ def image_settings(args, configs: dict) -> ImageSettings:
     return ImageSettings(
         model, args.height or size, args.width or size, args.num_inference_steps or model.num_inference_steps,
         model.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        min(model.max_sequence_length, configs["tokenizer_2"]["model_max_length"]))
+        args.max_sequence_length or most_text_tokens(configs))
+
+
+def most_text_tokens(configs: dict) -> int:
+    """The number of T5's tokens that a model was trained with: the default and the limit of --max_sequence_length."""
+    return min(identify(configs).max_sequence_length, configs["tokenizer_2"]["model_max_length"])
 
 
 def read_configs(ckpt: str, revision: str | None = None, random_layers: str | None = None) -> dict:

@@ -37,6 +37,8 @@ def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> di
                   "contents": getattr(pipeline, "contents", {}),
                   "vae_tiling": args.vae_tiling, "techniques": pipeline.plan.parameters(),
                   **{name: kwargs[name] for name in names}}
+    if args.max_sequence_length:
+        parameters["max_sequence_length"] = kwargs["max_sequence_length"]
     if "negative_prompt" in kwargs:
         parameters |= {"negative_prompt": args.negative_prompt, "true_cfg_scale": args.true_cfg_scale}
     if "image" in kwargs:

@@ -27,7 +27,7 @@ from utils.benchmark_utils import (
 from utils.cache import dbcache
 from utils.cache.dbcache import CacheOptions
 from utils.cache.taylorseer import TaylorSeer
-from utils.checkpoint import ImageSettings, image_settings
+from utils.checkpoint import ImageSettings, image_settings, most_text_tokens
 from utils.common import RecipeError
 from utils.hardware import CPU_BACKENDS, DISPATCHER, Hardware
 
@@ -285,6 +285,9 @@ def _settings(args, configs: dict) -> ImageSettings:
     if args.guidance_scale is not None and not configs["transformer"]["guidance_embeds"]:
         raise RecipeError(f"--guidance_scale {args.guidance_scale}: {args.ckpt} has no guidance embedding (schnell is "
                           "distilled without one): drop it, or use --negative_prompt with --true_cfg_scale.")
+    if settings.max_sequence_length > most_text_tokens(configs):
+        raise RecipeError(f"--max_sequence_length {args.max_sequence_length}: {args.ckpt} was trained with "
+                          f"{most_text_tokens(configs)} text tokens. Give that many or fewer.")
     if args.image and not settings.model.needs_image:
         raise RecipeError(f"--image is for Kontext; {args.ckpt} draws from text alone. Drop it, or use "
                           "--ckpt black-forest-labs/FLUX.1-Kontext-dev (or tiny-kontext).")

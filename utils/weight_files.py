@@ -214,8 +214,9 @@ def refuse_non_finite(ckpt: str, pipeline) -> None:
     if not any(one.is_cuda for one in named.values()) and sum(map(torch.Tensor.numel, named.values())) > CHECKED_ON_CPU:
         return
     flags = [parameter.isfinite().all() for parameter in named.values()]
-    bad = [name for name, flag in zip(named, torch.stack([flag.cpu() for flag in flags] if not flags[0].is_cuda else
-                                                         flags).tolist(), strict=True) if not flag]
+    # Kept weights are on the GPU while the other components may wait in CPU memory.
+    bad = [name for name, flag in zip(named, torch.stack([flag.to(flags[0].device) for flag in flags]).tolist(),
+                                      strict=True) if not flag]
     if bad:
         raise RecipeError(f"--ckpt {ckpt}: {bad[0]} holds NaN or infinity"
                           f"{f', and so do {len(bad) - 1} more weights' * (len(bad) > 1)}. Download the "
