@@ -28,6 +28,10 @@ pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")]
 
 
+slow = pytest.mark.slow
+
+
+@slow
 def test_checkpoint_of_full_size_loads_equal_and_is_refused_with_one_tensor_less(tmp_path):
     """34 GB of dev's shapes. The files' names and shapes are compared before anything loads."""
     if shutil.disk_usage(tmp_path).free < 45e9:
@@ -178,7 +182,7 @@ def test_gpu_postprocess_equals_the_cpu():
     ["--disable_fused_kernels", "--disable_fused_vae"],
     ["--attention_backend", "native", "--quant_granularity", "tensor"],
     ["--quant_dtype", "int8", "--attention_backend", "_native_cudnn", "--text_encoder_quant"],
-    ["--disable_bf16", "--num_images_per_prompt", "2"],
+    pytest.param(["--disable_bf16", "--num_images_per_prompt", "2"], marks=slow),
 ], ids=" ".join)
 def test_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
     """On 1 + 2 blocks of full width: the step against float32, the image against the eager pipeline's."""
@@ -201,11 +205,11 @@ def test_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
 @pytest.mark.parametrize("argv", [
     ["--cache_preset", "fast"],
     ["--cache_preset", "fast", "--force_cache"],
-    ["--cache_preset", "fast", "--force_cache", "--disable_fused_kernels"],
+    pytest.param(["--cache_preset", "fast", "--force_cache", "--disable_fused_kernels"], marks=slow),
     ["--cache_preset", "fast", "--force_cache", "--num_images_per_prompt", "2", "--negative_prompt", "x",
      "--true_cfg_scale", "2"],
     ["--enable_cache_dit", "--force_cache"],
-    ["--cache_preset", "fast", "--force_cache", "--ckpt", "FLUX.1-Kontext-dev"],
+    pytest.param(["--cache_preset", "fast", "--force_cache", "--ckpt", "FLUX.1-Kontext-dev"], marks=slow),
 ], ids=" ".join)
 def test_step_cache_over_graphs_equals_the_cache_without_them(argv, tmp_path):
     """On 1 + 2 blocks of full width: the same images, one graph a segment, none of them recorded after the warm-up."""
@@ -268,9 +272,10 @@ def test_taylorseer_over_one_graph_equals_taylorseer_without_it(tmp_path):
     ("text", ["--text_encoder_quant", "--vae_tiling", "--cache_preset", "fast", "--num_inference_steps", "12"]),
     ("model", ["--disable_fused_kernels"]),
     ("group", ["--disable_fused_kernels"]),
-    ("group", ["--disable_fused_kernels", "--text_encoder_quant", "--vae_tiling"]),
-    ("group", ["--disable_fused_kernels", "--cache_preset", "fast", "--num_inference_steps", "12"]),
-    ("text", ["--compile_export_mode", "compile"]),
+    pytest.param("group", ["--disable_fused_kernels", "--text_encoder_quant", "--vae_tiling"], marks=slow),
+    pytest.param("group", ["--disable_fused_kernels", "--cache_preset", "fast", "--num_inference_steps", "12"],
+                 marks=slow),
+    pytest.param("text", ["--compile_export_mode", "compile"], marks=slow),
     ("text", ["--compile_export_mode", "export_aoti"]),
 ], ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_offload_draws_the_picture_of_weights_on_the_gpu(offload, argv, tmp_path):
@@ -311,7 +316,28 @@ def test_cuda_graphs_in_one_pool_do_not_overwrite_each_other():
         assert all(torch.equal(modules[i](given), y) for i, given, y in kept)
 
 
-@pytest.mark.parametrize("argv", [[], ["--quant_granularity", "tensor", "--attention_backend", "native"]], ids=" ".join)
+@slow
+def test_kept_weights_draw_what_the_start_drew_that_quantized_them(tmp_path):
+    """On 1 + 2 blocks of full width, and the whole T5."""
+    if shutil.disk_usage(tmp_path).free < 25e9:
+        pytest.skip("needs 25 GB of disk")
+    whole = random_weights.build(random_weights.architecture("FLUX.1-dev", "1+2"), "cuda", torch.bfloat16)
+    whole.save_pretrained(tmp_path / "checkpoint")
+    del whole
+    args = create_parser().parse_args(
+        ["--ckpt", str(tmp_path / "checkpoint"), "--keep_quantized", "--cache-dir", str(tmp_path / "cache"), "--quiet",
+         "--height", "256", "--width", "384", "--num_inference_steps", "2", "--compile_export_mode", "disabled"])
+    found = []
+    for loaded in (False, True):
+        pipeline = optimize(load_pipeline(args), args)
+        assert pipeline.plan.kept_weights.loaded == loaded
+        found.append(pipeline(**call_kwargs(pipeline, args), output_type="latent").images)
+        del pipeline
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("argv", [[], pytest.param(
+    ["--quant_granularity", "tensor", "--attention_backend", "native"], marks=slow)], ids=" ".join)
 def test_packages_in_a_cuda_graph_are_close_to_eager(argv, tmp_path):
     """Exported and loaded again, on 1 + 2 blocks of full width: the step against float32, no second copy of weights."""
     argv = ["--ckpt", "FLUX.1-schnell", "--random_weights", "1+2", "--height", "256", "--width", "384", "--quiet",

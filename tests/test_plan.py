@@ -247,7 +247,7 @@ def test_plan_on_several_gpus_checks_the_step_of_the_warm_up(argv, on):
 def test_plan_more_text_tokens_than_the_model_was_trained_with_are_refused():
     assert decide(H100, "--max_sequence_length", "128").settings.max_sequence_length == 128
     assert decide(H100, "--max_sequence_length", "512", configs=DEV).settings.max_sequence_length == 512
-    with pytest.raises(RecipeError, match="--max_sequence_length 512.* 256 "):
+    with pytest.raises(RecipeError, match=r"--max_sequence_length 512.* 256 "):
         decide(H100, "--max_sequence_length", "512")
 
 
