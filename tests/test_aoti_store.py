@@ -150,7 +150,7 @@ def test_publish_full_disk_leaves_nothing(root, monkeypatch):
         publish(root, FIELDS, fill)
     assert list(root.iterdir()) == []
     monkeypatch.setattr(store, "NEEDED_BYTES", 2**60)
-    with pytest.raises(RecipeError, match="exporting needs"):
+    with pytest.raises(RecipeError, match="packages needs"):
         publish(root, FIELDS, lambda folder: pytest.fail("began to export"))
 
 

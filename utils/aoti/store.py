@@ -155,7 +155,7 @@ def locked(root: Path, key: str):
 
 
 def publish(root: Path, fields: dict, make: Callable[[Path], None], facts: dict | None = None,
-            needed_bytes: int = NEEDED_BYTES) -> Path:
+            needed_bytes: int | None = None) -> Path:
     """Writes a package folder whole or not at all, and replaces an older one. The caller holds the key's lock.
 
     Args:
@@ -163,7 +163,7 @@ def publish(root: Path, fields: dict, make: Callable[[Path], None], facts: dict 
         fields: everything that decides the package's code.
         make: writes the files into the empty folder that it receives, and raises an exception if they are wrong.
         facts: further entries of the manifest, which decide nothing.
-        needed_bytes: free space that `root` needs.
+        needed_bytes: free space that `root` needs; by default that of an export, which the temporary folder needs too.
 
     Returns:
         The package folder.
@@ -174,7 +174,8 @@ def publish(root: Path, fields: dict, make: Callable[[Path], None], facts: dict 
     key = key_of(fields)
     for left_over in root.glob(f".{key}.*.tmp"):  # a killed process left it behind
         shutil.rmtree(left_over)
-    for place, needed in ((root, needed_bytes), (Path(tempfile.gettempdir()), min(needed_bytes, NEEDED_BYTES))):
+    for place, needed in ([(root, NEEDED_BYTES), (Path(tempfile.gettempdir()), NEEDED_BYTES)] if needed_bytes is None
+                          else [(root, needed_bytes)]):
         if (free := shutil.disk_usage(place).free) < needed:
             raise RecipeError(f"writing {root.name} needs {needed / 2**20:.0f} MiB in {place}, but only "
                               f"{free / 2**20:.0f} are free. Free some space, or choose another --cache-dir (or "
