@@ -72,7 +72,7 @@ def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention
         if "quantization" in names:
             chosen.quantization.dtype, chosen.quantization.granularity = "float8", "row"
         if {"attention", "quantization"} & set(names) and not (args.skip_fp8_check or args.context_parallel):
-            chosen.fp8_check = plan.Technique()
+            chosen.fp8_check = plan.Check()
         return chosen
 
     patch.setattr(pipeline_utils, "make_plan", planned)

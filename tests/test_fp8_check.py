@@ -43,7 +43,7 @@ def test_fp8_check_of_a_recipe_that_holds_is_recorded(on_hopper, args, capfd, tm
     assert f"{50 * sum(errors.values()):.1f} %" in describe(pipeline.plan.fp8_check)
     kwargs = call_kwargs(pipeline, args(), num_inference_steps=1)
     parameters = image_parameters(args(), pipeline, kwargs, "x", 1)
-    assert "fp8 check" in parameters["techniques"]
+    assert parameters["techniques"]["fp8 check"]["difference"] == pipeline.fp8_check["difference"]
     save_image(pipeline(**kwargs).images[0], tmp_path / "x.png", parameters)
     without = parameters | {"techniques": {name: how for name, how in parameters["techniques"].items()
                                            if name != "fp8 check"}}

@@ -9,7 +9,7 @@ from utils.checkpoint import meta_models
 from utils.common import RecipeError
 from utils.hardware import Hardware
 from utils.machine import available_memory
-from utils.plan import Plan, Technique
+from utils.plan import Check, Plan
 
 GIB = 2**30
 
@@ -46,7 +46,7 @@ def fit(plan: Plan, args: argparse.Namespace, configs: dict, hardware: Hardware)
         raise RecipeError("--step_error needs the unquantized model on the GPU, and it does not fit there: drop "
                           "--step_error, or measure on a GPU with more memory.")
     if plan.fp8_check.on:
-        plan.fp8_check = Technique(False, "the unquantized model does not fit on this GPU")
+        plan.fp8_check = Check(False, "the unquantized model does not fit on this GPU")
 
 
 def bf16_modulations_fit(args: argparse.Namespace, configs: dict, hardware: Hardware, plan: Plan) -> bool:

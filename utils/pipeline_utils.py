@@ -24,7 +24,7 @@ from utils.cuda_graph import CUDAGraphModule
 from utils.hardware import detect
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
-from utils.plan import Plan, Technique, lines, make_plan
+from utils.plan import Check, Plan, lines, make_plan
 from utils.postprocess import CheckedImageProcessor, GPUImageProcessor
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
@@ -103,8 +103,8 @@ def kept_transformer(plan: Plan, args: argparse.Namespace, configs: dict, conten
     if not plan.offload.on:
         plan.load_device = args.device
     if plan.fp8_check.on:
-        plan.fp8_check = (Technique(note=f"{100 * check['difference']:.1f} %, measured before the weights were kept")
-                          if check else Technique(False, "not run before the weights were kept"))
+        plan.fp8_check = (Check(note="measured before the weights were kept", difference=check["difference"])
+                          if check else Check(False, "not run before the weights were kept"))
     transformer.fp8_check = check
     return transformer
 
@@ -169,14 +169,15 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
         use_packages(plan, pipeline, args, inputs, log)
     if plan.context_parallel.on:
         shard_attention(plan, transformer, device)
+    pool = torch.cuda.graph_pool_handle() if plan.cuda_graphs.on else None  # of graphs that never run at once
     if plan.step_cache.dbcache:
-        cache_steps(plan, pipeline)
+        cache_steps(plan, pipeline, pool)
     if plan.compile.mode == "compile":
         compile_pipeline(plan, pipeline, args.cache_dir)
     if plan.context_parallel.on:  # inside the step's CUDA graph, which records the collectives
         pipeline.transformer = context_parallel.SequenceParallel(pipeline.transformer)
     if plan.cuda_graphs.on:
-        capture_graphs(plan, pipeline)
+        capture_graphs(plan, pipeline, pool)
     attach_to_denoising_loop(plan, pipeline)
     set_image_processor(plan, pipeline, device)
 
@@ -199,7 +200,7 @@ def plan_of_own(pipeline, args: argparse.Namespace) -> Plan:
     plan = make_plan(args, configs_of(pipeline), detect(args))
     plan.load_device = pipeline.transformer.device.type
     if plan.load_device != args.device and plan.fp8_check.on:
-        plan.fp8_check = Technique(False, f"the unquantized model is on the {plan.load_device}")
+        plan.fp8_check = Check(False, f"the unquantized model is on the {plan.load_device}")
     pipeline.to(plan.dtype)
     if args.device == "cuda":
         use_kernel_cache(args.cache_dir)
@@ -280,18 +281,22 @@ def shard_attention(plan: Plan, transformer: torch.nn.Module, device: torch.devi
                                                             plan.context_parallel.processes, device)
 
 
-def cache_steps(plan: Plan, pipeline) -> None:
+def cache_steps(plan: Plan, pipeline, pool) -> None:
     """cache-dit around the blocks. It decides in Python, so CUDA graphs go around the segments between decisions."""
-    wrap = partial(CUDAGraphModule, pool=torch.cuda.graph_pool_handle()) if plan.cuda_graphs.on else None
+    wrap = partial(CUDAGraphModule, pool=pool) if plan.cuda_graphs.on else None
     dbcache.enable(pipeline, plan.step_cache.dbcache, plan.step_cache.separate_cfg, wrap,
                    shared=plan.context_parallel.on)
 
 
-def capture_graphs(plan: Plan, pipeline) -> None:
-    """CUDA graphs around text encoders, VAE decoder and step. With a step cache the step's segments have theirs."""
+def capture_graphs(plan: Plan, pipeline, pool) -> None:
+    """CUDA graphs around text encoders, VAE decoder and step. With a step cache the step's segments have theirs.
+
+    Args:
+        pool: the memory of the graphs, from `torch.cuda.graph_pool_handle`.
+    """
     # CLIP has a pool of its own, since it runs beside T5.
     pipeline.text_encoder = CUDAGraphModule(pipeline.text_encoder, torch.cuda.graph_pool_handle())
-    wrap = partial(CUDAGraphModule, pool=torch.cuda.graph_pool_handle())
+    wrap = partial(CUDAGraphModule, pool=pool)
     if plan.cuda_graphs.with_t5:
         pipeline.text_encoder_2 = wrap(pipeline.text_encoder_2)
         overlap_text_encoders(pipeline)
@@ -377,7 +382,7 @@ def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, str
         RecipeError: fp8 does not hold, with --strict.
     """
     if check:
-        pipeline.fp8_check, plan.fp8_check.note = check.record(), check.line()
+        pipeline.fp8_check, plan.fp8_check.difference = check.record(), check.difference
         log.line(f"fp8 check: {check.line()}")
         if context_parallel.is_main_process():
             check.report(plan.lossy(), strict)

@@ -116,6 +116,11 @@ class CUDAGraphs(Technique):
     segments: int = 1  # of the step; a step cache decides between segments
 
 
+@dataclass
+class Check(Technique):
+    difference: float | None = None  # of a step from the unquantized model's, relative; None before the check
+
+
 # {field of `Plan`: (name for people, the flag that switches the technique off)}, in the order of the recipe and of the
 # README's table. Techniques without such a flag are off by default.
 TECHNIQUES = {
@@ -160,7 +165,7 @@ class Plan:
     context_parallel: ContextParallel
     cuda_graphs: CUDAGraphs
     gpu_postprocess: Technique
-    fp8_check: Technique
+    fp8_check: Check
     load_device: str = "cpu"  # where the unquantized weights are loaded, from `utils.memory.fit`
 
     @property
@@ -455,7 +460,7 @@ def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings
 
 
 def _fp8_check(args, hardware: Hardware, attends: Attention, quantized: Quantization, cache: StepCache, warms_up: bool
-               ) -> Technique:
+               ) -> Check:
     """int8 is checked as well, but not on a CPU, where a bf16 step takes longer than the picture's steps.
 
     On several GPUs only the finished recipe shards the tokens, so that the warm-up's step is checked alone. A step
@@ -468,7 +473,7 @@ def _fp8_check(args, hardware: Hardware, attends: Attention, quantized: Quantiza
            "several GPUs check the warm-up's step, which has other inputs here" if args.context_parallel and (
                cache.on or images_per_call(args) > 1 or not warms_up) else "")
     steps = "one quantized step is" if args.context_parallel else "two quantized steps are"
-    return Technique(not off, off, "" if off else f"{steps} compared with the unquantized model's")
+    return Check(not off, off, "" if off else f"{steps} compared with the unquantized model's")
 
 
 # --- what people read ---
@@ -513,6 +518,8 @@ def _parameters(technique: Technique) -> str:
             segments = f" in {technique.segments} segments, between which the cache decides"
             return f"{'text encoders' if technique.with_t5 else 'CLIP'}, VAE decoder, step" + (
                 segments if technique.segments > 1 else "")
+        case Check(difference=float() as difference):
+            return f"a step differs from the unquantized model's by {100 * difference:.1f} %"
     return ""
 
 
