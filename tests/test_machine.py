@@ -148,6 +148,31 @@ def test_settle_compilers_sets_working_ones_and_notes_each_change(program, monke
     assert machine.compiler_obstacle()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
+@pytest.mark.parametrize("named", [True, False], ids=["CXX", "first on the PATH"])
+def test_settle_compilers_takes_the_first_one_that_finds_libstdcxx(tmp_path, monkeypatch, named):
+    for folder, found in (("a", "libstdc++.so"), ("b", "/usr/lib/libstdc++.so")):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "g++"
+        path.write_text(f"#!/bin/sh\necho {found}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    if named:
+        monkeypatch.setenv("CXX", str(tmp_path / "a" / "g++"))
+    monkeypatch.setattr(start, "notes", [])
+    start.settle_compilers()
+    assert os.environ["CXX"] == str(tmp_path / "b" / "g++") and len(start.notes) == 1
+    assert machine.libstdcxx_obstacle() is None
+    start.settle_compilers()
+    assert len(start.notes) == 1
+    (tmp_path / "b" / "g++").unlink()
+    monkeypatch.setenv("CXX", str(tmp_path / "a" / "g++"))
+    start.settle_compilers()
+    assert os.environ["CXX"] == str(tmp_path / "a" / "g++") and "libstdc++.so" in machine.libstdcxx_obstacle()
+
+
 def test_triton_obstacle_is_a_missing_compiler_or_header_until_something_is_compiled(tmp_path, program, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from utils.common import RecipeError, reason_of
-from utils.start import GIVEN, can_write, compiler_of, nearest_parent
+from utils.start import GIVEN, can_write, compiler_of, finds_libstdcxx, nearest_parent
 
 # --- caches ---
 
@@ -146,8 +146,7 @@ def libstdcxx_obstacle() -> str | None:
     compiler = cpp_compiler()
     if compiler is None or sys.platform != "linux":
         return None
-    path = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
-    if path != "libstdc++.so":  # the compiler found the library and printed its full path
+    if finds_libstdcxx(compiler):
         return None
     return (f"{compiler} finds no libstdc++.so, and packages with their own copy of libstdc++ crash when opened. "
             "Install it (Debian, Ubuntu: apt install libstdc++-13-dev, or the version of your g++)")

@@ -189,6 +189,37 @@ def settle_compilers() -> None:
             instead = compiler or ("the compiler that Triton finds" if variable == "CC" else "no compiler (none works)")
             notes.append(f"{variable}={wanted} is not a single working executable, as PyTorch requires: {instead} is "
                          "used")
+    if sys.platform == "linux":
+        settle_libstdcxx(names)
+
+
+def settle_libstdcxx(names: Sequence[str]) -> None:
+    """Sets CXX to a compiler that finds libstdc++.so, if torch's does not and another one on the PATH does.
+
+    Exported packages need the library (`utils.machine.libstdcxx_obstacle`).
+
+    Args:
+        names: of compilers, the preferred first.
+    """
+    compiler = os.environ.get("CXX", names[0])
+    if not works(compiler) or finds_libstdcxx(compiler):
+        return
+    for folder in os.get_exec_path():
+        for other in (os.path.join(folder, name) for name in names):
+            if os.access(other, os.X_OK) and works(other) and finds_libstdcxx(other):
+                os.environ["CXX"] = other
+                notes.append(f"{compiler} finds no libstdc++.so, which exported packages need: {other} is used")
+                return
+
+
+def finds_libstdcxx(compiler: str) -> bool:
+    """Whether a compiler finds libstdc++.so: it prints the full path of a library that it finds, else the bare name."""
+    try:
+        done = subprocess.run([compiler, "-print-file-name=libstdc++.so"], stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() != "libstdc++.so"
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
 
 
 def compiler_of(wanted: str, fallback: Sequence[str]) -> str | None:
