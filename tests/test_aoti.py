@@ -318,7 +318,8 @@ CASES = {
     "dev, float32, cache": ["--ckpt", "tiny-flux-dev", "--disable_bf16", "--disable_quant", "--height", "64", "--width",
                             "96", "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
     "dev, int8, batch 2, cache": [
-        "--ckpt", "tiny-flux-dev", "--num_images_per_prompt", "2", "--height", "96", "--width", "160",
+        "--ckpt", "tiny-flux-dev", "--quant_dtype", "int8", "--num_images_per_prompt", "2", "--height", "96", "--width",
+        "160",
         "--num_inference_steps", "6", "--cache_dit_config", "cache.yaml", "--vae_tiling"],
     "dev, float32 and int8, batch 2": ["--ckpt", "tiny-flux-dev", "--disable_bf16", "--quant_dtype", "int8",
                                        "--num_images_per_prompt", "2", "--height", "64", "--width", "64",
