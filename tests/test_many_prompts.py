@@ -320,6 +320,9 @@ def test_is_made_ignores_whether_packages_were_exported_or_loaded(tmp_path):
         return {"techniques": {"compile": how, "bf16": "weights"}, "guidance_scale": scale}
     save_image(PIL.Image.new("RGB", (8, 8)), tmp_path / "x.jpg", made("exported abc, 3.1 MB"))
     assert is_made(tmp_path / "x.jpg", made("loaded abc"))
+    kept = made("loaded abc")
+    kept["techniques"] |= {"kept weights": {"loaded": True}}
+    assert is_made(tmp_path / "x.jpg", kept)
     assert not is_made(tmp_path / "x.jpg", made("loaded abc", 2.0))
     assert not is_made(tmp_path / "x.jpg", {"techniques": {"bf16": "weights"}, "guidance_scale": 1.0})
 

@@ -390,10 +390,11 @@ def test_optimize_casts_a_pipeline_of_ones_own_to_the_plans_dtype(build, args_fo
     assert {p.dtype for p in pipeline.transformer.parameters()} == {dtype} and pipeline.plan.dtype == dtype
 
 
-def test_optimize_refuses_a_lora_for_a_pipeline_of_ones_own(build, args_for):
+def test_optimize_refuses_what_only_load_pipeline_does_for_a_pipeline_of_ones_own(build, args_for):
     """Its weights are as they are, and the metadata would name a LoRA that nothing merged."""
-    with pytest.raises(RecipeError, match="--lora x"):
-        optimize(build("tiny-flux"), args_for("tiny-flux", "--lora", "x"))
+    for flags in (["--lora", "x"], ["--keep_quantized"]):
+        with pytest.raises(RecipeError, match=" ".join(flags)):
+            optimize(build("tiny-flux"), args_for("tiny-flux", *flags))
 
 
 def test_optimize_uncompiled_fuses_projections_and_leaves_int8_off(build, args_for):

@@ -192,8 +192,8 @@ def _add_technique_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--disable_fused_kernels", action="store_true",
                         help="diffusers' blocks and torchao's float8 instead of this project's Triton kernels (Hopper)")
     recipe.add_argument("--keep_quantized", action="store_true",
-                        help="keep the fused kernels' quantized weights in --cache-dir (12 GB); later starts with this "
-                        "flag load them")
+                        help="keep the fused kernels' quantized weights in --cache-dir (12 to 15 GB); later starts "
+                        "with this flag load them")
     recipe.add_argument("--text_encoder_quant", action="store_true",
                         help="T5 in int8, weights only: 4.9 instead of 9.5 GB (lossy)")
     recipe.add_argument("--step_cache", "--cache_preset", "--cache_dit_config", metavar="NAME|FILE", action="append",

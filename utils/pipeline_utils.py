@@ -192,11 +192,14 @@ def plan_of_own(pipeline, args: argparse.Namespace) -> Plan:
     """The plan for a pipeline that `load_pipeline` did not make. The pipeline is cast to the plan's dtype.
 
     Raises:
-        RecipeError: as `make_plan`, and for --lora, which `load_pipeline` merges.
+        RecipeError: as `make_plan`, and for --lora and --keep_quantized, which are `load_pipeline`'s.
     """
     if args.lora:
         raise RecipeError(f"--lora {args.lora[0]}: only load_pipeline merges LoRAs. Load the pipeline with it, or call "
                           "pipeline.fuse_lora() and drop the flag.")
+    if args.keep_quantized:
+        raise RecipeError("--keep_quantized: the weights of a checkpoint's files alone are kept. Load the pipeline "
+                          "with load_pipeline, or drop the flag.")
     plan = make_plan(args, configs_of(pipeline), detect(args))
     plan.load_device = pipeline.transformer.device.type
     if plan.load_device != args.device and plan.fp8_check.on:

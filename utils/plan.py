@@ -411,7 +411,7 @@ def _quantization(args, hardware: Hardware, bf16: bool, compiles: Compile, defau
     obstacle = by_choice = None
     if dtype == "int8" and not compiles.on:
         obstacle = f"int8 pays only when compiled, and nothing is: {compiles.why}"
-        by_choice = obstacle if compiles.why.startswith("--") else None
+        by_choice = obstacle if args.compile_export_mode == "disabled" or args.offload == "group" else None
     if hardware.device == "cpu" and args.quant_dtype == "auto":
         # tiny-flux on two cores, with packages: 0.097 s a picture in int8, 0.085 in bf16.
         obstacle = by_choice = "int8 is slower than bf16 on a CPU; --quant_dtype int8 asks for it"

@@ -134,7 +134,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sha256s(paths: Iterable[Path]) -> list[str]:
-    """Of several files at once: 12 GB of kept weights would take one thread several seconds."""
+    """Of several files at once: kept weights of 12 GB would take one thread several seconds."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(_sha256, paths))
 
