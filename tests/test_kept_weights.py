@@ -63,6 +63,7 @@ def test_second_start_loads_what_the_first_kept_and_draws_the_same_bits(start, w
     assert not [name for name, tensor in second.transformer.state_dict().items() if tensor.is_meta]
 
 
+@pytest.mark.slow
 def test_shards_split_and_come_back_whole(start, weights, monkeypatch):
     monkeypatch.setattr(kept_weights, "SHARD", 2**20)
     _, expected = start()
@@ -111,8 +112,8 @@ def writable_for_others(folder):
     os.chmod(folder / "00.safetensors", 0o666)
 
 
-@pytest.mark.parametrize("damage", [flip, lose, link, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (
-    truncate, empty_manifest, other_key, link_folder, writable_for_others))])
+@pytest.mark.parametrize("damage", [flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (
+    truncate, lose, link, empty_manifest, other_key, link_folder, writable_for_others))])
 def test_damaged_weights_are_named_in_one_line_and_made_again(start, weights, capfd, damage):
     _, expected = start()
     folder = only(weights)
@@ -124,6 +125,7 @@ def test_damaged_weights_are_named_in_one_line_and_made_again(start, weights, ca
     assert start()[0].plan.kept_weights.loaded
 
 
+@pytest.mark.slow
 def test_another_checkpoint_lora_or_modulation_is_another_key(start, weights, checkpoint, tmp_path, monkeypatch):
     start()
     key = only(weights).name
@@ -157,6 +159,7 @@ def test_too_little_space_is_seen_before_writing(start, weights, monkeypatch):
     assert not [path for path in weights.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_killed_while_writing_leaves_nothing_that_a_later_start_uses(start, weights):
     _, expected = start()
     folder = only(weights)
@@ -167,6 +170,7 @@ def test_killed_while_writing_leaves_nothing_that_a_later_start_uses(start, weig
     assert not left_over.exists() and folder.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_wait_for_each_other(start, weights, capfd):
     _, expected = start()
     folder = only(weights)
@@ -197,6 +201,7 @@ def test_failed_fp8_check_keeps_nothing(start, weights, monkeypatch):
     assert not weights.exists() or not [path for path in weights.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_skipped_check_is_said_in_later_starts(start):
     start("--skip_fp8_check")
     pipeline, _ = start()
