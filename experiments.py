@@ -76,6 +76,8 @@ WITHOUT = {
     "without_quant": [*QUICK, QUANT],
     "without_fa3": [*QUICK, FA3],
 }
+# The default is --quality fast.
+GEARS = {f"quality_{name}": [*QUICK, "--quality", name] for name in ("high", "exact")}
 PRESETS = ("safe", "balanced", "fast", "extreme")
 # With random weights residuals are meaningless, so that these rows skip every step that the mask allows.
 CACHES = {"cache_default": [*QUICK, "--force_cache", "--step_cache", "f12b12"]} | {
@@ -156,6 +158,7 @@ TINY = {
     # 24, 20, 16 and 13 steps compute about as many blocks of this model as the presets do.
     f"steps_{count}": [*EAGER, *OFF, "--num_inference_steps", str(count)] for count in (24, 20, 16, 14, 13)} | {
     "all_defaults": QUICK,
+    **GEARS,
     "cache_defaults": [*QUICK, "--step_cache", "f12b12"],
     "other_seed": [*EAGER, *OFF, "--seed", "1000"],
 }
@@ -168,9 +171,9 @@ ROWS = {
         "kernels_unfused": [*QUICK, *UNFUSED, "--kernels", "--runs", "1"],
         "attention_scaled": [*EAGER, *ATTENTION, "fa3"],
         "attention_unscaled": [*EAGER, *ATTENTION, "fa3_unscaled"],
-    } | MEMORY | WITHOUT | FLOAT8 | BACKENDS | BATCHES | SIZES | STARTS | GPUS,
-    "dev": LADDER | MEMORY | WITHOUT | CACHES | FLOAT8 | GPUS | CACHED_GPUS,
-    "kontext": ENDS | WITHOUT | CACHES | GPUS | CACHED_GPUS,
+    } | GEARS | MEMORY | WITHOUT | FLOAT8 | BACKENDS | BATCHES | SIZES | STARTS | GPUS,
+    "dev": LADDER | GEARS | MEMORY | WITHOUT | CACHES | FLOAT8 | GPUS | CACHED_GPUS,
+    "kontext": ENDS | GEARS | WITHOUT | CACHES | GPUS | CACHED_GPUS,
     "tiny": TINY,
 }
 

@@ -339,6 +339,8 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
         chosen = make_plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights), detect(recipe))
         if not chosen.fused_kernels.on and not on_cpu:
             return {"not_measured": f"fused kernels are off: {describe(chosen.fused_kernels)}"}
+        if chosen.fused_kernels.on and chosen.quantization.dtype == "int8":
+            return {"not_measured": "the fused kernels are in int8"}
         from bench.block_shares import block_shares  # Triton, which CPU builds of torch lack
 
         pipeline = load_pipeline(recipe)

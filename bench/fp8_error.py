@@ -52,17 +52,26 @@ def as_flux_fast(transformer: torch.nn.Module, device: torch.device) -> None:
     quantize_transformer(transformer, "float8", "tensor", device)
 
 
-def as_fused(transformer: torch.nn.Module, device: torch.device, float8_modulations: bool = False) -> None:
-    """The default on a Hopper GPU."""
+def as_fused(transformer: torch.nn.Module, device: torch.device, **options: bool) -> None:
+    """The default on a Hopper GPU.
+
+    Args:
+        options: of `fuse_blocks`.
+    """
     from utils.kernels.fused_blocks import defer_residuals, fuse_blocks  # Triton, which CPU builds of torch lack
 
-    fuse_blocks(transformer, device, float8_modulations)
+    fuse_blocks(transformer, device, **options)
     defer_residuals(transformer)
 
 
 def as_fused_float8_modulations(transformer: torch.nn.Module, device: torch.device) -> None:
     """The default if GPU memory is too small for modulations in bf16."""
     as_fused(transformer, device, float8_modulations=True)
+
+
+def as_fused_int8(transformer: torch.nn.Module, device: torch.device) -> None:
+    """--quality high on a Hopper GPU: the fused kernels in int8, and FlashAttention-3 in bf16."""
+    as_fused(transformer, device, int8=True)
 
 
 def as_int8(transformer: torch.nn.Module, device: torch.device) -> None:
@@ -77,7 +86,8 @@ def as_fp8_attention(transformer: torch.nn.Module, device: torch.device) -> None
 
 
 RECIPES = {"bf16": as_bf16, "fp8_attention": as_fp8_attention, "float8_row": as_float8_row, "flux_fast": as_flux_fast,
-           "fused": as_fused, "fused_float8_modulations": as_fused_float8_modulations, "int8": as_int8}
+           "fused": as_fused, "fused_float8_modulations": as_fused_float8_modulations, "fused_int8": as_fused_int8,
+           "int8": as_int8}
 
 
 def draw(pipeline, transformer: torch.nn.Module, mixture: dict[str, float], count: int, steps: int) -> list:

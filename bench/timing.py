@@ -175,7 +175,7 @@ def record_of(args, pipeline, kwargs: dict, seconds: list[float], image, is_fini
     return {
         "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
         "device": args.device,
-        "settings": {"seed": args.seed} | {name: value for name, value in kwargs.items()
+        "settings": {"seed": args.seed, "quality": args.quality} | {name: value for name, value in kwargs.items()
                                            if isinstance(value, (int, float, str))},
         "techniques": plan.record(pipeline.plan),
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],

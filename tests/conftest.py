@@ -61,16 +61,20 @@ def float8_on_cpu(monkeypatch):
 
 
 def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention", "quantization", "fused_kernels")):
-    """From now on `optimize` has these techniques on, as on a Hopper GPU; the kernels' references stand in for them."""
+    """From now on `optimize` has these techniques on, as on a Hopper GPU; the kernels' references stand in for them.
+
+    Blocks and attention are in fp8, or with --quality high or --quant_dtype int8 in int8 and bf16.
+    """
     def planned(args, *given):
         chosen = plan.make_plan(args, *given)
+        in_int8 = args.quality == "high" or args.quant_dtype == "int8"
         for name in names:
             getattr(chosen, name).on = True
         if "attention" in names:
-            chosen.attention.backend = "fa3"
+            chosen.attention.backend = "fa3_bf16" if in_int8 else "fa3"
             patch.setattr(attention, "register_library", lambda *_: None)
         if "quantization" in names:
-            chosen.quantization.dtype, chosen.quantization.granularity = "float8", "row"
+            chosen.quantization.dtype, chosen.quantization.granularity = "int8" if in_int8 else "float8", "row"
         if {"attention", "quantization"} & set(names) and not (args.skip_fp8_check or args.context_parallel):
             chosen.fp8_check = plan.Check()
         return chosen

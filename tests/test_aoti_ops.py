@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from utils import attention
 from utils.aoti import export
-from utils.kernels import fused_blocks, fused_kernels
+from utils.kernels import casts, fused_blocks, gemm
+from utils.kernels.formats import quantize_rows
 from utils.pipeline_utils import call_kwargs
 
 
@@ -29,7 +30,7 @@ class Gemms(torch.nn.Module):
             linears = [torch.nn.Linear(*sizes) for _ in range(2)]
             # As strong as their seed, or scales would be almost the same, whatever the seed.
             parts = zip(*(((1 + seed) * linear.weight.data, linear.bias.data) for linear in linears), strict=True)
-            setattr(self, name, fused_blocks.Float8Linear(*map(list, parts), gated=name == "down"))
+            setattr(self, name, fused_blocks.QuantizedLinear(*map(list, parts), gated=name == "down"))
         self.register_buffer("columns", 0.5 + torch.rand(2 * mlp))
         self.register_buffer("norms", 0.5 + torch.rand(2, 3, 64))
         self.register_buffer("qk_scale", 0.02 + 0.02 * torch.rand(2))
@@ -37,21 +38,21 @@ class Gemms(torch.nn.Module):
         self.register_buffer("one", torch.ones(()))
 
     def forward(self, x, x_scale, cos, sin, lengths, scale):
-        qkv, descale, shared = fused_kernels.qkv_gemm(x, x_scale, *self.qkv.operands(), self.norms, cos, sin,
-                                                      self.qk_scale, lengths, self.bounds, 32, 2)
+        qkv, descale, shared = gemm.qkv_gemm(x, x_scale, *self.qkv.operands(), self.norms, cos, sin, self.qk_scale,
+                                             lengths, self.bounds, 32, 2)
         attended = attention.attention(*qkv.unbind(), *descale.unbind(1), "fa3").flatten(2)
         beside = x.new_empty(*x.shape[:2], x.shape[2] + self.down.weight.shape[1])
-        placed = fused_kernels.place_attention(attended, scale, beside)
+        placed = casts.place_attention(attended, scale, beside)
         hidden = x.new_empty(*x.shape[:2], self.down.weight.shape[1])
-        fused_kernels.gelu_gemm(x, x_scale, *self.up.operands(), self.columns, scale, hidden, 32, 2)
-        y = fused_kernels.fp8_gemm(hidden, self.down.weight, self.one, 32, 2)
+        gemm.gelu_gemm(x, x_scale, *self.up.operands(), self.columns, scale, hidden, 32, 2)
+        y = gemm.fp8_gemm(hidden, self.down.weight, self.one, 32, 2)
         return beside[..., :x.shape[2]].float() * placed[..., None], shared, y * scale[..., None]
 
 
 @pytest.mark.slow
 def test_one_package_calls_the_fused_gemms_with_each_blocks_weights(tmp_path):
     """Weights, scales, numbers and output tensors reach the ops. No value of the first block is compiled in."""
-    x, x_scale = fused_kernels.quantize_rows(torch.randn(1, 96, 128))
+    x, x_scale = quantize_rows(torch.randn(1, 96, 128))
     unit = export.Unit("gemms", [Gemms(0), Gemms(1)], dict(
         x=x, x_scale=x_scale, cos=torch.rand(96, 32).half(), sin=torch.rand(96, 32).half(),
         lengths=x_scale * x.float().norm(dim=-1), scale=0.01 + 0.02 * torch.rand(1, 96)))

@@ -370,9 +370,11 @@ def test_report_measured_blocks_are_kept_and_others_are_tried_again(run, monkeyp
     assert run(*ROWS)[0]["blocks"] == measured and not found
 
 
-@pytest.mark.parametrize("hardware, expected", [
-    (H100, "OutOfMemoryError: CUDA out of memory."), (RTX4090, "NVIDIA GeForce RTX 4090")])
-def test_measure_blocks_without_memory_or_fused_kernels_returns_the_reason(decide, monkeypatch, hardware, expected):
+@pytest.mark.parametrize("hardware, quality, expected", [
+    (H100, "fast", "OutOfMemoryError: CUDA out of memory."), (H100, "high", "int8"),
+    (RTX4090, "fast", "NVIDIA GeForce RTX 4090")])
+def test_measure_blocks_without_memory_or_fp8_kernels_returns_the_reason(decide, monkeypatch, hardware, quality,
+                                                                         expected):
     """`decide` stands in for the libraries of a GPU."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -381,7 +383,7 @@ def test_measure_blocks_without_memory_or_fused_kernels_returns_the_reason(decid
 
     monkeypatch.setattr(fidelity, "load_pipeline", load_pipeline)
     monkeypatch.setattr(fidelity, "detect", lambda *_: hardware)
-    recipe = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--device", "cuda"])
+    recipe = create_parser().parse_args(["--ckpt", "tiny-flux-dev", "--device", "cuda", "--quality", quality])
     found = fidelity.measure_blocks(recipe, {"prompt": "a cat", "seed": 42}, False)
     assert set(found) == {"not_measured"} and expected in found["not_measured"] and "\n" not in found["not_measured"]
 

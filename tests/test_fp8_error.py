@@ -13,7 +13,7 @@ from bench import fp8_error, trained_like
 from bench.quality import capture_step
 from utils.attention import use_attention_library
 from utils.common import RecipeError
-from utils.kernels.fused_kernels import quantize_rows
+from utils.kernels.formats import quantize_rows
 from utils.pipeline_utils import call_kwargs
 
 SMALL = ["--ckpt", "tiny-flux-dev", "--random_weights", "1+2", "--device", "cpu", "--height", "64", "--width", "64"]
@@ -32,12 +32,14 @@ def measured(monkeypatch, tmp_path, float8_on_cpu):
 
 def test_fp8_error_measures_every_recipe_on_every_case(measured):
     skip_without_float8_products()
-    record = measured(*SMALL, "--cases", "plain", "neuron=3000,head=300", "--recipes", "bf16", "fp8_attention", "fused")
+    record = measured(*SMALL, "--cases", "plain", "neuron=3000,head=300", "--recipes", "bf16", "fp8_attention", "fused",
+                      "fused_int8")
     assert [row["case"] for row in record["rows"]] == ["plain", "neuron=3000,head=300"]
     for row in record["rows"]:
         errors = row["errors"]
-        assert set(errors) == {"bf16", "fp8_attention", "fused"}
+        assert set(errors) == {"bf16", "fp8_attention", "fused", "fused_int8"}
         assert 0.001 < errors["bf16"] < errors["fp8_attention"] < errors["fused"] < 0.05
+        assert errors["bf16"] < errors["fused_int8"] < errors["fused"]
     assert record["gates"] == fp8_error.RANDOM_GATES and record["environment"]["packages"]["torch"]
     assert record["environment"]["argv"][-2:] == ["--output-json", "out.json"]  # without its folder
 

@@ -179,6 +179,9 @@ def test_gpu_postprocess_equals_the_cpu():
 @pytest.mark.parametrize("argv", [
     [],
     ["--num_images_per_prompt", "2"],
+    ["--quality", "high"],
+    pytest.param(["--quality", "high", "--num_images_per_prompt", "2"], marks=slow),
+    ["--quality", "exact"],
     ["--disable_fused_kernels", "--disable_fused_vae"],
     ["--attention_backend", "native", "--quant_granularity", "tensor"],
     ["--quant_dtype", "int8", "--attention_backend", "_native_cudnn", "--text_encoder_quant"],
@@ -209,6 +212,7 @@ def test_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
     ["--cache_preset", "fast", "--force_cache", "--num_images_per_prompt", "2", "--negative_prompt", "x",
      "--true_cfg_scale", "2"],
     ["--enable_cache_dit", "--force_cache"],
+    ["--cache_preset", "fast", "--quality", "high"],
     pytest.param(["--cache_preset", "fast", "--force_cache", "--ckpt", "FLUX.1-Kontext-dev"], marks=slow),
 ], ids=" ".join)
 def test_step_cache_over_graphs_equals_the_cache_without_them(argv, tmp_path):
@@ -269,6 +273,7 @@ def test_taylorseer_over_one_graph_equals_taylorseer_without_it(tmp_path):
 
 @pytest.mark.parametrize("offload, argv", [
     ("text", []),
+    pytest.param("text", ["--quality", "high"], marks=slow),
     ("text", ["--text_encoder_quant", "--vae_tiling", "--cache_preset", "fast", "--num_inference_steps", "12"]),
     ("model", ["--disable_fused_kernels"]),
     ("group", ["--disable_fused_kernels"]),
@@ -317,7 +322,8 @@ def test_cuda_graphs_in_one_pool_do_not_overwrite_each_other():
 
 
 @slow
-def test_kept_weights_draw_what_the_start_drew_that_quantized_them(tmp_path):
+@pytest.mark.parametrize("quality", ["fast", "high"])
+def test_kept_weights_draw_what_the_start_drew_that_quantized_them(quality, tmp_path):
     """On 1 + 2 blocks of full width, and the whole T5."""
     if shutil.disk_usage(tmp_path).free < 25e9:
         pytest.skip("needs 25 GB of disk")
@@ -326,7 +332,8 @@ def test_kept_weights_draw_what_the_start_drew_that_quantized_them(tmp_path):
     del whole
     args = create_parser().parse_args(
         ["--ckpt", str(tmp_path / "checkpoint"), "--keep_quantized", "--cache-dir", str(tmp_path / "cache"), "--quiet",
-         "--height", "256", "--width", "384", "--num_inference_steps", "2", "--compile_export_mode", "disabled"])
+         "--height", "256", "--width", "384", "--num_inference_steps", "2", "--compile_export_mode", "disabled",
+         "--quality", quality])
     found = []
     for loaded in (False, True):
         pipeline = optimize(load_pipeline(args), args)
@@ -336,7 +343,7 @@ def test_kept_weights_draw_what_the_start_drew_that_quantized_them(tmp_path):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("argv", [[], pytest.param(
+@pytest.mark.parametrize("argv", [[], pytest.param(["--quality", "high"], marks=slow), pytest.param(
     ["--quant_granularity", "tensor", "--attention_backend", "native"], marks=slow)], ids=" ".join)
 def test_packages_in_a_cuda_graph_are_close_to_eager(argv, tmp_path):
     """Exported and loaded again, on 1 + 2 blocks of full width: the step against float32, no second copy of weights."""

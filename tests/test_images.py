@@ -66,5 +66,13 @@ def test_image_parameters_tell_references_of_other_shapes_apart(make_args):
     assert sha256((32, 16)) == sha256((32, 16)) != sha256((16, 32))
 
 
+def test_image_parameters_name_the_quality(make_args):
+    pipeline = types.SimpleNamespace(plan=types.SimpleNamespace(parameters=dict), contents={})
+    kwargs = dict(height=16, width=16, num_inference_steps=1, guidance_scale=1.0)
+    found = [image_parameters(make_args(*argv), pipeline, kwargs, "a cat", 0)["quality"]
+             for argv in ([], ["--quality", "high"], ["--quality", "exact"])]
+    assert found == ["fast", "high", "exact"]
+
+
 def test_numbered_path_pads_the_index():
     assert numbered_path("a/b.png", 3, 42).as_posix() == "a/b_003_42.png"

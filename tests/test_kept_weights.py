@@ -51,13 +51,14 @@ def only(folder: Path) -> Path:
     return found
 
 
-def test_second_start_loads_what_the_first_kept_and_draws_the_same_bits(start, weights, monkeypatch):
-    first, expected = start()
+@pytest.mark.parametrize("argv", [[], ["--quality", "high"]], ids=" ".join)
+def test_second_start_loads_what_the_first_kept_and_draws_the_same_bits(start, weights, monkeypatch, argv):
+    first, expected = start(*argv)
     assert not first.plan.kept_weights.loaded and first.fp8_check["holds"]
     files = sorted(path.name for path in only(weights).iterdir())
     assert files == ["00.safetensors", "manifest.json"]
     monkeypatch.setattr("utils.kernels.fused_blocks.quantize_rows", None, raising=False)
-    second, found = start()
+    second, found = start(*argv)
     assert second.plan.kept_weights.loaded and second.fp8_check == first.fp8_check
     assert torch.equal(found, expected)
     assert not [name for name, tensor in second.transformer.state_dict().items() if tensor.is_meta]
@@ -136,7 +137,9 @@ def test_another_checkpoint_lora_or_modulation_is_another_key(start, weights, ch
         {"weights": "w", "lora": [["l", 0.5]]})}
     plan.fused_kernels.float8_modulations = True
     keys.add(store.key_of(kept_weights.fields_of(plan, contents)))
-    assert len(keys | {key}) == 6
+    plan.quantization.dtype = "int8"
+    keys.add(store.key_of(kept_weights.fields_of(plan, contents)))
+    assert len(keys | {key}) == 7
 
 
 def test_disk_that_takes_no_more_keeps_nothing_and_draws(start, weights):

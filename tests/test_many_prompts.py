@@ -323,6 +323,7 @@ def test_is_made_ignores_whether_packages_were_exported_or_loaded(tmp_path):
     kept = made("loaded abc")
     kept["techniques"] |= {"kept weights": {"loaded": True}}
     assert is_made(tmp_path / "x.jpg", kept)
+    assert is_made(tmp_path / "x.jpg", made("loaded abc") | {"quality": "exact"})  # the techniques decide the picture
     assert not is_made(tmp_path / "x.jpg", made("loaded abc", 2.0))
     assert not is_made(tmp_path / "x.jpg", {"techniques": {"bf16": "weights"}, "guidance_scale": 1.0})
 

@@ -64,7 +64,7 @@ PRINTED = [
         "--disable_cudagraphs", "--disable_fa3", "--disable_fused_kernels", "--disable_quant", "--offload text",
         "--offload model", "--offload group", "--text_encoder_quant", "--vae_tiling",
         "--attention_backend fa3_bf16", "--attention_backend fa3_unscaled", "--attention_backend _native_cudnn",
-        "--disable_channels_last")),
+        "--disable_channels_last", "--quality high", "--quality exact")),
     (TWO_H100, "schnell", ["--context_parallel", "ulysses"]),
     *((H100, "dev", flags.split()) for flags in (
         "--step_cache f12b12", "--step_cache safe", "--step_cache fast", "--step_cache fast --force_cache",
@@ -72,8 +72,9 @@ PRINTED = [
     *((H100, "small dev", flags.split()) for flags in ("--step_cache safe", "--step_cache f12b12")),
     (L20, "schnell", []), (L20, "schnell", ["--compile_export_mode", "export_aoti"]),
     (A100, "schnell", []), (A100, "schnell", ["--offload", "group"]), (A100, "schnell", ["--disable_bf16"]),
-    (T4, "schnell", []), (MI300, "schnell", []),
+    (T4, "schnell", []), (MI300, "schnell", []), (MI300, "schnell", ["--quality", "high"]),
     (CPU, "schnell", []), (CPU, "schnell", ["--compile_export_mode", "disabled"]), (CPU, "schnell", ["--vae_tiling"]),
+    (CPU, "schnell", ["--quality", "exact"]),
 ]
 
 
@@ -110,14 +111,105 @@ def test_plan_without_flags_goes_by_the_machine(hardware, backend, quantization)
     assert chosen.cuda_graphs.on == (hardware.device == "cuda")
 
 
-@pytest.mark.parametrize("argv", [[], ["--attention_backend", "fa3"]], ids=" ".join)
+def gear(chosen: Plan):
+    return chosen.attention.backend, quant(chosen), chosen.fused_kernels.on
+
+
+FLOAT8, INT8 = ("float8", "row"), ("int8", "row")
+H100_WITHOUT_FA3 = lacking(replace(H100, attention_source=""), attention="pip install it")
+
+
+@pytest.mark.parametrize("hardware, fast, high, exact", [
+    (H100, ("fa3", FLOAT8, True), ("fa3_bf16", INT8, True), ("fa3_bf16", None, False)),
+    (H100_WITHOUT_FA3, ("native", FLOAT8, False), ("native", INT8, False), ("native", None, False)),
+    (RTX4090, ("native", FLOAT8, False), ("native", INT8, False), ("native", None, False)),
+    (A100, ("native", INT8, False), ("native", INT8, False), ("native", None, False)),
+    (MI300, ("aiter", FLOAT8, False), ("native", INT8, False), ("native", None, False)),
+    (CPU, ("native", None, False), ("native", None, False), ("native", None, False)),
+], ids=["H100", "H100 without FA3", "RTX 4090", "A100", "MI300X", "CPU"])
+def test_plan_quality_chooses_the_formats(hardware, fast, high, exact):
+    assert gear(decide(hardware)) == gear(decide(hardware, "--quality", "fast")) == fast
+    assert gear(decide(hardware, "--quality", "high")) == high
+    assert gear(decide(hardware, "--quality", "exact")) == exact
+    lossless = decide(hardware, "--quality", "exact")
+    assert not lossless.lossy() and not lossless.fp8_check.on
+    assert decide(hardware, "--quality", "high").fp8_check.on == (hardware is not CPU)
+
+
+@pytest.mark.parametrize("hardware, argv, expected", [
+    (H100, "--quant_dtype int8", ("fa3_bf16", INT8, True)),
+    (H100, "--quant_dtype int8 --attention_backend fa3", ("fa3", INT8, False)),
+    (H100, "--quant_dtype int8 --attention_backend fa3_bf16", ("fa3_bf16", INT8, True)),
+    (H100, "--quant_dtype int8 --quant_granularity row", ("fa3_bf16", INT8, False)),
+    (H100, "--attention_backend fa3_bf16", ("fa3_bf16", FLOAT8, False)),
+    (H100, "--attention_backend fa3", ("fa3", FLOAT8, True)),
+    (H100, "--quality high --quant_dtype float8", ("fa3_bf16", FLOAT8, False)),
+    (H100, "--quality high --quant_dtype float8 --attention_backend fa3", ("fa3", FLOAT8, True)),
+    (H100, "--quality high --quant_granularity row", ("fa3_bf16", INT8, False)),
+    (H100, "--quality high --quant_granularity tensor", ("fa3_bf16", ("float8", "tensor"), False)),
+    (H100, "--quality high --disable_quant", ("fa3_bf16", None, False)),
+    (H100, "--quality high --attention_backend fa3", ("fa3", INT8, False)),
+    (H100, "--quality high --disable_fa3", ("native", INT8, False)),
+    (H100, "--quality high --disable_fused_kernels", ("fa3_bf16", INT8, False)),
+    (H100, "--quality exact --quant_dtype int8", ("fa3_bf16", INT8, True)),
+    (H100, "--quality exact --quant_dtype float8", ("fa3_bf16", FLOAT8, False)),
+    (H100, "--quality exact --quant_granularity row", ("fa3_bf16", FLOAT8, False)),
+    (H100, "--quality exact --attention_backend fa3", ("fa3", None, False)),
+    (H100, "--quality exact --disable_fa3", ("native", None, False)),
+    (MI300, "--quant_dtype int8", ("aiter", INT8, False)),
+    (MI300, "--quality high --attention_backend aiter", ("aiter", INT8, False)),
+    (RTX4090, "--quality high --quant_dtype float8", ("native", FLOAT8, False)),
+    (CPU, "--quality high --quant_dtype int8", ("native", INT8, False)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_plan_a_single_flag_wins_over_quality(hardware, argv, expected):
+    assert gear(decide(hardware, *argv.split())) == expected
+
+
+@pytest.mark.parametrize("quality", ["high", "exact"])
+def test_plan_quality_leaves_what_is_off_by_default_to_its_flags(quality):
+    chosen = decide(H100, "--quality", quality, "--text_encoder_quant", *FAST, configs=DEV)
+    assert chosen.text_encoder_quant.on and chosen.step_cache.on
+
+
+def test_plan_quality_is_an_error_only_with_strict():
+    for quality in ("fast", "high", "exact"):
+        decide(H100, "--quality", quality, "--strict")
+        with pytest.raises(RecipeError, match=r"--strict: attention .*pip install it"):
+            decide(H100_WITHOUT_FA3, "--quality", quality, "--strict")
+    # AITER computes in fp8 alone, so that its absence is no failure of the machine.
+    bare = lacking(MI300, attention="pip install aiter")
+    others = ("--disable_fused_vae", "--disable_fused_kernels", "--strict")
+    assert gear(decide(bare, "--quality", "high", *others)) == ("native", INT8, False)
+    with pytest.raises(RecipeError, match="pip install aiter"):
+        decide(bare, *others)
+
+
+@pytest.mark.parametrize("argv", ["--compile_export_mode disabled", "--offload text --vae_tiling", "--vae_tiling"])
+def test_plan_int8_on_the_fused_kernels_needs_no_compilation_of_the_blocks(argv):
+    for asked in (["--quality", "high"], ["--quant_dtype", "int8"]):
+        chosen = decide(H100, *asked, *argv.split(), "--strict")
+        assert gear(chosen) == ("fa3_bf16", INT8, True) and not chosen.inductor_flags.on
+        assert not chosen.compile.on or chosen.compile.scope == "none"
+    packaged = decide(H100, "--quality", "high").compile
+    assert (packaged.mode, packaged.scope, packaged.with_vae, packaged.with_t5) == ("export_aoti", "none", True, True)
+
+
+def test_plan_int8_without_the_fused_kernels_pays_only_when_compiled():
+    uncompiled = ["--compile_export_mode", "disabled", "--disable_fused_kernels"]
+    assert quant(decide(H100, "--quality", "high", *uncompiled)) is None
+    assert quant(decide(H100, "--quality", "high", "--offload", "group")) is None
+    with pytest.raises(RecipeError, match=r"--quant_dtype int8.*--compile_export_mode"):
+        decide(H100, "--quant_dtype", "int8", *uncompiled)
+
+
+@pytest.mark.parametrize("argv", [[], ["--attention_backend", "fa3"], ["--quality", "high"]], ids=" ".join)
 def test_plan_on_hopper_has_the_fused_kernels(argv):
     assert decide(H100, *argv, "--strict").fused_kernels.on
 
 
 @pytest.mark.parametrize("flag", ["--disable_fused_kernels", "--quant_granularity row", "--disable_quant",
                                   "--attention_backend fa3_bf16", "--offload model", "--offload group",
-                                  "--compile_scope whole", "--disable_bf16"])
+                                  "--compile_scope whole", "--disable_bf16", "--quality exact"])
 def test_plan_with_a_flag_against_the_fused_kernels_names_it_and_strict_lets_it_pass(flag):
     """A flag that takes away what they need is no failure of the machine."""
     chosen = decide(H100, *flag.split(), *(["--strict"] if "--offload" not in flag else []))
@@ -255,7 +347,9 @@ def test_plan_more_text_tokens_than_the_model_was_trained_with_are_refused():
 
 def test_plan_keeps_the_fused_weights_of_checkpoints_alone():
     assert decide(H100, "--keep_quantized").kept_weights.on and not decide(H100).kept_weights.on
-    for argv in (["--disable_fused_kernels"], ["--random_weights"], ["--ckpt", "tiny-flux"], ["--step_error"]):
+    assert decide(H100, "--keep_quantized", "--quality", "high").kept_weights.on
+    for argv in (["--disable_fused_kernels"], ["--random_weights"], ["--ckpt", "tiny-flux"], ["--step_error"],
+                 ["--quality", "exact"]):
         with pytest.raises(RecipeError, match="--keep_quantized"):
             decide(H100, *argv, "--keep_quantized")
 
@@ -309,12 +403,21 @@ def test_where_to_build_int8_keeps_the_modulation_in_bf16():
 def test_where_to_build_without_enough_memory_names_sizes_and_flags():
     with pytest.raises(RecipeError, match=r"(?s)transformer 11\.\d.*\b23\.5 GiB.*--text_encoder_quant"):
         build_on(RTX4090)
-    with pytest.raises(RecipeError, match="--disable_quant"):
-        build_on(RTX4090, "--disable_quant", "--text_encoder_quant")
+    for flag in ("--disable_quant", "--quality exact"):
+        with pytest.raises(RecipeError, match=f"drop {flag}"):
+            build_on(RTX4090, *flag.split(), "--text_encoder_quant")
 
 
-@pytest.mark.parametrize("argv", [["--text_encoder_quant"], ["--offload", "text"], ["--offload", "model"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("argv, size", [("", "11"), ("--quality high", "11"), ("--quant_dtype int8", "11"),
+                                        ("--quality high --disable_fused_kernels", "14"), ("--quality exact", "22")])
+def test_where_to_build_int8_on_the_fused_kernels_takes_a_byte_a_weight(argv, size):
+    """Modulations included, which torchao's int8 keeps in bf16."""
+    with pytest.raises(RecipeError, match=rf"transformer {size}\.\d"):
+        build_on(replace(H100, free_bytes=12 * GIB), *argv.split())
+
+
+@pytest.mark.parametrize("argv", [["--text_encoder_quant"], ["--offload", "text"], ["--offload", "model"],
+                                  ["--text_encoder_quant", "--quality", "high"]], ids=" ".join)
 def test_bf16_modulations_fit_where_3_gib_more_are_free(argv):
     """Wherever the weights are built: offloading builds on the CPU beside a GPU that has room."""
     args = arguments(H100, *argv)

@@ -90,7 +90,7 @@ def test_run_benchmark_counts_below_the_least_are_refused(run, argv):
 
 def test_run_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
     run(run_benchmark, "--ckpt", "tiny-flux-dev", "--runs", "3", "--warmup", "1", "--step_error", "--output-json",
-        "r.json", "--trace-file", "t.json.gz", *EAGER)
+        "r.json", "--trace-file", "t.json.gz", "--quality", "high", *EAGER)
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
     assert record == json.loads((tmp_path / "r.json").read_text())
@@ -110,6 +110,7 @@ def test_run_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
     assert work["tflops"] == pytest.approx(sum(work["flops"].values()) / record["stages_ms"]["denoising_step"] / 1e9)
     assert record["techniques"]["compile"] == {"on": False, "how": "--compile_export_mode disabled"}
     assert {"load", "warm-up"} <= set(record["cold_start_s"]) and record["settings"]["seed"] == 42
+    assert record["settings"]["quality"] == read_parameters(tmp_path / "output.png")["quality"] == "high"
     assert record["environment"]["argv"][:2] == ["--ckpt", "tiny-flux-dev"]
     assert read_parameters(tmp_path / "output.png")["num_inference_steps"] == 2
 

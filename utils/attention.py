@@ -5,7 +5,7 @@ The layout is (B, S, H, D) throughout, with the text tokens before the image tok
 FlashAttention-3 multiplies e4m3 tensors and takes one descale factor per batch item and head. flux-fast used this
 kernel with unscaled casts. Values over 448 then saturate; in eager mode on torch <= 2.11 they become NaN and the image
 is black. `ScaledAttnProcessor`, which diffusers' blocks call, scales them. (Fused blocks bring their own scales: see
-utils/kernels/fused_kernels.py.)
+utils/kernels/formats.py.)
 
 * q and k get a *static* scale. RMSNorm gives each head vector the length sqrt(D). After the norm's weight w and RoPE,
   therefore, no element exceeds sqrt(D) * max|w|. A bound that is a few times too wide costs no precision: e4m3 is a
@@ -38,8 +38,8 @@ BACKENDS = {
     "aiter": ("aiter", "bf16"),
 }
 
-# FlashAttention-3's number of queries in a tile, for e4m3 and a head dimension of 128. An SM (streaming multiprocessor)
-# computes one tile of one head at a time.
+# FlashAttention-3's number of queries in a tile, for e4m3, bf16 and a head dimension of 128. An SM (streaming
+# multiprocessor) computes one tile of one head at a time.
 QUERY_TILE = 128
 MOST_KEY_PARTS = 6  # with more parts of the keys, the merge costs more than it saves (H100, 4,352 tokens)
 
@@ -86,7 +86,7 @@ def register_library(library: str, function: Callable) -> None:
 
     def call(q, k, v, q_descale, k_descale, v_descale, with_lse=False):
         descale = dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale) if takes_descale else {}
-        if op and not with_lse and q.dtype == torch.float8_e4m3fn and q.shape[3] == 128:
+        if op and not with_lse and q.dtype in (torch.float8_e4m3fn, torch.bfloat16) and q.shape[3] == 128:
             first, parts = two_launches(q.shape[1], q.shape[0] * q.shape[2], _multiprocessors(q.device))
             if parts > 1:
                 out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)

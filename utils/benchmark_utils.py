@@ -178,19 +178,25 @@ def _add_technique_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--disable_fused_vae", action="store_true",
                         help="no Triton kernels in the VAE")
     recipe.add_argument("--attention_backend", metavar="NAME",
-                        help="fa3 (lossy: scaled fp8; the default on Hopper), fa3_bf16, fa3_unscaled (lossy: "
-                        "flux-fast's cast), aiter (lossy: fp8; the default on ROCm), or a name of diffusers' "
-                        "dispatcher (native, _native_cudnn, sage, ...). Names with _hub download a binary")
+                        help="fa3 (lossy: scaled fp8; the default on Hopper), fa3_bf16 (the default on Hopper with "
+                        "int8 and with --quality high or exact), fa3_unscaled (lossy: flux-fast's cast), aiter (lossy: "
+                        "fp8; the default on ROCm), or a name of diffusers' dispatcher (native, _native_cudnn, sage, "
+                        "...). Names with _hub download a binary")
     recipe.add_argument("--disable_fa3", action="store_true",
                         help="PyTorch's scaled_dot_product_attention in bf16 instead of fp8 attention")
+    recipe.add_argument("--quality", choices=["fast", "high", "exact"], default="fast",
+                        help="what is lossy by default. fast: float8 and fp8 attention, or int8 on older GPUs. high: "
+                        "int8 on GPUs, and attention in bf16. exact: nothing. A flag for quantization, attention or "
+                        "the fused kernels wins over this flag")
     recipe.add_argument("--disable_quant", action="store_true", help="no quantization of the transformer")
     recipe.add_argument("--quant_dtype", choices=["auto", "float8", "int8"], default="auto",
-                        help="dynamic quantization of the transformer (lossy); auto: float8 from compute capability "
-                        "8.9 and on MI300, else int8")
+                        help="dynamic quantization of the transformer (lossy). auto goes by --quality, and fast means "
+                        "float8 from compute capability 8.9 and on MI300, else int8")
     recipe.add_argument("--quant_granularity", choices=["row", "tensor"],
                         help="float8 scales per row (the default, more precise) or per tensor")
     recipe.add_argument("--disable_fused_kernels", action="store_true",
-                        help="diffusers' blocks and torchao's float8 instead of this project's Triton kernels (Hopper)")
+                        help="diffusers' blocks and torchao's quantization instead of this project's Triton kernels "
+                        "(Hopper)")
     recipe.add_argument("--keep_quantized", action="store_true",
                         help="keep the fused kernels' quantized weights in --cache-dir (12 to 15 GB); later starts "
                         "with this flag load them")
@@ -425,6 +431,12 @@ def unpackaged_by_flag(args: argparse.Namespace) -> tuple[str, str] | None:
              (f"--attention_backend {backend}", "(torch.export forgets which of PyTorch's kernels was chosen)"):
                  backend != "native" and not backend.startswith(("fa3", "aiter"))}
     return next((flag for flag, is_given in given.items() if is_given), None)
+
+
+def flags_over_quality(args: argparse.Namespace) -> list[str]:
+    """The given flags that choose 8-bit formats, or may choose them, and so win over --quality."""
+    return [f"--{name} {value}" for name in ("quant_dtype", "quant_granularity", "attention_backend")
+            if (value := getattr(args, name)) not in (None, "auto")]
 
 
 def images_per_call(args: argparse.Namespace) -> int:

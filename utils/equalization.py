@@ -12,6 +12,10 @@ from torch import Tensor
 # SmoothQuant's migration strength a: the exponent of the activation in `channel_shares`; the weight has 1 - a. The
 # weight can take more than the activation, because its scale is measured and the activation's scale is a bound.
 EQUALIZATION = 0.75
+# The same where the activation's scale is measured as well: int8.
+EQUALIZATION_INT8 = 0.35
+# The exponent with which strong modulations reduce an int8 activation.
+MODULATION_INT8 = 0.5
 
 
 def reach(weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def reach(weight: Tensor, bias: Tensor) -> Tensor:
     return 4 * weight.norm(dim=1) + bias.abs()
 
 
-def channel_shares(written: Tensor, read: Tensor) -> Tensor:
+def channel_shares(written: Tensor, read: Tensor, strength: float = EQUALIZATION) -> Tensor:
     """The static factor e of each channel: the activation is divided by e, and its weight column multiplied by e.
 
     The formula is SmoothQuant's (arXiv 2211.10438): e = written^a / read^(1 - a), up to a factor common to all
@@ -37,15 +41,16 @@ def channel_shares(written: Tensor, read: Tensor) -> Tensor:
     Args:
         written: (K,), the largest |activation| of each channel, as `reach` estimates it.
         read: (K,), the largest |w| of the weight column that reads the channel.
+        strength: the exponent a.
 
     Returns:
         (K,) float32.
     """
     sides = [(x / x.amax().clamp(min=1e-30)).clamp(min=2.0**-24) for x in (written.double(), read.double())]
-    return (sides[0] ** EQUALIZATION / sides[1] ** (1 - EQUALIZATION)).float()
+    return (sides[0] ** strength / sides[1] ** (1 - strength)).float()
 
 
-def column_powers(weights: list[Tensor]) -> Tensor:
+def column_powers(weights: list[Tensor], modulation: Tensor | None = None) -> Tensor:
     """How strongly the weights read each input channel, relative to the median channel, as powers of two.
 
     All rows of the weights count alike, since each is divided by its length. The caller multiplies each input channel
@@ -55,13 +60,19 @@ def column_powers(weights: list[Tensor]) -> Tensor:
 
     Args:
         weights: (N, K) each; N may differ.
+        modulation: (K,), the typical magnitude of the modulation of each channel, or None. Channels with a stronger
+            modulation than the median get smaller powers, so that they do not set the scales of an int8 row. A weak
+            modulation may suppress a massive channel, so it gets no larger power.
 
     Returns:
         (K,), powers of two from 2^-14 to 2^14.
     """
     squares = sum((weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-30)).square().sum(0) for weight in weights)
     columns = squares.sqrt()
-    columns = (columns / columns.median().clamp(min=1e-30)).clamp(2.0**-14, 2.0**14)
+    columns = columns / columns.median().clamp(min=1e-30)
+    if modulation is not None:
+        columns = columns / (modulation / modulation.median().clamp(min=1e-30)).clamp(min=1) ** MODULATION_INT8
+    columns = columns.clamp(2.0**-14, 2.0**14)
     return torch.exp2(columns.log2().round())
 
 

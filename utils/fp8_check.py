@@ -22,11 +22,11 @@ from utils.common import RecipeError
 # per-tensor scales, derived from bounds, failed with 21 to 34 %. tiny-flux has short rows, and its steps amplify
 # earlier errors: its pictures are right with up to 18 %.
 BOUND = 0.2
-# Flags that replace each lossy technique, the cheapest first.
-CURES = {"fused": "--disable_fused_kernels (per-row float8 by torchao)",
+# Flags that replace each lossy technique, the cheapest first. {without} names given flags that win over --quality.
+CURES = {"fp8": "--quality high{without} (int8 and bf16 in place of fp8)",
+         "fused": "--disable_fused_kernels (quantization by torchao)",
          "fp8 attention": "--attention_backend fa3_bf16 (attention in bf16)",
-         "float8": "--quant_dtype int8",
-         "any": "--disable_quant --disable_fa3 (bf16 throughout)"}
+         "any": "--quality exact{without} (no quantization, attention in bf16)"}
 
 
 class Fp8Check:
@@ -111,19 +111,21 @@ class Fp8Check:
         """The check's result, for the benchmark's JSON."""
         return {"difference": self.difference, "errors": self.errors, "bound": BOUND, "holds": self.holds}
 
-    def report(self, lossy: set[str], strict: bool) -> None:
+    def report(self, lossy: set[str], strict: bool, flags: list[str]) -> None:
         """Warns on stderr if the check failed, even with --quiet.
 
         Args:
             lossy: the keys of `CURES` whose technique is on. The warning names only their flags.
             strict: raise an error instead of the warning.
+            flags: the given flags that win over --quality, from `utils.benchmark_utils.flags_over_quality`.
 
         Raises:
             RecipeError: the check failed, and `strict` is set.
         """
         if self.holds:
             return
-        cures = [flags for name, flags in CURES.items() if name in lossy | {"any"}]
+        without = f" without {' and '.join(flags)}" if flags else ""
+        cures = [text.format(without=without) for name, text in CURES.items() if name in lossy | {"any"}]
         text = (f"fp8 check: {self.line()}, and the limit is {100 * BOUND:.0f} %. The picture may be wrong. "
                 f"Try these flags, in this order: {'; '.join(cures)}.")
         if strict:

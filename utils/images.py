@@ -35,7 +35,7 @@ def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> di
     parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
                   "image": args.image, "random_weights": args.random_weights is not None,
                   "contents": getattr(pipeline, "contents", {}),
-                  "vae_tiling": args.vae_tiling, "techniques": pipeline.plan.parameters(),
+                  "vae_tiling": args.vae_tiling, "quality": args.quality, "techniques": pipeline.plan.parameters(),
                   **{name: kwargs[name] for name in names}}
     if args.max_sequence_length:
         parameters["max_sequence_length"] = kwargs["max_sequence_length"]

@@ -26,8 +26,8 @@ from utils.plan import Plan
 
 SHARD = 2**30  # bytes; several threads hash and read the shards
 MOST = 3  # kept transformers, 12 or 15 GB each for FLUX.1; the least recently used ones go first
-SOURCES = ("attention.py", "equalization.py", "kernels/fused_kernels.py", "kernels/fused_blocks.py",
-           "kernels/modulation.py")
+SOURCES = ("attention.py", "equalization.py", "kernels/formats.py", "kernels/fused_blocks.py",
+           "kernels/int8_blocks.py", "kernels/modulation.py")
 
 
 def fields_of(plan: Plan, contents: dict) -> dict:
@@ -37,7 +37,8 @@ def fields_of(plan: Plan, contents: dict) -> dict:
         contents: identifies the checkpoint, with its configs, and the LoRAs, as `pipeline.contents`.
     """
     sources = {name: hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:16] for name in SOURCES}
-    return {"contents": contents, "float8_modulations": plan.fused_kernels.float8_modulations, "sources": sources}
+    return {"contents": contents, "quantization": plan.quantization.dtype,
+            "float8_modulations": plan.fused_kernels.float8_modulations, "sources": sources}
 
 
 def load(cache_dir: str, fields: dict, config: dict, device: torch.device
@@ -56,7 +57,7 @@ def load(cache_dir: str, fields: dict, config: dict, device: torch.device
             return None
         with locked(root, key):
             manifest = verify(folder)
-            transformer = empty(config, device, fields["float8_modulations"])
+            transformer = empty(config, device, fields["float8_modulations"], fields["quantization"] == "int8")
             with ThreadPoolExecutor(8) as pool:
                 shards = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
                 parts = list(pool.map(lambda path: load_file(path, device=str(device)), shards))
@@ -72,16 +73,20 @@ def load(cache_dir: str, fields: dict, config: dict, device: torch.device
         return None
 
 
-def empty(config: dict, device: torch.device, float8_modulations: bool) -> FluxTransformer2DModel:
-    """A transformer of fused blocks whose weights have shapes and no values."""
-    from utils.kernels.fused_blocks import fuse_blocks  # need Triton
-    from utils.kernels.fused_kernels import use_torch_memory
+def empty(config: dict, device: torch.device, float8_modulations: bool, int8: bool) -> FluxTransformer2DModel:
+    """A transformer of fused blocks whose weights have shapes and no values.
+
+    Args:
+        float8_modulations, int8: of `fuse_blocks`.
+    """
+    from utils.kernels.formats import use_torch_memory  # need Triton
+    from utils.kernels.fused_blocks import fuse_blocks
     from utils.pipeline_utils import fuse_projections
 
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config).to(torch.bfloat16)
     fuse_projections(transformer)
-    fuse_blocks(transformer, torch.device("meta"), float8_modulations)
+    fuse_blocks(transformer, torch.device("meta"), float8_modulations, int8)
     if device.type == "cuda":
         use_torch_memory(device)
     return transformer.eval().requires_grad_(False)

@@ -73,13 +73,16 @@ def _of_the_picture(parameters: dict) -> dict:
     """The parameters that decide the picture.
 
     They leave out the fp8 check, whether packages or torch.compile compiled the code, whether the quantized weights
-    were kept by an earlier start, and the files' names if hashes of the contents are present.
+    were kept by an earlier start, --quality, which only chooses techniques, and the files' names if hashes of the
+    contents are present.
     """
     techniques = {name: None if name == "compile" else how for name, how in parameters["techniques"].items()
                   if name not in ("fp8 check", "kept weights")}
-    names = {"revision", "lora", "image"} if parameters.get("contents") else set()
-    if names and not parameters["random_weights"] and parameters["model"] not in tiny_presets.NAMES:
-        names.add("model")  # one checkpoint may have several names
+    names = {"quality"}
+    if parameters.get("contents"):
+        names |= {"revision", "lora", "image"}
+        if not parameters["random_weights"] and parameters["model"] not in tiny_presets.NAMES:
+            names.add("model")  # one checkpoint may have several names
     return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in names}
                                  | {"techniques": techniques}))
 

@@ -17,8 +17,8 @@ GIB = 2**30
 def weight_counts(configs: dict) -> dict[str, int]:
     """Returns the parameter count of each component, from the configs.
 
-    "blocks" counts the Linears in the transformer's blocks, which float8 quantizes. "modulation" counts the blocks'
-    modulation Linears, which int8 leaves in bf16.
+    "blocks" counts the Linears in the transformer's blocks, which float8 and the fused kernels quantize. "modulation"
+    counts the blocks' modulation Linears, which torchao's int8 leaves in bf16.
     """
     modules = meta_models(configs)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
@@ -70,7 +70,7 @@ def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple
     plain = plan.dtype.itemsize
     in_t5 = 1 if plan.text_encoder_quant.on else plain
     quantized = count["blocks"] if plan.quantization.on else 0
-    if plan.quantization.on and plan.quantization.dtype == "int8":
+    if plan.quantization.on and plan.quantization.dtype == "int8" and not plan.fused_kernels.on:
         quantized -= count["modulation"]
     needs = {
         "transformer": quantized + (count["transformer"] - quantized) * plain,
@@ -108,8 +108,9 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
                                           ("--offload text", args.offload != "none" or args.context_parallel),
                                           ("--offload group", args.offload == "group" or args.context_parallel))
                  if not given]
-        if args.disable_quant:
-            helps.insert(0, "quantization (drop --disable_quant)")
+        if args.disable_quant or (args.quality == "exact" and not plan.quantization.on):
+            flag = "--disable_quant" if args.disable_quant else "--quality exact"
+            helps.insert(0, f"quantization (drop {flag})")
         raise RecipeError(
             f"not enough GPU memory: about {(resident + working) / GIB:.1f} GiB are needed ({parts}, working set "
             f"{working / GIB:.1f}), and {hardware.free_bytes / GIB:.1f} GiB are free on {hardware.name}. Try: "

@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from utils import attention, context_parallel, fp8_check, lora_files, memory, random_weights, tiny_presets, weight_files
-from utils.benchmark_utils import choose_device, images_per_call
+from utils.benchmark_utils import choose_device, flags_over_quality, images_per_call
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeerTransformer
 from utils.checkpoint import configs_of, image_settings, model_shapes, read_configs
@@ -183,7 +183,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
 
     log.line(lines(plan))
     warm_up(plan, pipeline, inputs, check, log)
-    report_fp8_check(plan, pipeline, check, args.strict, log)
+    report_fp8_check(plan, pipeline, check, args, log)
     keep_weights(pipeline, quantized, args.cache_dir, log)
     return pipeline
 
@@ -248,7 +248,7 @@ def quantize(plan: Plan, pipeline, device: torch.device, log: StageLog) -> None:
 
             in_float8, cache = plan.fused_kernels.float8_modulations, plan.step_cache.dbcache
             if not plan.kept_weights.loaded:
-                count = fuse_blocks(transformer, device, float8_modulations=in_float8)
+                count = fuse_blocks(transformer, device, in_float8, int8=plan.quantization.dtype == "int8")
                 plan.quantization.note = f"{count} Linears; modulations in {'float8' if in_float8 else 'bf16'}"
             defer_residuals(transformer, *((cache.Fn_compute_blocks, cache.Bn_compute_blocks) if cache else (0, 0)))
         elif plan.quantization.on:
@@ -378,7 +378,7 @@ def measure_quantized_steps(plan: Plan, transformer: torch.nn.Module, check: fp8
             check.measure(transformer)
 
 
-def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, strict: bool, log: StageLog) -> None:
+def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, args, log: StageLog) -> None:
     """Prints the fp8 check's result and keeps it in `pipeline.fp8_check`.
 
     Raises:
@@ -388,7 +388,7 @@ def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, str
         pipeline.fp8_check, plan.fp8_check.difference = check.record(), check.difference
         log.line(f"fp8 check: {check.line()}")
         if context_parallel.is_main_process():
-            check.report(plan.lossy(), strict)
+            check.report(plan.lossy(), args.strict, flags_over_quality(args))
 
 
 def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int | list[int] | None = None,

@@ -31,6 +31,9 @@ from utils.checkpoint import ImageSettings, image_settings, most_text_tokens
 from utils.common import RecipeError
 from utils.hardware import CPU_BACKENDS, DISPATCHER, Hardware
 
+# {dtype of the quantization: attention backend} on the fused kernels.
+FUSED_ATTENTION = {"float8": "fa3", "int8": "fa3_bf16"}
+
 
 @dataclass
 class Technique:
@@ -194,9 +197,11 @@ class Plan:
 
     def lossy(self) -> set[str]:
         """The lossy techniques for which `utils.fp8_check.CURES` has a flag, as its keys."""
-        on = {"fused": self.fused_kernels.on, "fp8 attention": self.attention.on and self.attention.library == "fa3"
-              and self.attention.precision != "bf16", "float8": self.quantization.on
-              and self.quantization.dtype == "float8"}
+        fp8_attention = self.attention.on and self.attention.precision != "bf16"
+        float8 = self.quantization.on and self.quantization.dtype == "float8"
+        # torchao's int8 is refused uncompiled.
+        on = {"fp8": float8 or fp8_attention, "fused": self.fused_kernels.on and (float8 or self.compile.on),
+              "fp8 attention": fp8_attention and self.attention.library == "fa3"}
         return {name for name, is_on in on.items() if is_on}
 
 
@@ -234,14 +239,19 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
     fused_vae = default("fused_vae", Technique(note="GroupNorm with SiLU; attention as two products"),
                         no_gpu or ("not tried on ROCm" if hardware.is_rocm else hardware.missing.get("triton")),
                         "not with --disable_channels_last" if args.disable_channels_last else None)
-    attends = default("attention", _attention(args, hardware), _attention_obstacle(args, hardware, configs))
+    dtype = _quant_dtype(args, hardware)
+    attends = _attention(args, hardware, dtype)
+    only_fp8 = attends.library == "aiter" and args.quality != "fast" and not args.attention_backend
+    attends = default("attention", attends, _attention_obstacle(args, hardware, configs, attends),
+                      f"--quality {args.quality}" if only_fp8 else None)
     if not attends.on:
         attends.backend = "native"  # PyTorch's SDPA
     fused = default("fused_kernels", FusedKernels(
-        note="LayerNorm, modulation, QK-norm, RoPE, GELU and casts to e4m3; the modulations of all steps"),
-        _fusion_obstacle(hardware, attends, configs), _flag_against_fusion(args))
+        note=f"LayerNorm, modulation, QK-norm, RoPE, GELU and casts to {'int8' if dtype == 'int8' else 'e4m3'}; the "
+        "modulations of all steps"),
+        _fusion_obstacle(hardware, attends, configs), _flag_against_fusion(args, dtype))
     compiles = _compile(args, hardware, fused.on, default)
-    quantized = _quantization(args, hardware, bf16.on, compiles, default)
+    quantized = _quantization(args, hardware, dtype, bf16.on, fused.on, compiles, default)
     cache = _step_cache(args, hardware, configs, settings)
     parallel = ContextParallel(processes=hardware.processes)
     if args.context_parallel:
@@ -299,16 +309,30 @@ def _settings(args, configs: dict) -> ImageSettings:
     return settings
 
 
-def _attention(args, hardware: Hardware) -> Attention:
+def _quant_dtype(args, hardware: Hardware) -> str | None:
+    """"float8", "int8", or None if the flags leave quantization out. --quality decides what no other flag does."""
+    if args.disable_quant or (args.quality == "exact" and args.quant_dtype == "auto" and not args.quant_granularity):
+        return None
+    if args.quant_dtype != "auto":
+        return args.quant_dtype
+    # int8 has no per-tensor scales.
+    in_int8 = args.quality == "high" and args.quant_granularity != "tensor"
+    return "float8" if hardware.has_float8 and not in_int8 else "int8"
+
+
+def _attention(args, hardware: Hardware, dtype: str | None) -> Attention:
     wanted, known = args.attention_backend, [*attention.BACKENDS, *DISPATCHER]
     if wanted and wanted not in known:
         raise RecipeError(f"--attention_backend {wanted}: unknown. Choose from {', '.join(known)}.")
-    return Attention(backend=wanted or ("aiter" if hardware.is_rocm else "fa3"), source=hardware.attention_source)
+    # Who asks for int8 where float8 runs asks for accuracy.
+    in_fp8 = args.quality == "fast" and dtype != "int8"
+    return Attention(backend=wanted or ("aiter" if hardware.is_rocm else "fa3" if in_fp8 else "fa3_bf16"),
+                     source=hardware.attention_source)
 
 
-def _attention_obstacle(args, hardware: Hardware, configs: dict) -> str | None:
-    """Why the attention backend cannot run here. A backend that a flag names is refused."""
-    wanted, chosen = args.attention_backend, _attention(args, hardware)
+def _attention_obstacle(args, hardware: Hardware, configs: dict, chosen: Attention) -> str | None:
+    """Why the chosen attention cannot run here. A backend that a flag names is refused."""
+    wanted = args.attention_backend
     head_dim, missing = configs["transformer"]["attention_head_dim"], hardware.missing.get("attention")
     if chosen.library is None:
         if hardware.device == "cpu" and chosen.backend not in CPU_BACKENDS:
@@ -316,7 +340,7 @@ def _attention_obstacle(args, hardware: Hardware, configs: dict) -> str | None:
         if missing:
             raise RecipeError(f"--attention_backend {wanted}: {missing}")
         return None
-    obstacle = (f"no GPU ({chosen.backend} is a GPU library)" if hardware.device == "cpu" else
+    obstacle = (f"no GPU ({chosen.library} is a GPU library)" if hardware.device == "cpu" else
                 f"FlashAttention-3 is written for Hopper (sm_90), this is {hardware.name}"
                 if chosen.library == "fa3" and not hardware.is_hopper else
                 f"AITER is for AMD GPUs, this is {hardware.name}"
@@ -328,12 +352,15 @@ def _attention_obstacle(args, hardware: Hardware, configs: dict) -> str | None:
     return obstacle
 
 
-def _flag_against_fusion(args) -> str | None:
+def _flag_against_fusion(args, dtype: str | None) -> str | None:
     """The flag that takes away what the fused kernels are made for."""
-    given = {"--disable_quant": args.disable_quant, "--quant_dtype int8": args.quant_dtype == "int8",
+    backend = args.attention_backend
+    given = {"--disable_quant": args.disable_quant,
              f"--quant_granularity {args.quant_granularity}": args.quant_granularity,
              "--disable_fa3": args.disable_fa3,
-             f"--attention_backend {args.attention_backend}": args.attention_backend not in (None, "fa3"),
+             f"--quality {args.quality}": args.quality != "fast" and (
+                 dtype is None or (dtype == "float8" and not backend)),  # float8 with attention in bf16
+             f"--attention_backend {backend}": backend and backend != FUSED_ATTENTION.get(dtype),
              "--disable_bf16": args.disable_bf16, "--disable_fused_projections": args.disable_fused_projections,
              f"--offload {args.offload}": offloads_transformer(args),
              "--compile_scope whole": args.compile_scope == "whole"}
@@ -345,7 +372,7 @@ def _fusion_obstacle(hardware: Hardware, attends: Attention, configs: dict) -> s
     head_dim = configs["transformer"]["attention_head_dim"]
     return ("no GPU" if hardware.device == "cpu" else
             f"written for Hopper (sm_90), this is {hardware.name}" if not hardware.is_hopper else
-            "they need FlashAttention-3" if attends.backend != "fa3" else
+            "they need FlashAttention-3" if attends.library != "fa3" else
             f"head dimension {head_dim} is not 64 or 128" if head_dim not in (64, 128) else
             hardware.missing.get("triton"))
 
@@ -395,13 +422,13 @@ def _compile(args, hardware: Hardware, fused: bool, default) -> Compile:
     return chosen if chosen.on else replace(chosen, mode="disabled")
 
 
-def _quantization(args, hardware: Hardware, bf16: bool, compiles: Compile, default) -> Quantization:
-    dtype = args.quant_dtype
+def _quantization(args, hardware: Hardware, dtype: str | None, bf16: bool, fused: bool, compiles: Compile, default
+                  ) -> Quantization:
+    if dtype is None:
+        return default("quantization", Quantization(), against=f"--quality {args.quality}")
     if dtype == "float8" and not hardware.has_float8:
         raise RecipeError(f"--quant_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, or an MI300; "
                           f"this is {hardware.name}. Use --quant_dtype int8 or --disable_quant.")
-    if dtype == "auto":
-        dtype = "float8" if hardware.has_float8 else "int8"
     if dtype == "int8" and args.quant_granularity == "tensor":
         raise RecipeError(f"--quant_granularity tensor is for float8, and {hardware.name} quantizes to int8, which "
                           "goes per row: drop the flag.")
@@ -409,7 +436,7 @@ def _quantization(args, hardware: Hardware, bf16: bool, compiles: Compile, defau
         raise RecipeError("--quant_granularity row needs bf16 weights (torchao's row-scaled kernel takes no other): "
                           "drop --disable_bf16 or use --quant_granularity tensor.")
     obstacle = by_choice = None
-    if dtype == "int8" and not compiles.on:
+    if dtype == "int8" and not (compiles.on or fused):
         obstacle = f"int8 pays only when compiled, and nothing is: {compiles.why}"
         by_choice = obstacle if args.compile_export_mode == "disabled" or args.offload == "group" else None
     if hardware.device == "cpu" and args.quant_dtype == "auto":

@@ -6,17 +6,24 @@ The folders 2026-11 are older than this rule; their README describes them.
 """
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
+FOLDER = re.compile(r"\d{4}-\d\d-\d\d_")  # how the name of a folder of records begins
 CURRENT = {"h100": "2026-11", "h200": "2026-11", "cpu": "2026-11"}  # by GPU: the folder that the pages show
 
 
 def current(where: str) -> str:
-    """Inserts the folder that the pages show: <gpu>/<suite> -> <gpu>/<folder>/<suite>. An unknown GPU has none."""
+    """Inserts the folder that the pages show: <gpu>/<suite> -> <gpu>/<folder>/<suite>. An unknown GPU has none.
+
+    A path that names its folder stays as it is.
+    """
     gpu, _, rest = where.partition("/")
+    if FOLDER.match(rest):
+        return where
     return "/".join(filter(None, (gpu, CURRENT.get(gpu), rest)))
 
 

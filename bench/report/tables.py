@@ -55,6 +55,8 @@ GROUPS = {
         "cache_taylorseer_2": TAYLORSEER[2], "cache_taylorseer": TAYLORSEER[3], "cache_taylorseer_4": TAYLORSEER[4],
         "gpus_2_balanced": "step cache, balanced, two GPUs", "gpus_4_balanced": "step cache, balanced, four GPUs",
         "gpus_2_taylorseer": "TaylorSeer, two GPUs", "gpus_4_taylorseer": "TaylorSeer, four GPUs"},
+    "gears": FULL | {"quality_high": "`--quality high`: int8, attention in bf16",
+                     "quality_exact": "`--quality exact`: nothing lossy"},
     "float8": {"float8_row": "per-row scales", "float8_tensor": "per-tensor scales"},
     "attention": {"backend_fa3": "FA3, fp8 scaled", "backend_fa3_bf16": "FA3, bf16",
                   "backend_native_cudnn": "cuDNN, bf16", "backend_native": "PyTorch's default, bf16"},
@@ -116,6 +118,36 @@ def glance_table(gpu: str) -> str:
                 lines.append(f"| {before} | [**{record['seconds']['median']:.3f}**](results/{gpu}/{suite}/{path.name}) "
                              f"{name} | {_ratio(eager, record)} |")
                 before = " | "
+    return "\n".join(lines) + "\n"
+
+
+# --quality, with the row of the suites and the row of the suite tiny.
+GEARS = {
+    "diffusers, bf16": ("1_eager", "eager"),
+    "`fast`: float8, fp8 attention (default)": ("8_fused", "all_defaults"),
+    "`high`: int8, bf16 attention": ("quality_high", "quality_high"),
+    "`exact`: bf16": ("quality_exact", "quality_exact"),
+}
+
+
+def gears_table(folder: str) -> str:
+    """Returns the markdown table of --quality: seconds of each model, a step's error, the PSNR of tiny-flux-dev.
+
+    Args:
+        folder: <gpu>/<folder>, without results/.
+    """
+    lines = ["| `--quality` | schnell, s | dev, s | Kontext, s | error of a step | pictures of tiny-flux-dev |",
+             "|---" * 6 + "|"]
+    for name, (row, tiny) in GEARS.items():
+        found = {suite: newest(RESULTS / folder / suite, row) for suite in ("schnell", "dev", "kontext")}
+        cells = [f"[**{one[1]['seconds']['median']:.3f}**](results/{folder}/{suite}/{one[0].name})" if one else "–"
+                 for suite, one in found.items()]
+        error = found["schnell"] and found["schnell"][1]["step_relative_error"]
+        path, record = newest(RESULTS / folder / "tiny", tiny) or (None, None)
+        cells.append(f"{error * 100:.2f} %" if error else "–")
+        cells.append(f"[{record['given']['psnr_mean']:.1f} dB](results/{folder}/tiny/{path.name})"
+                     if path and record["given"]["identical"] < 1 else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -254,6 +286,8 @@ QUALITY = {
     "unfused": "float8, per-row scales, and FA3, fp8 scaled",
     "fused": "the same with the fused kernels",
     "all_defaults": "all defaults",
+    "quality_high": "`--quality high`",
+    "quality_exact": "`--quality exact`",
     "other_seed": "another seed: the floor",
 }
 
@@ -476,7 +510,8 @@ FP8_CASES = {
     "massive=500,spread=0.5,neuron=300": "massive channels, spread scales, strong neurons",
     "massive=2000,spread=0.9,neuron=3000,head=300": "the same, stronger, and strong heads",
 }
-FP8_RECIPES = {"bf16": "bf16", "float8_row": "float8 per row", "flux_fast": "flux-fast's", "fused": "fused (default)"}
+FP8_RECIPES = {"bf16": "bf16", "float8_row": "float8 per row", "flux_fast": "flux-fast's", "fused": "fused (default)",
+               "fused_int8": "`--quality high`"}
 
 
 def fp8_error_table(where: str) -> str:
@@ -488,8 +523,9 @@ def fp8_error_table(where: str) -> str:
     gpu, _, name = where.rpartition("/")
     rows = {row["case"]: row["errors"] for row in
             json.loads((RESULTS / gpu / "fp8_error" / f"{name}.json").read_text())["rows"]}
-    lines = [f"| weights | {' | '.join(FP8_RECIPES.values())} |", "|---" * (1 + len(FP8_RECIPES)) + "|"]
-    lines += [f"| {meaning}: `{case}` | " + " | ".join(f"{rows[case][recipe] * 100:.2f} %" for recipe in FP8_RECIPES)
+    recipes = {recipe: title for recipe, title in FP8_RECIPES.items() if recipe in rows["plain"]}
+    lines = [f"| weights | {' | '.join(recipes.values())} |", "|---" * (1 + len(recipes)) + "|"]
+    lines += [f"| {meaning}: `{case}` | " + " | ".join(f"{rows[case][recipe] * 100:.2f} %" for recipe in recipes)
               + " |" for case, meaning in FP8_CASES.items()]
     return "\n".join(lines) + "\n"
 
@@ -509,10 +545,10 @@ def tried_table(gpu: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-MAKERS = {"glance": glance_table, "results": table, "beside": beside_table, "quality": quality_table,
-          "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table, "starts": starts_table,
-          "load": load_table, "last_block": last_block_table, "expected": expected_table, "tried": tried_table,
-          "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
+MAKERS = {"glance": glance_table, "gears": gears_table, "results": table, "beside": beside_table,
+          "quality": quality_table, "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table,
+          "starts": starts_table, "load": load_table, "last_block": last_block_table, "expected": expected_table,
+          "tried": tried_table, "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
 
 
 def pages() -> list[Path]:

@@ -149,8 +149,9 @@ def fields_of(pipeline, units: list[Unit], switches: dict) -> dict:
         except metadata.PackageNotFoundError:
             continue
     sources = {name: hashlib.sha256((Path(__file__).parent.parent / name).read_bytes()).hexdigest()[:16]
-               for name in ("aoti/inductor.py", "attention.py", "kernels/fused_kernels.py", "kernels/fused_blocks.py",
-                            "kernels/modulation.py", "kernels/fused_vae.py")}
+               for name in ("aoti/inductor.py", "attention.py", "kernels/formats.py", "kernels/layer_norm.py",
+                            "kernels/casts.py", "kernels/gemm.py", "kernels/int8_gemm.py", "kernels/fused_blocks.py",
+                            "kernels/int8_blocks.py", "kernels/modulation.py", "kernels/fused_vae.py")}
     models = {name: {k: repr(v) for k, v in sorted(getattr(pipeline, name).config.items()) if not k.startswith("_")}
               for name in ("transformer", "vae")}
     return {"models": models, "switches": switches, "versions": versions, "machine": machine(pipeline.device.type),

@@ -27,20 +27,11 @@ from torch import Tensor
 
 from utils.attention import attention, norm_scale
 from utils.context_parallel import all_reduce_max, all_to_all, all_tokens, ring, shard, token_parts
-from utils.equalization import channel_shares, column_powers, reach
-from utils.kernels.fused_kernels import (
-    STREAM,
-    adaln,
-    cast_attention,
-    fp8_gemm,
-    gated_residual,
-    gelu_gemm,
-    place_attention,
-    qkv_gemm,
-    residual_adaln,
-    to_e4m3,
-    use_torch_memory,
-)
+from utils.equalization import EQUALIZATION, channel_shares, column_powers, reach
+from utils.kernels.casts import cast_attention, place_attention
+from utils.kernels.formats import STREAM, to_e4m3, use_torch_memory
+from utils.kernels.gemm import fp8_gemm, gelu_gemm, qkv_gemm
+from utils.kernels.layer_norm import adaln, gated_residual, residual_adaln
 from utils.kernels.modulation import (
     GATE,
     MLP_GATE,
@@ -48,9 +39,10 @@ from utils.kernels.modulation import (
     MLP_SHIFT,
     SCALE,
     SHIFT,
-    Float8Linear,
     Modulations,
     NormOut,
+    QuantizedLinear,
+    typical_modulation,
 )
 
 READ = "tokens_read"  # key in joint_attention_kwargs: how many image tokens the pipeline reads
@@ -63,7 +55,7 @@ def _float32_copy(linear: torch.nn.Linear, device: torch.device) -> list[Tensor]
     return [weight, bias.to(device, torch.float32, copy=True)]
 
 
-def gemm_bounds(hidden: Float8Linear, columns: Tensor, qkv: Float8Linear, heads: int) -> Tensor:
+def gemm_bounds(hidden: QuantizedLinear, columns: Tensor, qkv: QuantizedLinear, heads: int) -> Tensor:
     """The bounds on weights and biases from which the kernels derive the scales of GELU's result and of v.
 
     With the length |x| of an input row, they bound every element of a GEMM: |w_j x + b_j| <= |w_j| |x| + |b_j|
@@ -80,7 +72,7 @@ def gemm_bounds(hidden: Float8Linear, columns: Tensor, qkv: Float8Linear, heads:
         (streams, 2 + 2 H) float32. Columns 0 and 1: the largest |w_j| and the largest |b_j| of GELU's channels. The
         next H columns: the largest |w_j| of v in each head. The last H columns: the largest |b_j| of v in each head.
     """
-    def largest(linear: Float8Linear, groups: int, columns: Tensor | float) -> tuple[Tensor, Tensor]:
+    def largest(linear: QuantizedLinear, groups: int, columns: Tensor | float) -> tuple[Tensor, Tensor]:
         length = linear.weight.float().norm(dim=1) * linear.scale
         return tuple((x * columns).view(linear.count, groups, -1).amax(2) for x in (length, linear.bias.float().abs()))
 
@@ -98,6 +90,8 @@ class _Block(torch.nn.Module):
     """The parts that both kinds of block share.
 
     Attributes:
+        int8: whether the weights and the inputs of GEMMs are int8 (utils/kernels/int8_blocks.py), or else e4m3.
+        equalization: the strength of `channel_shares`.
         defers_residual: whether the next block does this block's last residual add, see `defer_residuals`.
         prunes_unused_tokens: see `prune_unused_tokens`.
         context_parallel: None, or how several GPUs share attention: "ulysses" or "ring".
@@ -105,6 +99,8 @@ class _Block(torch.nn.Module):
         boxes: a `SymmetricAllToAll`, or None if NCCL does the all-to-all.
     """
 
+    int8 = False
+    equalization = EQUALIZATION
     defers_residual = False
     prunes_unused_tokens = False
     context_parallel, parts, boxes = None, 1, None
@@ -119,16 +115,17 @@ class _Block(torch.nn.Module):
             table: (B, total) bf16, see `Modulations`.
 
         Returns:
-            text (B, T, D) and image (B, I, D) after the residual add. Then the results of `adaln`: (B, S, D) e4m3, and
+            text (B, T, D) and image (B, I, D) after the residual add. Then the results of `adaln`: (B, S, D), and
             its scales, the scales of GELU's result and the lengths of the rows, (B, S) float32 each.
         """
         if isinstance(text, tuple):
             text, *deferred = text
-            results = residual_adaln(text, image, *deferred, table, self.offsets, self.bounds, SHIFT, SCALE)
+            results = residual_adaln(text, image, *deferred, table, self.offsets, self.bounds, SHIFT, SCALE, self.int8)
         else:
-            results = text, image, *adaln(text, image, table, self.offsets, self.bounds, SHIFT, SCALE)
+            results = text, image, *adaln(text, image, table, self.offsets, self.bounds, SHIFT, SCALE, self.int8)
         # The scales of v must hold for the tokens of all GPUs: every GPU takes the element-wise maximum of the lengths.
-        return (*results[:-1], all_reduce_max(results[-1])) if self.context_parallel else results
+        bounded = self.context_parallel and not self.int8
+        return (*results[:-1], all_reduce_max(results[-1])) if bounded else results
 
     def project(self, x: Tensor, x_scale: Tensor, rope: tuple, lengths: Tensor, text_tokens: int, streams: int
                 ) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
@@ -191,7 +188,7 @@ class _Block(torch.nn.Module):
             return self.boxes.send_attention(attended, scale)
         return all_to_all(token_parts(to_e4m3(attended.float() / scale[:, None, None])))
 
-    def deferred_residual(self, text: Tensor, image: Tensor, y: Tensor, y_scale: Tensor, linear: Float8Linear,
+    def deferred_residual(self, text: Tensor, image: Tensor, y: Tensor, y_scale: Tensor, linear: QuantizedLinear,
                           gates: Tensor, table: Tensor) -> tuple:
         """The block's result, after its last residual add or with the residual add deferred to the next block.
 
@@ -216,30 +213,34 @@ class FusedSingleBlock(_Block):
         block: diffusers' block, with fused projections.
         offset: where the block's modulation begins in a row of the table (see `Modulations`).
         device: where the weights will be.
+        modulation: (1, D), the block's `typical_modulation`. For int8 only.
     """
 
-    def __init__(self, block, offset: int, device: torch.device):
+    def __init__(self, block, offset: int, device: torch.device, modulation: Tensor | None = None):
         super().__init__()
         attn, width = block.attn, block.attn.query_dim
         (qkv, qkv_bias), mlp, (out, out_bias) = (
             _float32_copy(linear, device) for linear in (attn.to_qkv, block.proj_mlp, block.proj_out))
         v, v_bias = qkv[-width:], qkv_bias[-width:]
-        powers = column_powers([v, mlp[0]])
+        # In e4m3, q and k have no bound that depends on their weights.
+        powers = column_powers([qkv if self.int8 else v, mlp[0]], None if modulation is None else modulation[0])
         qkv /= powers
         mlp[0] /= powers
-        shares = channel_shares(torch.cat([reach(v, v_bias), reach(*mlp)]), out.abs().amax(0))
+        shares = channel_shares(torch.cat([reach(v, v_bias), reach(*mlp)]), out.abs().amax(0), self.equalization)
         v /= shares[:width, None]
         v_bias /= shares[:width]
         out *= shares
-        self.qkv = Float8Linear([qkv], [qkv_bias])
-        self.mlp = Float8Linear([mlp[0]], [mlp[1]])
-        self.out = Float8Linear([out], [out_bias], gated=True)
-        self.factors = [torch.stack([powers, powers, self.out.scale])]  # of shift, scale and gate, see `Modulations`
+        self.qkv = QuantizedLinear([qkv], [qkv_bias], int8=self.int8)
+        self.mlp = QuantizedLinear([mlp[0]], [mlp[1]], int8=self.int8)
+        self.out = QuantizedLinear([out], [out_bias], gated=True, int8=self.int8, shifted_from=width)
+        # The factors of shift, scale and gate, see `Modulations`.
+        self.factors = [torch.stack([powers, powers, *self.out.gate_factors()])]
         self.register_buffer("columns", 1 / shares[width:])
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
         self.register_buffer("offsets", torch.tensor([offset, offset], device=device))
         self.register_buffer("gates", self.offsets + GATE * width)
-        self.register_buffer("bounds", gemm_bounds(self.mlp, self.columns, self.qkv, attn.heads).repeat(2, 1))
+        self.register_buffer("bounds", torch.zeros(2, 2, device=device) if self.int8 else
+                             gemm_bounds(self.mlp, self.columns, self.qkv, attn.heads).repeat(2, 1))
         self.register_buffer("qk_scale", torch.stack([norm_scale(attn.norm_q), norm_scale(attn.norm_k)]).to(device))
         self.register_buffer("one", torch.ones((), device=device))
 
@@ -305,9 +306,11 @@ class FusedDoubleBlock(_Block):
         text_offset, image_offset: where the modulations of text and of image begin in a row of the table (see
             `Modulations`).
         device: where the weights will be.
+        modulation: (2, D) each, the `typical_modulation` of text and of image. For int8 only.
     """
 
-    def __init__(self, block, text_offset: int, image_offset: int, device: torch.device):
+    def __init__(self, block, text_offset: int, image_offset: int, device: torch.device,
+                 modulation: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         attn, width = block.attn, block.attn.query_dim
         qkv, out, up, down = (
@@ -316,26 +319,29 @@ class FusedDoubleBlock(_Block):
              (block.ff_context.net[0].proj, block.ff.net[0].proj), (block.ff_context.net[2], block.ff.net[2])))
         # Attention mixes the values of both streams, so both streams get the same shares.
         v = [(weight[-width:], bias[-width:]) for weight, bias in qkv]
-        powers = [(column_powers([own[0]]), column_powers([other[0]])) for own, other in zip(v, up, strict=True)]
+        powers = [(column_powers([(own if self.int8 else value)[0]], by_qkv), column_powers([other[0]], by_up))
+                  for own, value, other, (by_qkv, by_up) in zip(qkv, v, up, modulation or [(None, None)] * 2,
+                                                                strict=True)]
         for (by_qkv, by_up), own, other in zip(powers, qkv, up, strict=True):
             own[0] /= by_qkv
             other[0] /= by_up
         shares = channel_shares(torch.maximum(*(reach(*one) for one in v)),
-                                torch.maximum(*(weight.abs().amax(0) for weight, _ in out)))
+                                torch.maximum(*(weight.abs().amax(0) for weight, _ in out)), self.equalization)
         for (weight, bias), (reader, _) in zip(v, out, strict=True):
             weight /= shares[:, None]
             bias /= shares
             reader *= shares
         columns = []
         for one, (reader, _) in zip(up, down, strict=True):
-            shares = channel_shares(reach(*one), reader.abs().amax(0))
+            shares = channel_shares(reach(*one), reader.abs().amax(0), self.equalization)
             reader *= shares
             columns.append(1 / shares)
         for name, pairs in {"qkv": qkv, "out": out, "up": up, "down": down}.items():
             weights, biases = map(list, zip(*pairs, strict=True))
-            setattr(self, name, Float8Linear(weights, biases, gated=name in ("out", "down")))
+            setattr(self, name, QuantizedLinear(weights, biases, name in ("out", "down"), self.int8,
+                                                shifted_from=0 if name == "down" else None))
         # The factors of text's and of image's modulation, six parts each, see `Modulations`.
-        gates = zip(self.out.scales(), self.down.scales(), strict=True)
+        gates = zip(self.out.gate_factors(), self.down.gate_factors(), strict=True)
         self.factors = [torch.stack([by_qkv, by_qkv, gate, by_up, by_up, mlp_gate])
                         for (by_qkv, by_up), (gate, mlp_gate) in zip(powers, gates, strict=True)]
         norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
@@ -344,7 +350,8 @@ class FusedDoubleBlock(_Block):
         self.register_buffer("offsets", torch.tensor([text_offset, image_offset], device=device))
         self.register_buffer("gates", self.offsets + GATE * width)
         self.register_buffer("mlp_gates", self.offsets + MLP_GATE * width)
-        self.register_buffer("bounds", gemm_bounds(self.up, self.columns, self.qkv, attn.heads))
+        self.register_buffer("bounds", torch.zeros(2, 2, device=device) if self.int8 else
+                             gemm_bounds(self.up, self.columns, self.qkv, attn.heads))
         qk_scale = [norm_scale(*both) for both in zip(*norms, strict=True)]
         self.register_buffer("qk_scale", torch.stack(qk_scale).to(device))
         self.register_buffer("one", torch.ones((), device=device))
@@ -424,7 +431,8 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 @torch.no_grad()
-def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float8_modulations: bool = False) -> int:
+def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float8_modulations: bool = False,
+                int8: bool = False) -> int:
     """Replaces diffusers' blocks by the fused blocks, one after the other on `device`, and frees the originals.
 
     Also replaces the embedders, time_text_embed, pos_embed and norm_out. Call `attach_modulation_hook` afterwards.
@@ -433,28 +441,37 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float
         transformer: has fused projections. LoRA weights, if any, are fused too, and nothing is quantized.
         device: where the fused blocks will be.
         float8_modulations: whether the modulation Linears are e4m3, see `Modulations`.
+        int8: whether the blocks' Linears are int8, see utils/kernels/int8_blocks.py; or else e4m3.
 
     Returns:
-        The number of Linears in e4m3.
+        The number of quantized Linears.
     """
+    if int8:
+        from utils.kernels.int8_blocks import Int8DoubleBlock as DoubleBlock  # which imports this module
+        from utils.kernels.int8_blocks import Int8SingleBlock as SingleBlock
+    else:
+        DoubleBlock, SingleBlock = FusedDoubleBlock, FusedSingleBlock
     if device.type == "cuda":
         use_torch_memory(device)
     width, double, single = transformer.inner_dim, transformer.transformer_blocks, transformer.single_transformer_blocks
-    doubles, singles = [], []
+    embed, doubles, singles = transformer.time_text_embed, [], []
     for i, block in enumerate(double):
-        double[i] = FusedDoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, device)
-        doubles += zip((block.norm1_context.linear, block.norm1.linear), double[i].factors, strict=True)
+        linears = block.norm1_context.linear, block.norm1.linear
+        typical = [tuple(typical_modulation(embed, linear, 6, device) for linear in linears)] if int8 else []
+        double[i] = DoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, device, *typical)
+        doubles += zip(linears, double[i].factors, strict=True)
     for i, block in enumerate(single):
-        single[i] = FusedSingleBlock(block, 6 * width * len(doubles) + 3 * width * i, device)
+        typical = [typical_modulation(embed, block.norm.linear, 3, device)] if int8 else []
+        single[i] = SingleBlock(block, 6 * width * len(doubles) + 3 * width * i, device, *typical)
         singles += zip((block.norm.linear,), single[i].factors, strict=True)
-    embed, norm_out = transformer.time_text_embed, transformer.norm_out
+    norm_out = transformer.norm_out
     transformer.time_text_embed = Modulations(embed, doubles, singles, norm_out.linear, device, float8_modulations)
     transformer.norm_out = NormOut()
     transformer.x_embedder = StreamEmbedder(transformer.x_embedder)
     transformer.context_embedder = StreamEmbedder(transformer.context_embedder)
     transformer.pos_embed = RotaryEmbedding(transformer.pos_embed)
     return float8_modulations * (len(doubles) + len(singles)) + sum(
-        module.count for module in transformer.modules() if isinstance(module, Float8Linear))
+        module.count for module in transformer.modules() if isinstance(module, QuantizedLinear))
 
 
 def defer_residuals(transformer: FluxTransformer2DModel, first: int = 0, last: int = 0) -> None:
@@ -518,9 +535,10 @@ def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, d
         Whether the GPUs exchange q, k and v through symmetric memory.
     """
     boxes = None
-    if kind == "ulysses" and device.type == "cuda":
+    blocks = *transformer.transformer_blocks, *transformer.single_transformer_blocks
+    if kind == "ulysses" and device.type == "cuda" and not blocks[0].int8:
         from utils.kernels.symmetric_memory import mailboxes
         boxes = mailboxes()
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    for block in blocks:
         block.context_parallel, block.parts, block.boxes = kind, gpus if kind == "ulysses" else 1, boxes
     return boxes is not None

@@ -1,4 +1,4 @@
-"""The modulations of a whole image in one GEMM, and the e4m3 Linears of the fused blocks.
+"""The modulations of a whole image in one GEMM, and the quantized Linears of the fused blocks.
 
 The two belong together: the gates in the table of modulations include the column scales of gated e4m3 Linears.
 """
@@ -8,39 +8,68 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from utils.kernels.fused_kernels import E4M3, EPS, STREAM, quantize_rows
+from utils.kernels.formats import E4M3, EPS, STREAM, quantize_rows
 
 # The parts of a modulation, in the order of diffusers' AdaLayerNormZero. AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
 
 
-class Float8Linear(torch.nn.Module):
-    """One or more Linears of one shape: their weights stacked as e4m3 (N, K) with per-row scales, and their biases.
+class QuantizedLinear(torch.nn.Module):
+    """One or more Linears of one shape: their weights stacked as e4m3 or int8 (N, K) with per-row scales, and biases.
 
     Args:
         weights: (N, K) float32 each.
         biases: (N,) float32 each.
-        gated: whether the residual kernel reads the result. That kernel multiplies the result by a gate that already
-            includes the scale (see `Modulations`). The scales are then powers of two, and the biases are divided by
-            them.
+        gated: whether the residual kernel reads the result.
+        int8: the format. `fp8_gemm` leaves the scales of a gated Linear to the residual kernel, which multiplies by
+            gates that include them (see `Modulations`). The scales are then powers of two, and the biases are divided
+            by them. `int8_gemm` applies the scales itself, since powers of two would cost int8 a bit.
+        shifted_from: the first input column to which `int8_gemm`'s zero point applies (None: none).
     """
 
-    def __init__(self, weights: list[Tensor], biases: list[Tensor], gated: bool = False):
+    def __init__(self, weights: list[Tensor], biases: list[Tensor], gated: bool = False, int8: bool = False,
+                 shifted_from: int | None = None):
         super().__init__()
-        self.count = len(weights)
-        parts = [quantize_rows(weight, powers=gated) for weight in weights]
+        self.count, self.scaled_by_gate = len(weights), gated and not int8
+        parts = [quantize_rows(weight, powers=self.scaled_by_gate, int8=int8) for weight in weights]
         self.register_buffer("weight", torch.cat([weight for weight, _ in parts]))
         self.register_buffer("scale", torch.cat([scale for _, scale in parts]))
         bias = torch.cat(biases)
-        self.register_buffer("bias", (bias / self.scale if gated else bias).bfloat16())
+        self.register_buffer("bias", (bias / self.scale if self.scaled_by_gate else bias).bfloat16())
+        if gated and int8:
+            start = self.weight.shape[1] if shifted_from is None else shifted_from
+            self.register_buffer("sums", self.weight[:, start:].sum(1, dtype=torch.float32))
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (count * N, K) e4m3, scales (count * N,) float32 and biases (count * N,) bf16."""
+        """Weights (count * N, K) e4m3 or int8, scales (count * N,) float32 and biases (count * N,) bf16."""
         return self.weight, self.scale, self.bias
 
-    def scales(self) -> tuple[Tensor, ...]:
-        """The scales of each Linear, (N,) float32."""
-        return self.scale.chunk(self.count)
+    def gate_factors(self) -> tuple[Tensor, ...]:
+        """What the gates must include for each Linear, (N,) float32: its scales, or ones."""
+        return (self.scale if self.scaled_by_gate else torch.ones_like(self.scale)).chunk(self.count)
+
+
+@torch.no_grad()
+def typical_modulation(embed: torch.nn.Module, linear: torch.nn.Linear, parts: int, device: torch.device) -> Tensor:
+    """How strongly a modulation scales and shifts each channel, over the noise levels and without a text.
+
+    Args:
+        embed: diffusers' time_text_embed.
+        linear: a modulation Linear, from D to parts * D.
+        parts: 3 or 6.
+        device: where the result is computed.
+
+    Returns:
+        (parts / 3, D) float32: for each pair of scale and shift the root mean square of both.
+    """
+    weight = embed.timestep_embedder.linear_1.weight
+    timesteps = torch.tensor([1000., 750., 500., 250.], device=weight.device, dtype=weight.dtype)
+    guidance = [torch.full_like(timesteps, 3500)] if hasattr(embed, "guidance_embedder") else []
+    text = timesteps.new_zeros(len(timesteps), embed.text_embedder.linear_1.in_features)
+    x = F.silu(embed(timesteps, *guidance, text)).to(device)
+    found = F.linear(x, *(None if one is None else one.to(device) for one in (linear.weight, linear.bias)))
+    found = found.float().unflatten(1, (parts // 3, 3, -1))
+    return (found[:, :, SHIFT].square() + (1 + found[:, :, SCALE]).square()).mean(0).sqrt()
 
 
 class Modulations(torch.nn.Module):
@@ -53,7 +82,7 @@ class Modulations(torch.nn.Module):
 
     **Factors.** Each part is multiplied by the block's factors, which are powers of two. Shift and scale are multiplied
     by the numbers that the columns of the next weights were divided by (`column_powers`). Each gate is multiplied by
-    the scales of the weight whose result it multiplies (`Float8Linear`).
+    the scales of the e4m3 weight whose result it multiplies (`QuantizedLinear`).
 
     **Speed.** The modulation Linears of all blocks hold 3.2 billion weights, and a step reads them for one row per
     batch item. This takes 1.1 ms on an H100 as one GEMM in e4m3, and more as 76 GEMMs. All steps of an image share the

@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from utils.kernels.fused_kernels import E4M3, send_attention
+from utils.kernels.casts import send_attention
+from utils.kernels.formats import E4M3
 
 
 class SymmetricAllToAll:
