@@ -10,6 +10,7 @@ and the batch stay those of `args`. Make the kwargs anew for each picture, becau
 
 import sys
 
+from utils import read_ahead
 from utils.benchmark_utils import check_args, choose_device, create_parser
 from utils.common import StageLog, freeze_gc, run_cli
 from utils.output_checks import check_outputs
@@ -23,6 +24,7 @@ def main():
     paths = image_paths(args, prompts)
     check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])
 
+    read_ahead.start(args)
     # Only now, since torch and diffusers take seconds to import.
     from utils import context_parallel
     from utils.cache import dbcache

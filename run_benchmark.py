@@ -9,6 +9,7 @@ object.
 
 import json
 
+from utils import read_ahead
 from utils.benchmark_utils import check_args, choose_device, create_parser
 from utils.common import RecipeError, StageLog, freeze_gc, run_cli, show_progress
 from utils.output_checks import check_outputs
@@ -30,6 +31,7 @@ def main():
         raise RecipeError("--step_error runs a single step with the unquantized transformer on the GPU: it does not "
                           "work with --step_cache or --offload. Drop one of the flags.")
 
+    read_ahead.start(args)
     # Only now, since torch and diffusers take seconds to import.
     import torch
 

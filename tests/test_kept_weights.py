@@ -10,8 +10,9 @@ import torch
 from conftest import pretend_hopper
 from safetensors.torch import save_file
 
-from utils import random_weights
+from utils import memory, random_weights
 from utils.aoti import store
+from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
 
 kept_weights = pytest.importorskip("utils.kept_weights", reason="Triton is not installed: pip install triton")
@@ -62,6 +63,17 @@ def test_second_start_loads_what_the_first_kept_and_draws_the_same_bits(start, w
     assert second.plan.kept_weights.loaded and second.fp8_check == first.fp8_check
     assert torch.equal(found, expected)
     assert not [name for name, tensor in second.transformer.state_dict().items() if tensor.is_meta]
+
+
+def test_kept_weights_load_where_the_checkpoint_exceeds_cpu_memory(start, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_memory", lambda: 1000)
+        with pytest.raises(RecipeError, match="CPU memory"):
+            start()
+    _, expected = start()
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    pipeline, found = start()
+    assert pipeline.plan.kept_weights.loaded and torch.equal(found, expected)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def fit(plan: Plan, args: argparse.Namespace, configs: dict, hardware: Hardware)
         RecipeError: the finished recipe does not fit, or a flag needs the unquantized model on the GPU.
     """
     plan.load_device = choose_load_device(args, configs, hardware, plan)
-    if plan.load_device == "cpu":
+    if plan.load_device == "cpu" and not plan.kept_weights.on:  # kept weights never are in CPU memory as a whole
         check_cpu_memory(configs, plan.dtype)
     if plan.load_device == args.device:
         return

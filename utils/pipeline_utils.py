@@ -73,6 +73,8 @@ def load_pipeline(args: argparse.Namespace):
         pipeline = random_weights.build(configs, plan.load_device, plan.dtype)
     else:
         kept = kept_transformer(plan, args, configs, contents)
+        if plan.kept_weights.on and not kept and plan.load_device == "cpu":
+            memory.check_cpu_memory(configs, plan.dtype)
         pipeline = load_checkpoint(files, plan.dtype, kept)
         for name in weight_files.STEMS:
             if not (kept and name == "transformer"):

@@ -210,9 +210,10 @@ def _tiles_kernel(
             else:
                 out_tiles.store([column // OWN, m, part * OWN + column % OWN], finished)
         else:
-            half = value * (0.5 / tl.load(out_scale + r, inside, 1.))[:, None] * tl.load(out_columns + c)[None, :]
-            # The constants are sqrt(2 / pi) and 0.044715 * sqrt(2 / pi), of GELU's tanh approximation.
-            value = half + half * _tanh(value * (0.7978845608 + 0.0356774081 * value * value))
+            # The constants are sqrt(2 / pi) and 0.044715 * sqrt(2 / pi), of GELU's tanh approximation. The scales come
+            # last: before tanh they would need registers beside it.
+            value = value + value * _tanh(value * (0.7978845608 + 0.0356774081 * value * value))
+            value = value * (0.5 / tl.load(out_scale + r, inside, 1.))[:, None] * tl.load(out_columns + c)[None, :]
             out_tiles.store([m, n], _to_e4m3_kernel(value, MAX))
 
 

@@ -6,12 +6,12 @@ third of the error of their e4m3 counterparts in gemm.py.
 The kernels are written in Gluon, Triton's lower level, for one reason: Triton (3.6 to 3.9) waits for every int8
 instruction of the tensor cores before it issues the next. Here the warps of a program have three roles. One warp loads
 tiles by the tensor memory accelerator (TMA). Two groups of four warps each multiply half of a tile's rows, and keep
-one instruction in flight. On an H200 this takes 0.247 ms where the Triton kernel took 0.289 (4,352 x 3,072 x 12,288).
+one instruction in flight. bench/kernels.py times the kernels.
 
 The results are bf16. A row's scale is not known before its last tile, and int8 cannot bear a bound in its place. The
-row is measured and cast by the next kernel (`utils.kernels.casts.cast_int8`), which takes 0.04 to 0.05 ms. Scales for
-groups of channels, which a tile can measure, would have to be applied inside the next GEMM: two sets of accumulators
-do not fit into the registers.
+row is measured and cast by the next kernel (`utils.kernels.casts.cast_int8`). Scales for groups of channels, which a
+tile can measure, would have to be applied inside the next GEMM. Two sets of accumulators leave registers for tiles of
+half the size, and that costs more than the pass (docs/kernels.md).
 
 Shapes use these letters: B batch size, S tokens, D model width, H heads.
 
