@@ -77,12 +77,12 @@ def hub(monkeypatch):
     fetched = []
 
     def download(folder):
-        return lambda repo, name: fetched.append((repo, name)) or folder / name
+        return lambda repo, name, revision: fetched.append((repo, name, revision)) or folder / name
 
     def serve(folder, names, reachable=True):
-        api = types.SimpleNamespace(list_repo_files=lambda repo: names)
+        api = types.SimpleNamespace(list_repo_files=lambda repo, revision: names)
         monkeypatch.setattr(lora_files, "HfApi", (lambda: api) if reachable else unreachable)
-        monkeypatch.setattr(lora_files, "snapshot_download", lambda repo, local_files_only: folder)
+        monkeypatch.setattr(lora_files, "snapshot_download", lambda repo, revision, local_files_only: folder)
         monkeypatch.setattr(lora_files, "hf_hub_download", download(folder))
         return fetched
     return serve
@@ -128,9 +128,26 @@ def test_locate_fetches_the_config_with_the_weights(tmp_path, hub):
     fetched = hub(tmp_path, ["a/adapter_config.json", "a/adapter_model.safetensors", "adapter_config.json",
                              "x.safetensors"])
     assert lora_files.locate("me/style/a/adapter_model.safetensors") == tmp_path / "a/adapter_model.safetensors"
-    assert fetched == [("me/style", "a/adapter_config.json"), ("me/style", "a/adapter_model.safetensors")]
+    assert fetched == [("me/style", "a/adapter_config.json", None), ("me/style", "a/adapter_model.safetensors", None)]
     with pytest.raises(RecipeError, match=r"(?s)y\.safetensors.*x\.safetensors"):
         lora_files.locate("me/style/y.safetensors")
+
+
+@pytest.mark.parametrize("spec, revision, scale", [
+    ("me/style/b.safetensors@refs/pr/1:0.5", "refs/pr/1", 0.5), ("me/style/b.safetensors@v1.0", "v1.0", 1.0)])
+def test_locate_takes_a_file_of_a_revision(tmp_path, hub, spec, revision, scale):
+    """Split from its scale first. A local folder with an @ in its name stays a folder."""
+    fetched = hub(tmp_path, ["a.safetensors", "b.safetensors"])
+    path, found = lora_files.split(spec)
+    assert lora_files.locate(path) == tmp_path / "b.safetensors" and found == scale
+    assert fetched == [("me/style", "b.safetensors", revision)]
+    with pytest.raises(RecipeError, match=f"me/style/a.safetensors@{revision}"):
+        lora_files.locate(f"me/style@{revision}")
+    with pytest.raises(RecipeError, match="@"):
+        lora_files.locate("me/style@")
+    (tmp_path / "x@y").mkdir()
+    (tmp_path / "x@y" / "own.safetensors").touch()
+    assert lora_files.locate(f"{tmp_path}/x@y") == tmp_path / "x@y" / "own.safetensors"
 
 
 @pytest.mark.parametrize("path", [

@@ -122,9 +122,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--random_weights", nargs="?", const="full", metavar="DOUBLE+SINGLE",
                        help="FLUX.1 of --ckpt's name with random weights at full size, without a download: real speed "
                        "and memory, meaningless pixels. 2+4 builds 2 double and 4 single blocks")
-    model.add_argument("--lora", metavar="PATH[:SCALE]", action="append",
-                       help="LoRA file, folder, Hub id or REPO/FILE.safetensors, added to the weights. Repeat the flag "
-                       "for several LoRAs")
+    model.add_argument("--lora", metavar="PATH[@REVISION][:SCALE]", action="append",
+                       help="LoRA file, folder, or OWNER/REPO[/FILE.safetensors] on the Hub, added to the weights. "
+                       "Repeat the flag for several LoRAs")
     model.add_argument("--lora_partial", action="store_true",
                        help="add the part of a LoRA that fits this model. Without the flag a LoRA that fits in part is "
                        "an error")

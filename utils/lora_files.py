@@ -1,11 +1,11 @@
-"""Finds the file of a LoRA from PATH[:SCALE] of --lora, locally or on the Hub."""
+"""Finds the file of a LoRA from PATH[@REVISION][:SCALE] of --lora, locally or on the Hub."""
 
 import hashlib
 import math
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from utils.checkpoint import hub_errors
 from utils.common import RecipeError, reading
@@ -41,7 +41,7 @@ def locate(path: str) -> Path:
     Without a network the Hub's local cache is used.
 
     Args:
-        path: a file, a folder with one LoRA, or OWNER/REPO[/FILE] on the Hub.
+        path: a file, a folder with one LoRA, or OWNER/REPO[/FILE][@REVISION] on the Hub.
 
     Raises:
         RecipeError: there is no LoRA, or more than one, or the file is pickled.
@@ -57,19 +57,23 @@ def locate(path: str) -> Path:
             if local.is_file():
                 return local
             raise RecipeError(f"--lora {path} is neither a file nor a folder. Give a .safetensors file.")
-        parts = path.split("/")
+        on_hub, _, revision = path.partition("@")  # a revision may hold slashes: refs/pr/1
+        parts = on_hub.split("/")
         if path.startswith(("/", "./", "../", "~")) or "\\" in path or len(parts) == 1 or "" in parts or (
-                len(parts) == 2 and path.endswith((".safetensors", *PICKLED))):
+                len(parts) == 2 and on_hub.endswith((".safetensors", *PICKLED))):
             raise RecipeError(f"--lora {path}: there is no such file or folder. Give a file, a folder, OWNER/REPO or "
                               "OWNER/REPO/FILE.safetensors.")
+        if "@" in path and not revision:
+            raise RecipeError(f"--lora {path}: no revision follows the @. Give a branch, a tag or a commit, or drop "
+                              "the @.")
         repo, name = "/".join(parts[:2]), "/".join(parts[2:])
         if name:
             _refuse_pickled(path, "", [name])
         if name and not name.endswith(".safetensors"):
             raise RecipeError(f"--lora {path}: there is no such local file or folder. Give a file on the Hub as "
                               "OWNER/REPO/FILE.safetensors.")
-        with hub_errors("--lora", repo):
-            return _download(path, repo, name)
+        with hub_errors("--lora", repo, revision):
+            return _download(path, repo, name, revision or None)
 
 
 def contents(file: Path) -> str:
@@ -82,22 +86,22 @@ def contents(file: Path) -> str:
     return total.hexdigest()
 
 
-def _download(path: str, repo: str, name: str) -> Path:
+def _download(path: str, repo: str, name: str, revision: str | None) -> Path:
     where = repo
     try:
-        names = HfApi().list_repo_files(repo)
-    except (RepositoryNotFoundError, HFValidationError):
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise
     except Exception:  # no network: the Hub's clients raise many types for it
         where = f"the Hub cannot be reached, and the local copy of {repo}"
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         names = [found.relative_to(folder).as_posix() for found in sorted(folder.rglob("*")) if found.is_file()]
     if name and name not in names:
         raise RecipeError(f"--lora {path}: {where} has no {name}. It has {_listed(names) or 'no safetensors file'}.")
     name = name or _choose(path, names)
     for beside in ((Path(name).parent / CONFIG).as_posix(), name):
         if beside in names:
-            file = hf_hub_download(repo, beside)
+            file = hf_hub_download(repo, beside, revision=revision)
     return Path(file)
 
 
@@ -114,12 +118,18 @@ def _choose(path: str, names: list[str]) -> str:
             return only[0]
     if usable:
         raise RecipeError(f"--lora {path} holds several LoRAs: {_listed(usable)}. Choose one, as in --lora "
-                          f"{path.rstrip('/')}/{usable[0]}")
+                          f"{_inside(path, usable[0])}")
     if _listed(names):
         raise RecipeError(f"--lora {path} holds LoRAs only in subfolders: {_listed(names)}. Choose one, as in --lora "
-                          f"{path.rstrip('/')}/{next(name for name in names if name.endswith('.safetensors'))}")
+                          f"{_inside(path, next(name for name in names if name.endswith('.safetensors')))}")
     _refuse_pickled(path, f"{path.rstrip('/')}/", names)
     raise RecipeError(f"--lora {path} holds no safetensors file. Give a file, or another folder.")
+
+
+def _inside(path: str, name: str) -> str:
+    """How --lora names a file of the folder or the repository `path`."""
+    place, at, revision = path.partition("@") if not Path(path).expanduser().is_dir() else (path, "", "")
+    return f"{place.rstrip('/')}/{name}{at}{revision}"
 
 
 def _refuse_pickled(path: str, folder: str, names: list[str]) -> None:
