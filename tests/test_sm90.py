@@ -184,7 +184,7 @@ CASES = [
       for name, widths in {"both": (D, MLP), "attention": (D, 0), "mlp": (0, MLP)}.items()),
     *(case(f"{name}-{size}", gemm_in_int8, *tokens, *shape, slow=size != "schnell" or shape[1] == 2)
       for name, shape in INT8_GEMMS.items()
-      for size, tokens in {"schnell": SCHNELL, "dev": DEV, "odd": ODD}.items()),
+      for size, tokens in {"schnell": SCHNELL, "odd": ODD}.items()),
     case("int8_qkv_gemm-double-short", gemm_in_int8, *SHORT, *INT8_GEMMS["int8_qkv_gemm-double"]),
     case("vae", vae, 1024),
     case("vae-odd", vae, 1040),
