@@ -14,22 +14,22 @@ from utils import read_ahead
 from utils.benchmark_utils import check_args, choose_device, create_parser
 from utils.common import StageLog, freeze_gc, run_cli
 from utils.output_checks import check_outputs
-from utils.prompts_file import image_paths, read_prompts
+from utils.prompts_file import image_paths, read_prompts, references_of, texts_of
 
 
 def main():
     args = create_parser().parse_args()
     check_args(args)
-    prompts, complaints = read_prompts(args.prompts_file) if args.prompts_file else (None, [])
+    prompts, complaints = read_prompts(args.prompts_file, args) if args.prompts_file else ([], [])
     paths = image_paths(args, prompts)
-    check_outputs(args, paths, [prompt.text for prompt in prompts] if prompts else [args.prompt])
+    check_outputs(args, paths, texts_of(prompts) or [args.prompt], references_of(prompts))
 
     read_ahead.start(args)
     # Only now, since torch and diffusers take seconds to import.
     from utils import context_parallel
     from utils.cache import dbcache
     from utils.images import image_parameters, keep_images
-    from utils.many_prompts import join_processes, make_images
+    from utils.many_prompts import join_processes, make_images, usable_prompts
     from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
     from utils.text_encoding import warn_of_cut_prompts
 
@@ -37,7 +37,8 @@ def main():
     if args.context_parallel:
         context_parallel.init_distributed(args)
     processes = join_processes(args)
-    for complaint in complaints:
+    prompts, more = usable_prompts(args, prompts)
+    for complaint in complaints + more:
         processes.print(complaint, file=sys.stderr)
     log = StageLog(args.quiet)
 

@@ -118,6 +118,20 @@ def test_packaged_module_refuses_other_inputs(build):
 
 
 @torch.no_grad()
+def test_packaged_module_runs_other_inputs_uncompiled_where_that_is_said():
+    module, given = torch.nn.Linear(4, 3), []
+    [unit] = export.capture({"unit": [module]}, lambda: module(torch.randn(2, 4)))
+    packaged = PackagedModule(module, unit, lambda **arguments: given.append(arguments))
+    other = torch.randn(5, 4)
+    with export.other_inputs_run_uncompiled():
+        assert torch.equal(packaged(other), module(other)) and not given
+        packaged(torch.randn(2, 4))
+        assert len(given) == 1, "inputs of the package's own shape run its code"
+    with pytest.raises(RecipeError, match=r"\(5, 4\)"):
+        packaged(other)
+
+
+@torch.no_grad()
 def test_packaged_module_gives_its_code_contiguous_arguments_by_name():
     given = []
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from utils import cuda_graph
 from utils.cuda_graph import CUDAGraphModule, recording_is_an_error, signature
 
 X = torch.randn(2, 3)
@@ -60,3 +61,24 @@ def test_recording_is_an_error_unknown_input_names_the_module():
     with recording_is_an_error(), pytest.raises(RuntimeError, match="Linear"):
         wrapped(torch.zeros(2, 4))
     assert CUDAGraphModule.may_record
+
+
+def test_cuda_graphed_more_signatures_than_graphs_are_noted_once(monkeypatch, capsys):
+    """A file of prompts may have more sizes than a module keeps graphs."""
+    recorded = []
+
+    class Recording:
+        def __init__(self, module, args, *_):
+            recorded.append(len(args[0]))
+
+        def replay(self, args, kwargs):
+            return len(args[0])
+
+    monkeypatch.setattr(cuda_graph, "_Recording", Recording)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    modules = [CUDAGraphModule(torch.nn.Linear(4, 3), max_graphs=3) for _ in range(2)]
+    for module in modules:
+        assert [module(torch.zeros(size, 4)) for size in (1, 2, 3, 1, 4, 5, 1, 2)] == [1, 2, 3, 1, 4, 5, 1, 2]
+        assert len(module.recordings) == 3
+    assert recorded == [1, 2, 3, 4, 5, 2] * 2
+    assert len(capsys.readouterr().err.splitlines()) == 2

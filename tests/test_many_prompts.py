@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import pretend_hopper
 from safetensors.torch import save_file
 
 import gen_image
@@ -26,6 +28,7 @@ from utils.common import RecipeError
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs
+from utils.prompts_file import Prompt
 
 ROOT = Path(__file__).parent.parent
 EAGER = ["--device", "cpu", "--compile_export_mode", "disabled", "--disable_quant", "--num_inference_steps", "1"]
@@ -56,7 +59,8 @@ def run(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(pipeline_utils, "optimize", watched)
-            patch.setattr(sys, "argv", ["gen_image.py", "--ckpt", ckpt, "--prompts-file", file, *EAGER, *argv])
+            patch.setattr(sys, "argv", ["gen_image.py", "--ckpt", ckpt, *(["--prompts-file", file] if file else []),
+                                        *EAGER, *argv])
             gen_image.main()
         return batches
     return call
@@ -108,6 +112,193 @@ def test_make_images_in_batches_with_other_inputs_equals_one_by_one(folder, run,
     for name in names:
         assert read_parameters(f"batch/{name}") == read_parameters(f"alone/{name}")
         assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
+
+
+# --- lines with settings ---
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+
+def assert_equals_its_flags(run, path, line, *argv, **kwargs):
+    """The image of a line is that of a run with the line's settings as flags, and its metadata too."""
+    flags = [text for key, value in line.items() if key != "num_images" for text in (f"--{key}", str(value))]
+    run(*argv, "--seed", str(read_parameters(path)["seed"]), *flags, "--output-file", "by_flags.png", file=None,
+        **kwargs)
+    assert np.array_equal(pixels(path), pixels("by_flags.png")), line
+    assert read_parameters(path) == read_parameters("by_flags.png")
+
+
+def test_make_images_of_lines_with_settings_equal_runs_with_these_flags(folder, run, capsys):
+    argv = ["--true_cfg_scale", "2", "--negative_prompt", "red", "--height", "64"]
+    settings = [{}, {"height": 80, "width": 96}, {"num_inference_steps": 2}, {"guidance_scale": 1.5},
+                {"negative_prompt": "blue"}, {"num_images": 2}]
+    lines = [{"prompt": FROG} | one for one in settings]
+    write_lines(folder / "p.jsonl", *({"seed": 7} | line for line in lines))
+    steps = run(*argv, "--output-file", "x.png", file="p.jsonl", ckpt="tiny-flux-dev")
+    assert steps == [1] * 2 * (len(lines) + 2)  # one line takes two steps, one makes two images
+    assert "size" not in capsys.readouterr().err, "nothing is compiled"
+    for index, line in enumerate(lines[:5]):
+        assert_equals_its_flags(run, f"x_{index:03d}_7.png", line, *argv, ckpt="tiny-flux-dev")
+    first = pixels("x_000_7.png")
+    for index in (2, 3, 4):
+        assert np.abs(pixels(f"x_{index:03d}_7.png") - first).mean() > 0.05, "the setting changes the picture"
+    assert np.array_equal(pixels("x_005_7.png"), first) and not np.array_equal(pixels("x_005_8.png"), first)
+    assert {line["file"]: line["height"] for line in lines_of("x.jsonl")}["x_001_7.png"] == 80
+
+
+def test_make_images_of_lines_with_references_equal_runs_with_these_flags(folder, run, capsys):
+    """References of one size share a batch. Without --image each line needs its own."""
+    for name, size, turn in (("a", (96, 64), 0), ("b", (96, 64), 180), ("c", (64, 64), 90)):
+        PIL.Image.linear_gradient("L").convert("RGB").rotate(turn).resize(size).save(f"{name}.png")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    lines = [{"prompt": "make it red"}, *({"prompt": "make it red", "image": f"{name}.png"} for name in (
+        "broken", "a", "c", "b"))]
+    write_lines(folder / "p.jsonl", *({"seed": 7} | line for line in lines))
+    small = dict(file="p.jsonl", ckpt="tiny-kontext"), ["--height", "64", "--width", "64"]
+    assert run("--output-file", "batch/x.png", "--batch_size", "2", *small[1], **small[0]) == [2, 2]
+    shown = capsys.readouterr().err
+    assert re.findall(r"line (\d) is left out.*--image", shown) == ["1", "2"]
+    assert run("--output-file", "x.png", *small[1], **small[0]) == [1, 1, 1]
+    assert [line["file"] for line in lines_of("x.jsonl")] == ["x_002_7.png", "x_004_7.png", "x_003_7.png"]
+    for index in (2, 3, 4):
+        name = f"x_{index:03d}_7.png"
+        if index > 2:
+            assert_equals_its_flags(run, name, lines[index], *small[1], ckpt="tiny-kontext")
+        assert read_parameters(f"batch/{name}") == read_parameters(name)
+        assert np.abs(pixels(f"batch/{name}") - pixels(name)).mean() < PIXEL_BOUND
+    assert np.abs(pixels("x_002_7.png") - pixels("x_004_7.png")).mean() > 0.5
+
+
+def test_make_images_of_mixed_shapes_in_batches_equal_one_by_one_and_resume(folder, run, capsys):
+    sizes = [(64, 96), (128, 128), (64, 96), (128, 128), (64, 96), (64, 80)]
+    lines = [{"prompt": text, "height": height, "width": width} for text, (height, width) in zip(
+        [*TEXTS, FROG], sizes, strict=True)]
+    del lines[1]["height"], lines[1]["width"]  # the command line's, which are those of line 4
+    write_lines(folder / "p.jsonl", *lines)
+    assert run("--output-file", "alone/x.png", file="p.jsonl") == [1] * 6
+    argv = ["--output-file", "batch/x.png", "--batch_size", "2"]
+    assert run(*argv, file="p.jsonl") == [2] * 4
+    names = [f"x_{i:03d}_{42 + i}.png" for i in range(6)]
+    assert [line["file"] for line in lines_of("batch/x.jsonl")] == [names[i] for i in (0, 2, 4, 1, 3, 5)]
+    for name, (height, width) in zip(names, sizes, strict=True):
+        assert pixels(f"batch/{name}").shape == (height, width, 3)
+        assert read_parameters(f"batch/{name}") == read_parameters(f"alone/{name}")
+        assert np.abs(pixels(f"batch/{name}") - pixels(f"alone/{name}")).mean() < PIXEL_BOUND
+
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "batch").glob("*.png")}
+    (folder / "batch" / names[2]).unlink()
+    (folder / "batch" / names[3]).write_bytes(b"")
+    lines[5]["height"] = 80
+    write_lines(folder / "p.jsonl", *lines)
+    capsys.readouterr()
+    assert run(*argv, file="p.jsonl") == [2] * 3
+    assert "3 of 6 images" in capsys.readouterr().err
+    after = {path.name: path.stat().st_mtime_ns for path in (folder / "batch").glob("*.png")}
+    assert [name for name in names if after[name] != before[name]] == [names[2], names[3], names[5]]
+    assert run(*argv, file="p.jsonl") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ckpt", ["tiny-flux-dev", "tiny-kontext"])
+def test_make_images_of_lines_with_settings_on_fused_blocks_equal_runs_with_these_flags(folder, run, monkeypatch, ckpt):
+    """The modulations are tables of all steps, and the last block counts the image's tokens."""
+    pretend_hopper(monkeypatch, ["attention", "quantization", "fused_kernels", "cuda_graphs"])
+    PIL.Image.linear_gradient("L").convert("RGB").resize((96, 64)).save("photo.png")
+    argv = ["--height", "64", "--width", "64", "--skip_fp8_check"] + ["--image", "photo.png"] * (ckpt == "tiny-kontext")
+    lines = [{"prompt": FROG} | one for one in ({}, {"width": 96, "num_inference_steps": 3}, {"seed": 3})]
+    write_lines(folder / "p.jsonl", *lines)
+    run(*argv, "--output-file", "x.png", file="p.jsonl", ckpt=ckpt)
+    assert "fused kernels" in read_parameters("x_000_42.png")["techniques"]
+    for name, line in zip(("x_000_42.png", "x_001_43.png", "x_002_3.png"), lines, strict=True):
+        assert_equals_its_flags(run, name, line, *argv, ckpt=ckpt)
+
+
+@pytest.mark.slow
+def test_make_images_of_other_sizes_than_the_packages(folder, run, compiler, capsys):
+    sizes = {"x_000_42.png": (64, 64), "x_001_43.png": (64, 96)}
+    write_lines(folder / "p.jsonl", *({"prompt": FROG, "height": h, "width": w} for h, w in sizes.values()))
+    argv = ["--disable_bf16", "--height", "64", "--width", "64", "--disable_inductor_tuning_flags"]
+    run(*argv, "--output-file", "eager/x.png", file="p.jsonl")
+    assert "size" not in capsys.readouterr().err
+    run(*argv, "--output-file", "x.png", "--compile_export_mode", "export_aoti", "--cache-dir", "cache", file="p.jsonl")
+    assert re.findall(r"size (\w+): .*\buncompiled", capsys.readouterr().err) == ["96x64"]
+    for name, (height, width) in sizes.items():
+        assert pixels(name).shape == (height, width, 3)
+        assert np.abs(pixels(name) - pixels(f"eager/{name}")).mean() < PIXEL_BOUND
+
+
+@pytest.mark.parametrize("cache", ["taylorseer", pytest.param("fast", marks=pytest.mark.slow)])
+def test_make_images_of_lines_with_other_steps_have_their_own_mask(folder, run, capsys, cache):
+    """The mask of 9 steps computes other steps than that of 10, and nothing is left over from the line before."""
+    argv = ["--num_inference_steps", "10", "--step_cache", cache, "--height", "64", "--width", "64"]
+    lines = [{"prompt": FROG} | one for one in (
+        {}, {"num_inference_steps": 9}, {"num_inference_steps": 4}, {"seed": 3})]
+    write_lines(folder / "p.jsonl", *lines)
+    run(*argv, "--output-file", "x.png", file="p.jsonl", ckpt="tiny-flux-dev")
+    assert re.findall(r"line (\d) is left out.*--step_cache.* 4", capsys.readouterr().err) == ["3"]
+    masks = []
+    for name, line in (("x_000_42.png", lines[0]), ("x_001_43.png", lines[1]), ("x_003_3.png", lines[3])):
+        assert_equals_its_flags(run, name, line, *argv, ckpt="tiny-flux-dev")
+        found = read_parameters(name)["techniques"]["step cache"]
+        masks.append(found["mask"] or found["dbcache"]["steps_computation_mask"])
+    assert [len(mask) for mask in masks] == [10, 9, 10] and masks[0] == masks[2]
+
+
+@pytest.mark.parametrize("ckpt, field, named", [
+    ("tiny-flux", {"guidance_scale": 2.0}, "--guidance_scale"), ("tiny-flux-dev", {"image": "photo.png"}, "--image"),
+    ("tiny-kontext", {"height": 64}, "--image"), ("tiny-kontext", {"image": "long.png"}, "4:1"),
+    ("tiny-kontext", {"image": "ftp://a/b.png"}, "ftp")])
+def test_gen_image_line_that_the_checkpoint_cannot_draw_is_named_before_weights_load(folder, run, monkeypatch, capsys,
+                                                                                     ckpt, field, named):
+    for name, size in (("photo", (64, 64)), ("long", (90, 20))):
+        PIL.Image.new("RGB", size).save(f"{name}.png")
+    good = {"prompt": "a", "image": "photo.png"} if ckpt == "tiny-kontext" else {"prompt": "a"}
+    write_lines(folder / "p.jsonl", good, {"prompt": "b"} | field)
+    monkeypatch.setattr(pipeline_utils, "load_pipeline", lambda args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(file="p.jsonl", ckpt=ckpt)
+    assert re.findall(r"p\.jsonl, line (\d) is left out.*(" + re.escape(named) + ")", capsys.readouterr().err) == [
+        ("2", named)]
+    write_lines(folder / "p.jsonl", {"prompt": "b"} | field)
+    with pytest.raises(RecipeError, match=rf"p\.jsonl[\s\S]*line 1[\s\S]*{named}"):
+        run(file="p.jsonl", ckpt=ckpt)
+
+
+def test_gen_image_output_that_is_a_lines_reference_is_refused(folder, run):
+    save_image(PIL.Image.new("RGB", (64, 64)), "x_001_43.png", parameters())
+    write_lines(folder / "p.jsonl", {"prompt": "a", "image": "x_001_43.png"}, {"prompt": "b", "image": "x_001_43.png"})
+    with pytest.raises(RecipeError, match=r"x_001_43\.png.*line \d"):
+        run("--output-file", "x.png", file="p.jsonl", ckpt="tiny-kontext")
+
+
+@pytest.mark.parametrize("mode, scope, graphs, said", [
+    ("compile", "blocks", True, ["compiled", "recorded"]), ("compile", "none", False, ["compiled"]),
+    ("disabled", "blocks", True, ["recorded"]), ("disabled", "blocks", False, None),
+    ("export_aoti", "none", True, ["recorded", "VAE", "uncompiled"]),
+    ("export_aoti", "blocks", False, ["blocks", "VAE", "uncompiled"])])
+def test_new_size_line_says_what_happens(mode, scope, graphs, said):
+    plan = SimpleNamespace(compile=SimpleNamespace(mode=mode, scope=scope, with_vae=True),
+                           cuda_graphs=SimpleNamespace(on=graphs))
+    line = many_prompts.new_size_line("64x96", plan)
+    assert (line is None) if said is None else all(word in line for word in ["64x96", *said])
+
+
+def test_make_images_says_a_new_size_once(folder, run, monkeypatch, capsys):
+    monkeypatch.setattr(many_prompts, "new_size_line", lambda size, plan: f"size {size}: new")
+    write_lines(folder / "p.jsonl", *({"prompt": FROG, "width": width, "num_inference_steps": steps}
+                                      for width, steps in ((32, 1), (64, 1), (32, 2), (48, 1), (32, 1))))
+    run("--output-file", "x.png", "--height", "64", "--width", "64", file="p.jsonl")
+    assert re.findall(r"size (\w+): new", capsys.readouterr().err) == ["32x64", "48x64"]
+
+
+def test_warn_of_cut_texts_names_the_first_long_line(capsys):
+    pipeline = SimpleNamespace(tokenizer_2=lambda texts: SimpleNamespace(input_ids=[text.split() for text in texts]))
+    prompts = [Prompt(line, 0, text, settings=settings) for line, text, settings in (
+        (3, "a b", ()), (5, "a b c", (("negative_prompt", "a b"),)), (7, "a", (("negative_prompt", "a b c d"),)))]
+    many_prompts.warn_of_cut_texts(pipeline, SimpleNamespace(negative_prompt=None), prompts, 2)
+    assert re.findall(r"(\d) of (\d) (.*) are.* line (\d)", capsys.readouterr().err) == [
+        ("1", "3", "prompts", "5"), ("1", "2", "negative prompts", "7")]
 
 
 class Killed(BaseException):

@@ -4,6 +4,7 @@ Nothing here imports torch before the flags are checked: --help and a typo take 
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -144,7 +145,8 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--prompt", help="text prompt; the default is one that the model can draw")
     image.add_argument("--prompts-file", metavar="FILE",
                        help="many prompts: one a line, JSON (lines or a list) or a table (.csv, .tsv); JSON and tables "
-                       "may hold seeds. Images that are there already are skipped")
+                       "may hold seeds, sizes and other settings of a prompt. Images that are there already are "
+                       "skipped")
     image.add_argument("--batch_size", type=int, metavar="B",
                        help="prompts of --prompts-file in one call; default: 1")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
@@ -260,14 +262,15 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuses arguments that contradict each other or this machine, before anything loads.
 
     What can be wrong with a command is refused in this order: types and choices by argparse; contradictions of flags
-    here; files that could not be written by `utils.output_checks.check_outputs`; lines of a prompts file by
-    `utils.prompts_file.read_prompts`; what depends on the checkpoint's configs, the GPU or installed libraries by
-    `utils.plan.make_plan`; what does not fit by `utils.memory.fit`; LoRAs and weights when their files are read.
+    here; lines of a prompts file by `utils.prompts_file.read_prompts`; files that could not be written by
+    `utils.output_checks.check_outputs`; what depends on the checkpoint's configs, the GPU or installed libraries by
+    `utils.many_prompts.usable_prompts` and `utils.plan.make_plan`; what does not fit by `utils.memory.fit`; LoRAs and
+    weights when their files are read.
 
     Raises:
         RecipeError: names the value, the choices and the way out.
     """
-    _check_image(args)
+    check_image(args)
     if args.device:
         _check_device(args)
     _check_techniques(args)
@@ -302,12 +305,19 @@ def _refuse(wrong, text: str) -> None:
         raise RecipeError(text)
 
 
-def _check_image(args: argparse.Namespace) -> None:
+def check_image(args: argparse.Namespace) -> None:
+    """Refuses flags about the image that are out of range or contradict each other.
+
+    A line of --prompts-file with settings of its own is checked as the command line with these settings.
+
+    Raises:
+        RecipeError: names the value and the way out.
+    """
     for name in ("height", "width"):
         size = getattr(args, name)
         _refuse(size is not None and (size <= 0 or size % 16),
                 f"--{name} {size} is not a positive multiple of 16 (8 pixels a latent, 2 latents a token). "
-                f"The nearest is {max(16, round((size or 0) / 16) * 16)}.")
+                f"The nearest is {max(16, ((size or 0) + 8) // 16 * 16)}.")
     for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("batch_size", 1),
                         ("max_sequence_length", 1)):
         _refuse_below(args, name, least)
@@ -320,11 +330,16 @@ def _check_image(args: argparse.Namespace) -> None:
     _refuse(args.batch_size is not None and not args.prompts_file,
             f"--batch_size {args.batch_size} is the number of prompts in one call: add --prompts-file. For several "
             "images of one prompt use --num_images_per_prompt.")
+    _refuse_missing("--image", None if args.image and scheme_of(args.image) else args.image)
 
 
 def _refuse_below(args: argparse.Namespace, name: str, least: int) -> None:
     value = getattr(args, name)
     _refuse(value is not None and value < least, f"--{name} {value}: it must be at least {least}.")
+
+
+def _refuse_missing(flag: str, path: str | None) -> None:
+    _refuse(path and not os.path.isfile(os.path.expanduser(path)), f"{flag} {path}: there is no such file.")
 
 
 def _check_device(args: argparse.Namespace) -> None:
@@ -397,9 +412,7 @@ def _check_inputs(args: argparse.Namespace) -> None:
             f"--revision {args.revision} names a revision on the Hub: drop it, or give a Hub id as --ckpt.")
     _refuse(args.random_weights and args.lora,
             "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
-    for flag, path in (("--prompts-file", args.prompts_file),
-                       ("--image", args.image if args.image and not scheme_of(args.image) else None)):
-        _refuse(path and not Path(path).expanduser().is_file(), f"{flag} {path}: there is no such file.")
+    _refuse_missing("--prompts-file", args.prompts_file)
 
 
 def offloads_transformer(args: argparse.Namespace) -> bool:

@@ -94,7 +94,8 @@ class CUDAGraphModule(ModuleProxy):
         module: the module to record. Its outputs may be any tree of tensors; the caller gets copies.
         pool: a memory pool that several modules share (`torch.cuda.graph_pool_handle()`). Sharing is safe, because the
             outputs are copied before another graph can be replayed on the stream.
-        max_graphs: beyond this number the least recently used recording is dropped, with a line on stderr.
+        max_graphs: beyond this number the least recently used recording is dropped. The first time, a line on stderr
+            says so.
     """
 
     may_record = True  # False within `recording_is_an_error`
@@ -103,6 +104,7 @@ class CUDAGraphModule(ModuleProxy):
         super().__init__(module)
         self.pool = pool
         self.max_graphs = max_graphs
+        self.has_dropped = False
         # Each module records on its own stream: cuBLAS has one workspace per stream, and T5 and CLIP run concurrently.
         self.stream = None
         self.recordings: OrderedDict[tuple, _Recording] = OrderedDict()
@@ -128,9 +130,11 @@ class CUDAGraphModule(ModuleProxy):
                                    f"recording_is_an_error: none of its {len(self.recordings)} recordings has the "
                                    f"signature {key}")
             if len(self.recordings) >= self.max_graphs:
-                print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} input signatures. "
-                      "The least recently used graph is dropped; to record it again takes about a second.",
-                      file=sys.stderr)
+                if not self.has_dropped:
+                    print(f"CUDA graphs of {type(self.module).__name__}: more than {self.max_graphs} input signatures. "
+                          "From now on the least recently used graph is dropped; to record it again takes about a "
+                          "second.", file=sys.stderr)
+                self.has_dropped = True
                 self.recordings.popitem(last=False)
             self.stream = self.stream or torch.cuda.Stream()
             recording = self.recordings[key] = _Recording(self.module, args, kwargs, self.pool, self.stream)

@@ -5,27 +5,35 @@ so a crash loses only the batch being computed and the batch being written. The 
 programs, one line of JSON per image. If an image was made again, its last line counts.
 """
 
+import argparse
+import functools
 import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 
 from utils import tiny_presets
+from utils.aoti.export import other_inputs_run_uncompiled
 from utils.benchmark_utils import images_per_call
+from utils.checkpoint import ImageSettings, configs_of, image_settings, read_configs
 from utils.common import BrokenResult, RecipeError, reason_of, show_progress
 from utils.flaws import raise_errors
 from utils.images import decode, image_parameters, keep_image, read_parameters
 from utils.launchers import forget_launchers, own_gpu, world_size
 from utils.outputs import append_line, manifest_path
-from utils.pipeline_utils import call_kwargs
-from utils.prompts_file import Prompt, Request, requests_of
+from utils.pipeline_utils import call_kwargs, use_step_cache
+from utils.plan import Plan, step_cache_of_line
+from utils.prompts_file import Prompt, Request, args_with, left_out, requests_of
+from utils.reference_image import encoded_size, original_size
 from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 
 
@@ -58,6 +66,78 @@ def join_processes(args) -> PartialState | None:
     return processes
 
 
+def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """Leaves out the lines that this checkpoint cannot draw with their settings, before any weights load.
+
+    If only lines have references, `args.image` becomes the first of them, for `optimize` to warm up with.
+
+    Returns:
+        (prompts, complaints), as `read_prompts` does.
+
+    Raises:
+        RecipeError: no line is left, or the configs of --ckpt cannot be read.
+    """
+    if not any(prompt.settings for prompt in prompts):
+        return prompts, []
+    configs = read_configs(args.ckpt, args.revision, args.random_weights)
+    faults = {settings: _fault_of(args_with(args, settings), configs)
+              for settings in dict.fromkeys(prompt.settings for prompt in prompts)}
+    complaints = [left_out(args.prompts_file, prompt.unit, prompt.line, faults[prompt.settings])
+                  for prompt in prompts if faults[prompt.settings]]
+    usable = [prompt for prompt in prompts if not faults[prompt.settings]]
+    if not usable:
+        raise RecipeError(f"--prompts-file {args.prompts_file} holds no prompt that can be drawn. {complaints[0]}.")
+    args.image = args.image or dict(usable[0].settings).get("image")
+    return usable, complaints
+
+
+def _fault_of(args: argparse.Namespace, configs: dict) -> RecipeError | None:
+    try:
+        step_cache_of_line(args, configs)
+        if args.image:
+            original_size(args.image)
+    except RecipeError as error:
+        return error
+
+
+class Shape(NamedTuple):
+    """What the images of one pipeline call have in common."""
+    settings: ImageSettings
+    reference: tuple[int, int] | None  # width and height of Kontext's reference, as the VAE sees it
+
+    @property
+    def size(self) -> str:
+        """What is compiled and recorded by itself, for people."""
+        reference = " with a reference of {}x{}".format(*self.reference) if self.reference else ""
+        return f"{self.settings.width}x{self.settings.height}{reference}"
+
+
+class Variant:
+    """The command line with the settings of a line, for a loaded pipeline.
+
+    Args:
+        args: from `args_with`.
+        configs: from `configs_of`.
+    """
+
+    def __init__(self, pipeline, args: argparse.Namespace, configs: dict):
+        self.pipeline, self.args, self.step_cache = pipeline, args, step_cache_of_line(args, configs)
+        settings, reference = image_settings(args, configs), None
+        if settings.model.needs_image:
+            reference = encoded_size(original_size(args.image), settings.width * settings.height)
+        self.shape = Shape(settings, reference)
+
+    @functools.cached_property
+    def parameters(self) -> dict:
+        """What the metadata of the images have in common. Prompt and seed are empty."""
+        use_step_cache(self.pipeline, self.step_cache)
+        return image_parameters(self.args, self.pipeline, call_kwargs(self.pipeline, self.args), prompt="", seed=0)
+
+    def parameters_of(self, request: Request) -> dict:
+        """The metadata of an image."""
+        return self.parameters | {"prompt": request.prompt, "seed": request.seed}
+
+
 def is_made(path: Path, parameters: dict) -> bool:
     """Whether `path` is a complete image whose metadata holds the same parameters."""
     try:
@@ -87,13 +167,69 @@ def _of_the_picture(parameters: dict) -> dict:
                                  | {"techniques": techniques}))
 
 
-def warn_of_long_prompts(pipeline, prompts: list[Prompt], max_sequence_length: int) -> None:
-    """Warns on stderr about prompts whose ends T5 does not read. The tokenizer cuts them off without a warning."""
-    tokens = pipeline.tokenizer_2([prompt.text for prompt in prompts]).input_ids
-    long = [prompt.line for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > max_sequence_length]
+def missing_images(requests: list[Request], variant: Callable[[tuple], Variant], log) -> list[Request]:
+    """The requests without an image of the same parameters. Says how many have one.
+
+    Args:
+        variant: gives the `Variant` of a line's settings.
+    """
+    present = [one for one in requests if os.path.exists(one.path)]
+    expected = [variant(one.settings).parameters_of(one) for one in present]
+    with ThreadPoolExecutor() as readers:  # decoding takes 20 ms per image and releases the GIL
+        made = readers.map(is_made, [one.path for one in present], expected)
+        done = {one.path for one, is_there in zip(present, made, strict=True) if is_there}
+    if done:
+        log.line(f"{len(done)} of {len(requests)} images exist already with the same parameters and are skipped")
+    return [one for one in requests if one.path not in done]
+
+
+def in_batches(requests: list[Request], variant: Callable[[tuple], Variant], size: int) -> list[list[Request]]:
+    """Batches of at most `size` requests of one shape. Shapes follow each other in the order of their first lines."""
+    groups = {}
+    for one in requests:
+        groups.setdefault(variant(one.settings).shape, []).append(one)
+    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def batch_kwargs(pipeline, batch: list[Request], variant: Callable[[tuple], Variant], size: int) -> dict:
+    """The arguments of the pipeline call that draws a batch, which its last request fills up to `size`."""
+    padded = batch + [batch[-1]] * (size - len(batch))
+    each = [variant(one.settings).args for one in padded]
+    return call_kwargs(pipeline, each[0], [one.prompt for one in padded], [one.seed for one in padded],
+                       negative_prompts=[own.negative_prompt for own in each], images=[own.image for own in each])
+
+
+def new_size_line(size: str, plan: Plan) -> str | None:
+    """The line about the first picture of a size that `optimize` did not warm up; None if it is as fast as others."""
+    done = ["compiled"] * (plan.compile.mode == "compile") + ["recorded"] * plan.cuda_graphs.on
+    notes = [f"{' and '.join(done)} now"] if done else []
+    units = ["blocks"] * (plan.compile.scope != "none") + ["VAE"] * plan.compile.with_vae
+    if plan.compile.mode == "export_aoti" and units:
+        notes.append(f"{' and '.join(units)} uncompiled, because the packages are for another size")
+    return f"size {size}: {'; '.join(notes)}" if notes else None
+
+
+def warn_of_long_prompts(pipeline, kind: str, texts: list[tuple[int, str]], max_sequence_length: int) -> None:
+    """Warns on stderr about texts whose ends T5 does not read. The tokenizer cuts them off without a warning.
+
+    Args:
+        kind: "prompts" or "negative prompts".
+        texts: (line, text) of each.
+    """
+    tokens = pipeline.tokenizer_2([text for _, text in texts]).input_ids if texts else []
+    long = [line for (line, _), ids in zip(texts, tokens, strict=True) if len(ids) > max_sequence_length]
     if long:
-        print(f"{len(long)} of {len(prompts)} prompts are longer than the limit of {max_sequence_length} tokens, the "
+        print(f"{len(long)} of {len(texts)} {kind} are longer than the limit of {max_sequence_length} tokens, the "
               f"first in line {long[0]}. Their ends have no effect.", file=sys.stderr)
+
+
+def warn_of_cut_texts(pipeline, args, prompts: list[Prompt], max_sequence_length: int) -> None:
+    """`warn_of_long_prompts` for everything that T5 reads."""
+    negative = [(prompt.line, text) for prompt in prompts if (text := dict(prompt.settings).get("negative_prompt"))]
+    for kind, texts in (("prompts", [(prompt.line, prompt.text) for prompt in prompts]),
+                        ("negative prompts", negative)):
+        warn_of_long_prompts(pipeline, kind, texts, max_sequence_length)
+    warn_of_cut_prompts(pipeline, [("--negative_prompt", args.negative_prompt)], max_sequence_length)
 
 
 class Progress:
@@ -120,14 +256,14 @@ class Progress:
         return text
 
 
-def write_images(images: list, are_finite: list[bool], requests: list[Request], common: dict, seconds: float,
+def write_images(images: list, are_finite: list[bool], requests: list[Request], parameters: list[dict], seconds: float,
                  manifest: Path) -> list[RecipeError]:
     """Saves images and appends their lines to the manifest. Broken images and images saved elsewhere get no line.
 
     Args:
         images: PIL images, one per request.
         are_finite: whether each image's decoder output was finite, from `CheckedImageProcessor.finite`.
-        common: the parameters that all images share.
+        parameters: each image's metadata.
         seconds: an image's share of its batch's time.
         manifest: the manifest's path.
 
@@ -135,13 +271,12 @@ def write_images(images: list, are_finite: list[bool], requests: list[Request], 
         Errors that are not raised: about broken images, and about files that could not be written to their places.
     """
     errors = []
-    for image, is_finite, request in zip(images, are_finite, requests, strict=True):
-        parameters = common | {"prompt": request.prompt, "seed": request.seed}
-        if error := keep_image(image, request.path, parameters, is_finite):
+    for image, is_finite, request, own in zip(images, are_finite, requests, parameters, strict=True):
+        if error := keep_image(image, request.path, own, is_finite):
             errors.append(error)
             continue
         try:
-            append_line(manifest, {"file": request.path.name, **parameters, "seconds": round(seconds, 4),
+            append_line(manifest, {"file": request.path.name, **own, "seconds": round(seconds, 4),
                                    "sha256": hashlib.sha256(request.path.read_bytes()).hexdigest()})
         except OSError as error:
             errors.append(RecipeError(f"{manifest}: {request.path.name} is saved, but could not be added to the "
@@ -152,53 +287,52 @@ def write_images(images: list, are_finite: list[bool], requests: list[Request], 
 def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, log) -> None:
     """Makes this process's share of the missing images with an optimized pipeline.
 
-    A partial batch is padded with its last prompt, and the surplus images are dropped. So compiled code and CUDA graphs
-    see only the batch size that `optimize` warmed up. A thread writes each batch while the next one is computed. Broken
-    images do not stop the run. An image or a manifest line that cannot be written stops it.
+    Lines of one shape are batched. A partial batch is padded with its last prompt, and the surplus images are dropped.
+    So compiled code and CUDA graphs see only the batch size that `optimize` warmed up. A thread writes each batch while
+    the next one is computed. Broken images do not stop the run. An image or a manifest line that cannot be written
+    stops it.
 
     Args:
         pipeline: the pipeline that `optimize` returned.
         args: the parsed command line.
-        prompts: all prompts of the file.
+        prompts: the prompts that `usable_prompts` returned.
         processes: the state that `join_processes` returned.
         log: the stage log.
 
     Raises:
         RecipeError: the errors that `raise_errors` combines, after all computed images are saved.
     """
-    size, manifest = images_per_call(args), manifest_path(args.output_file)
-    kwargs = call_kwargs(pipeline, args)
-    common = image_parameters(args, pipeline, kwargs, prompt="", seed=0)
+    size, manifest, configs = images_per_call(args), manifest_path(args.output_file), configs_of(pipeline)
+    variant = functools.cache(lambda settings: Variant(pipeline, args_with(args, settings), configs))
+    warmed_up = variant(()).shape
     group = None
     if processes.num_processes > 1:
         # With gloo, waiting takes no GPU memory. The timeout lets one process wait very long for another.
         group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-    missing, progress = None, None
+    batches, progress = None, None
     if processes.is_main_process:  # one process only, because new images of other ranks would change the result
-        warn_of_long_prompts(pipeline, prompts, kwargs["max_sequence_length"])
-        warn_of_cut_prompts(pipeline, [("--negative_prompt", args.negative_prompt)], kwargs["max_sequence_length"])
-        requests = requests_of(prompts, args)
-        with ThreadPoolExecutor() as readers:  # decoding takes 20 ms per image and releases the GIL
-            made = readers.map(lambda one: is_made(one.path, common | {"prompt": one.prompt, "seed": one.seed}),
-                               requests)
-            missing = [request for request, is_there in zip(requests, made, strict=True) if not is_there]
-        if len(missing) < len(requests):
-            log.line(f"{len(requests) - len(missing)} of {len(requests)} images exist already with the same "
-                     "parameters and are skipped")
+        warn_of_cut_texts(pipeline, args, prompts, warmed_up.settings.max_sequence_length)
+        missing = missing_images(requests_of(prompts, args), variant, log)
+        batches = in_batches(missing, variant, size)
         if missing:
             progress = Progress(manifest, len(missing))
     if group:
-        shared = [missing]
+        shared = [batches]
         torch.distributed.broadcast_object_list(shared, src=0, group=group)
-        missing = shared[0]
+        batches = shared[0]
 
     show_progress(pipeline, False)
-    batches = [missing[i:i + size] for i in range(0, len(missing), size)]
-    embeddings, writing, errors = {}, None, []
-    with processes.split_between_processes(batches) as own, ThreadPoolExecutor(1) as writer:
+    embeddings, writing, errors, sizes = {}, None, [], {warmed_up.size}
+    with (processes.split_between_processes(batches) as own, ThreadPoolExecutor(1) as writer,
+          other_inputs_run_uncompiled()):
         for batch in own:
-            padded = batch + [batch[-1]] * (size - len(batch))
-            kwargs = call_kwargs(pipeline, args, [one.prompt for one in padded], [one.seed for one in padded])
+            drawn = variant(batch[0].settings)
+            if drawn.shape.size not in sizes:
+                sizes.add(drawn.shape.size)
+                if line := new_size_line(drawn.shape.size, pipeline.plan):
+                    log.line(line)
+            use_step_cache(pipeline, drawn.step_cache)
+            kwargs = batch_kwargs(pipeline, batch, variant, size)
             start = time.perf_counter()
             images = pipeline(**with_embeddings(pipeline, kwargs, embeddings)).images[:len(batch)]
             seconds = (time.perf_counter() - start) / len(batch)
@@ -207,7 +341,8 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
                 errors += writing.result()
                 if progress:
                     log.line(progress.line())
-            writing = writer.submit(write_images, images, are_finite, batch, common, seconds, manifest)
+            parameters = [variant(one.settings).parameters_of(one) for one in batch]
+            writing = writer.submit(write_images, images, are_finite, batch, parameters, seconds, manifest)
             if must_stop(errors):
                 break
         if writing:

@@ -22,7 +22,8 @@ PIXEL_BYTES = 4  # upper bound per pixel of a compressed image
 METADATA_CHARACTERS = 4096  # upper bound per image, without its prompt and names
 
 
-def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[str]) -> None:
+def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[str],
+                  inputs: Iterable[tuple[str, Path]] = ()) -> None:
     """Refuses a run whose files could not be written or would replace files of the user.
 
     The check creates missing folders. It removes them again if it refuses the run.
@@ -30,6 +31,7 @@ def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[st
     Args:
         images: every file that the run saves an image to.
         prompts: every prompt that the run writes into an image's metadata.
+        inputs: (name, path) of files that the run reads and that no flag names.
 
     Raises:
         RecipeError: names the file, the reason and the way out.
@@ -42,7 +44,7 @@ def check_outputs(args: argparse.Namespace, images: list[Path], prompts: list[st
     records = ("--trace-file", args.trace_file, is_trace), ("--output-json", args.output_json, is_record)
     outputs += [(flag, as_path(path), is_ours) for flag, path, is_ours in records if path is not None]
     outputs = [(flag, Path(os.path.realpath(path)), is_ours) for flag, path, is_ours in outputs]
-    refuse_same_files(outputs, inputs_of(args))
+    refuse_same_files(outputs, [*inputs_of(args), *inputs])
     with without_new_folders(path for _, path, _ in outputs):
         for flag, path, is_ours in outputs:
             try_place(path, flag, is_ours)
@@ -79,6 +81,16 @@ def check_image_name(args: argparse.Namespace) -> None:
     if suffix.lower() not in IMAGE_SUFFIXES:
         raise RecipeError(f"--output-file {name}: unknown image type '{suffix}'. Choose a name that ends in one of "
                           f"{', '.join(IMAGE_SUFFIXES)}, such as output.png.")
+    check_sides(args)
+
+
+def check_sides(args: argparse.Namespace) -> None:
+    """Refuses an image that is larger than the format of --output-file allows.
+
+    Raises:
+        RecipeError: names the side and the way out.
+    """
+    name, suffix = args.output_file, as_path(args.output_file).suffix
     longest = LONGEST_SIDE.get(suffix.lower(), 2**31 - 1)
     for side in ("height", "width"):
         if (getattr(args, side) or 0) > longest:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from utils.cuda_graph import CUDAGraphModule
 from utils.hardware import detect
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
-from utils.plan import Check, Plan, lines, make_plan
+from utils.plan import Check, Plan, StepCache, lines, make_plan
 from utils.postprocess import CheckedImageProcessor, GPUImageProcessor
 from utils.quantization import quantize_text_encoder, quantize_transformer
 from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
@@ -393,8 +394,18 @@ def report_fp8_check(plan: Plan, pipeline, check: fp8_check.Fp8Check | None, arg
             check.report(plan.lossy(), args.strict, flags_over_quality(args))
 
 
+def use_step_cache(pipeline, step_cache: StepCache) -> None:
+    """Gives an optimized pipeline the mask that its step cache has for another number of steps."""
+    pipeline.plan = replace(pipeline.plan, step_cache=step_cache)
+    if step_cache.taylorseer:
+        pipeline.transformer.mask = step_cache.mask
+    elif step_cache.dbcache:
+        pipeline.cache_options = step_cache.dbcache
+
+
 def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int | list[int] | None = None,
-                num_inference_steps: int | None = None) -> dict:
+                num_inference_steps: int | None = None, negative_prompts: list[str] | None = None,
+                images: list[str] | None = None) -> dict:
     """The arguments of one pipeline call: the only place where they are made, for warm-up, timing, trace and images.
 
     Holds generators, which a call uses up: make new ones for each call, outside what is timed.
@@ -403,6 +414,8 @@ def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int
         prompt: one, for --num_images_per_prompt images, or a list of one an image. By default --prompt; with
             --prompts-file, --prompt repeated to the size of the file's batches, as `optimize` warms up.
         seed: of the first image, or a list of one an image. By default --seed.
+        negative_prompts: one an image. By default --negative_prompt for all.
+        images: path or URL of the reference of each image. By default --image for all.
     """
     settings = image_settings(args, configs_of(pipeline))
     if prompt is None:
@@ -420,20 +433,27 @@ def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int
         num_images_per_prompt=1 if batched else count,
         generator=[torch.Generator("cpu").manual_seed(one) for one in seed])
     if args.true_cfg_scale > 1:
-        kwargs |= dict(negative_prompt=[args.negative_prompt] * count if batched else args.negative_prompt,
+        one = args.negative_prompt
+        kwargs |= dict(negative_prompt=negative_prompts or ([one] * count if batched else one),
                        true_cfg_scale=args.true_cfg_scale)
     if settings.model.needs_image:
-        kwargs |= _reference_kwargs(load_reference(args.image), settings.width, settings.height)
+        kwargs |= _reference_kwargs(images or [args.image], settings.width, settings.height)
     return kwargs
 
 
-def _reference_kwargs(image, width: int, height: int) -> dict:
+def _reference_kwargs(images: list[str], width: int, height: int) -> dict:
     """Kontext's image arguments. At a megapixel diffusers picks the nearest size that Kontext was trained on; at other
-    sizes it would still return a megapixel, so there the reference is brought to the output's area."""
+    sizes it would still return a megapixel, so there the references are brought to the output's area.
+
+    Args:
+        images: path or URL of each image's reference. A reference that all images share is encoded once.
+    """
     area = width * height
-    if area == MEGAPIXEL:
-        return dict(image=image, max_area=area)
-    return dict(image=image.resize(reference_size(image, area)), max_area=area, _auto_resize=False)
+    references = [load_reference(image) for image in (images if len(set(images)) > 1 else images[:1])]
+    if area != MEGAPIXEL:
+        references = [image.resize(reference_size(image, area)) for image in references]
+    kwargs = dict(image=references if len(references) > 1 else references[0], max_area=area)
+    return kwargs if area == MEGAPIXEL else kwargs | dict(_auto_resize=False)
 
 
 def enable_tiling(vae: torch.nn.Module) -> None:

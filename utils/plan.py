@@ -252,7 +252,7 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         _fusion_obstacle(hardware, attends, configs), _flag_against_fusion(args, dtype))
     compiles = _compile(args, hardware, fused.on, default)
     quantized = _quantization(args, hardware, dtype, bf16.on, fused.on, compiles, default)
-    cache = _step_cache(args, hardware, configs, settings)
+    cache = _step_cache(args, configs, settings, hardware.missing.get("cache-dit"))
     parallel = ContextParallel(processes=hardware.processes)
     if args.context_parallel:
         parallel.kind = context_parallel.choose(args.context_parallel, configs["transformer"], attends.backend,
@@ -285,6 +285,19 @@ def make_plan(args: argparse.Namespace, configs: dict, hardware: Hardware) -> Pl
         cuda_graphs=graphs,
         gpu_postprocess=default("gpu_postprocess", Technique(note="8-bit pixels made on the GPU"), no_gpu),
         fp8_check=_fp8_check(args, hardware, attends, quantized, cache, compiles.on or graphs.on))
+
+
+def step_cache_of_line(args: argparse.Namespace, configs: dict) -> StepCache:
+    """The only technique that a line of --prompts-file changes: its number of steps decides the step cache's mask.
+
+    Args:
+        args: the command line with the line's settings.
+        configs: from `utils.checkpoint.read_configs`.
+
+    Raises:
+        RecipeError: the checkpoint or the step cache does not take the settings.
+    """
+    return _step_cache(args, configs, _settings(args, configs))
 
 
 def _is_given(args, flag: str) -> bool:
@@ -462,7 +475,7 @@ def _kept_weights(args, fused: bool) -> KeptWeights:
     return KeptWeights()
 
 
-def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings) -> StepCache:
+def _step_cache(args, configs: dict, settings: ImageSettings, without_cache_dit: str | None = None) -> StepCache:
     name, steps = args.step_cache, settings.num_inference_steps
     if name is None:
         return StepCache(on=False, why="--step_cache not given")
@@ -470,8 +483,8 @@ def _step_cache(args, hardware: Hardware, configs: dict, settings: ImageSettings
         taylorseer = TaylorSeer(**given)
         taylorseer.check(steps)
         return StepCache(name=name, taylorseer=taylorseer, mask=taylorseer.mask(steps))
-    if "cache-dit" in hardware.missing:
-        raise RecipeError(hardware.missing["cache-dit"])
+    if without_cache_dit:
+        raise RecipeError(without_cache_dit)
     blocks = configs["transformer"]["num_layers"] + configs["transformer"]["num_single_layers"]
     known = dbcache.PRESETS | {"f12b12": dbcache.DEFAULT}
     options = (dbcache.preset(name, steps, blocks) if name in dbcache.PRESETS else

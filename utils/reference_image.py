@@ -64,8 +64,24 @@ def load_reference(path_or_url: str) -> PIL.Image.Image:
                           f"longer than {LONGEST}:1 distorted. Crop the picture.")
     if context_parallel.is_main_process():
         for note in notes:
-            print(f"{what}: {note}.", file=sys.stderr)
+            _say_once(f"{what}: {note}.")
     return image
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Prints a line to stderr, but not for a picture that is loaded again."""
+    print(line, file=sys.stderr)
+
+
+@functools.cache
+def original_size(path_or_url: str) -> tuple[int, int]:
+    """The (width, height) of a reference image. Unlike the images, the sizes of all of them are cached.
+
+    Raises:
+        RecipeError: as `load_reference`.
+    """
+    return load_reference(path_or_url).size
 
 
 def download(url: str, what: str) -> tuple[bytes, str]:
@@ -229,18 +245,27 @@ def _to_srgb(image: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.I
 
 def reference_size(image: PIL.Image.Image, area: int) -> tuple[int, int]:
     """The (width, height) with the aspect ratio of `image` and about `area` pixels. Both are multiples of 16."""
-    scale = (area / (image.width * image.height)) ** 0.5
-    return tuple(max(16, round(side * scale / 16) * 16) for side in image.size)
+    return _scaled(image.size, area)
+
+
+def _scaled(size: tuple[int, int], area: int) -> tuple[int, int]:
+    scale = (area / (size[0] * size[1])) ** 0.5
+    return tuple(max(16, round(side * scale / 16) * 16) for side in size)
+
+
+def encoded_size(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """The (width, height) that the VAE sees of a reference of `size` for an output of `area` pixels.
+
+    At one megapixel Kontext uses the nearest aspect ratio among its own sizes, as in `call_kwargs`.
+    """
+    if area != MEGAPIXEL:
+        return _scaled(size, area)
+    aspect = size[0] / size[1]
+    _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    return width, height
 
 
 def reference_tokens(image: PIL.Image.Image, area: int) -> int:
-    """The number of tokens of a reference `image` for an output of `area` pixels.
-
-    At one megapixel Kontext uses the nearest aspect ratio among its own sizes, as in `call_kwargs`. A token covers
-    16x16 pixels.
-    """
-    width, height = reference_size(image, area)
-    if area == MEGAPIXEL:
-        aspect = image.width / image.height
-        _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    """The number of tokens, of 16x16 pixels each, of a reference `image` for an output of `area` pixels."""
+    width, height = encoded_size(image.size, area)
     return (width // 16) * (height // 16)

@@ -20,6 +20,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -266,6 +267,8 @@ class PackagedModule(torch.nn.Module):
     arguments that the package was made for. Inside a CUDA graph this check costs nothing.
     """
 
+    takes_other_inputs = False  # True within `other_inputs_run_uncompiled`
+
     def __init__(self, module: torch.nn.Module, unit: Unit, code: Callable):
         super().__init__()
         self.module = module  # as a submodule: diffusers asks a model's parameters for its device and dtype
@@ -275,11 +278,13 @@ class PackagedModule(torch.nn.Module):
         def forward(*args, **kwargs):
             arguments = _bound(signature, args, kwargs)
             if (actual := describe(arguments)) != expected:
+                if self.takes_other_inputs:
+                    return module(*args, **kwargs)
                 wrong = next(path for path in sorted(actual | expected) if actual.get(path) != expected.get(path))
                 raise RecipeError(
                     f"the package of {name} was made for other inputs: {wrong} is {actual.get(wrong, 'missing')}, not "
-                    f"{expected.get(wrong, 'given')}. A process supports one image size. Start again with the new "
-                    "size, or with --compile_export_mode compile.")
+                    f"{expected.get(wrong, 'given')}. Start again with the new size, or with --compile_export_mode "
+                    "compile.")
             return code(**tree_map_only(torch.Tensor, canonical, arguments))
 
         self._forward = forward
@@ -288,6 +293,19 @@ class PackagedModule(torch.nn.Module):
     def forward(self) -> Callable:
         """The module's own signature, which cache-dit inspects, in front of the package's code."""
         return self._forward
+
+
+@contextmanager
+def other_inputs_run_uncompiled():
+    """Within this context, a `PackagedModule` runs its module uncompiled on inputs that the package is not made for.
+
+    Elsewhere it raises an error, because a benchmark or a script would be slow without notice.
+    """
+    PackagedModule.takes_other_inputs = True
+    try:
+        yield
+    finally:
+        PackagedModule.takes_other_inputs = False
 
 
 def load(units: list[Unit], folder: Path, key: str) -> dict[torch.nn.Module, PackagedModule]:

@@ -308,14 +308,20 @@ def enable(pipeline, options: CacheOptions, separate_cfg: bool,
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
 
     manager = pipeline._context_manager
-    similarity = manager.similarity
+    similarity, reset_context = manager.similarity, manager.reset_context
+
+    def reset(context, *, cache_config, **kwargs):
+        # cache-dit resets its contexts before each image. An image of another number of steps has another mask, and
+        # the pipeline's options are then replaced.
+        mask = list(map(int, pipeline.cache_options.steps_computation_mask)) or None
+        return reset_context(context, cache_config=replace(cache_config, steps_computation_mask=mask), **kwargs)
 
     def decide(before, now, **kwargs) -> bool:
         # If there are several processes, cache-dit averages their residuals. With --prompts-file each process makes
         # other images and takes another number of steps, so the processes would wait for each other forever.
         return similarity(before, now, **kwargs | {"parallelized": shared})
 
-    manager.similarity = decide
+    manager.similarity, manager.reset_context = decide, reset
 
 
 def cached_steps(pipeline) -> list[int]:

@@ -60,7 +60,7 @@ class TaylorSeerTransformer(ModuleProxy):
         transformer: a module that is called by keywords with `return_dict=False`, as FLUX's pipelines do.
         scheduler: the pipeline's scheduler.
         mask: a string with 1 for each step to compute. Steps beyond its end, and steps of a prompt without a computed
-            step, are computed too.
+            step, are computed too. The attribute `mask` may be replaced between two images.
         order: the largest degree of the polynomial. The degree is lower until order + 1 steps have been computed.
     """
 
