@@ -1,4 +1,6 @@
-"""Makes one image, or one image per line of a file: parse, load, optimize, generate, save. Copy this script to start.
+"""Makes one image, or one per line of a file or of standard input: parse, load, optimize, generate, save.
+
+Copy this script to start.
 
     python gen_image.py --ckpt tiny-flux --prompt "3d avocado on a teal background"
     torchrun --nproc_per_node=2 gen_image.py --context_parallel auto --prompt "A cat playing with a ball of yarn"
@@ -29,6 +31,7 @@ def main():
     from utils import context_parallel
     from utils.cache import dbcache
     from utils.images import image_parameters, keep_images
+    from utils.interactive import Session
     from utils.many_prompts import join_processes, make_images, usable_prompts
     from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
     from utils.text_encoding import warn_of_cut_prompts
@@ -48,6 +51,8 @@ def main():
     freeze_gc()
     if prompts:
         return make_images(pipeline, args, prompts, processes, log)
+    if args.interactive:
+        return Session(pipeline, args, log).run()
 
     kwargs = call_kwargs(pipeline, args)
     if context_parallel.is_main_process():

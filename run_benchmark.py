@@ -22,9 +22,9 @@ def main():
     for name, least in (("runs", 1), ("warmup", 0)):
         if getattr(args, name) < least:
             raise RecipeError(f"--{name} {getattr(args, name)}: the value must be at least {least}.")
-    if args.prompts_file:
-        raise RecipeError(f"--prompts-file {args.prompts_file}: run_benchmark.py times one prompt only. Use --prompt, "
-                          "or draw the file's prompts with gen_image.py.")
+    if args.prompts_file or args.interactive:
+        flag = f"--prompts-file {args.prompts_file}" if args.prompts_file else "--interactive"
+        raise RecipeError(f"{flag}: run_benchmark.py times one prompt only. Use --prompt, or draw with gen_image.py.")
     path = as_path(args.output_file)
     check_outputs(args, [path], [args.prompt])
     if args.step_error and (args.step_cache or args.offload != "none"):

@@ -147,6 +147,9 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
                        help="many prompts: one a line, JSON (lines or a list) or a table (.csv, .tsv); JSON and tables "
                        "may hold seeds, sizes and other settings of a prompt. Images that are there already are "
                        "skipped")
+    image.add_argument("--interactive", action="store_true",
+                       help="draw a prompt from each line of standard input, and take commands such as :size 1360x768; "
+                       ":help lists them")
     image.add_argument("--batch_size", type=int, metavar="B",
                        help="prompts of --prompts-file in one call; default: 1")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")
@@ -391,6 +394,9 @@ def _check_step_cache(args: argparse.Namespace) -> None:
 
 def _check_processes(args: argparse.Namespace) -> None:
     processes = world_size()
+    _refuse(args.interactive and (args.prompts_file or processes > 1),
+            "--interactive reads its prompts from standard input, in one process: drop --prompts-file, accelerate "
+            "launch and torchrun.")
     _refuse(processes > 1 and not (args.prompts_file or args.context_parallel),
             f"{processes} processes for one prompt: give many prompts with --prompts-file, split one image with "
             "--context_parallel auto, or start one process, without accelerate launch and torchrun.")
