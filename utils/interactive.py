@@ -16,7 +16,7 @@ from utils.images import is_our_image, keep_image, numbered_path, save_image
 from utils.many_prompts import Variant, batch_kwargs, new_size_line
 from utils.output_checks import check_output, check_sides
 from utils.pipeline_utils import use_step_cache
-from utils.prompts_file import SETTINGS, Request, args_with
+from utils.prompts_file import Request, args_with, settings_of
 from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 
 HELP = """A line is a prompt. Commands begin with a colon and hold for the pictures after them:
@@ -33,11 +33,6 @@ CHANGES = {
     "guidance": lambda text: {"guidance_scale": finite_float(text)},
     "image": lambda text: {"image": text},
 }
-
-
-def settings_of(args) -> tuple:
-    """The flags that a line of a prompts file may replace, as `Prompt.settings`."""
-    return tuple((name, value) for name in SETTINGS if (value := getattr(args, name)) is not None)
 
 
 def lines() -> Iterator[str]:
@@ -115,8 +110,7 @@ class Session:
         warn_of_cut_prompts(self.pipeline, [("the prompt", prompt)], kwargs["max_sequence_length"])
         start = time.perf_counter()
         images = self.pipeline(**with_embeddings(self.pipeline, kwargs, self.embeddings)).images
-        finite = self.pipeline.image_processor.finite.tolist()
-        seconds = time.perf_counter() - start
+        seconds, finite = time.perf_counter() - start, self.pipeline.image_processor.finite.tolist()
         for image, request, is_finite in zip(images, requests, finite, strict=True):
             parameters = variant.parameters_of(request)
             if error := keep_image(image, request.path, parameters, is_finite):

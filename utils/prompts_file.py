@@ -338,6 +338,11 @@ def args_with(args: argparse.Namespace, settings) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | dict(settings))
 
 
+def settings_of(args: argparse.Namespace) -> tuple[tuple[str, object], ...]:
+    """The values of the flags that a line may replace, as `Prompt.settings`."""
+    return tuple((name, value) for name in SETTINGS if (value := getattr(args, name)) is not None)
+
+
 def requests_of(prompts: list[Prompt], args) -> list[Request]:
     """The images to make.
 
