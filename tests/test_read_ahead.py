@@ -23,7 +23,7 @@ def checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(read_ahead, "LEAST", 100)
     monkeypatch.setattr(read_ahead, "free_memory", lambda: 10**6)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
+    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "flux"
 
@@ -39,6 +39,12 @@ def files_read(monkeypatch, *argv) -> list[str]:
 def test_start_reads_the_weights_of_a_folder_the_transformer_first(checkpoint, monkeypatch):
     assert files_read(monkeypatch, "--ckpt", checkpoint) == [
         f"{name}/{part}.safetensors" for name in read_ahead.COMPONENTS for part in (1, 2)]
+
+
+def test_start_reads_once_for_all_processes_of_a_host(checkpoint, monkeypatch):
+    for rank, count in (("0", 8), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert len(files_read(monkeypatch, "--ckpt", checkpoint)) == count
 
 
 def test_start_reads_a_snapshot_of_the_hub(checkpoint, monkeypatch, tmp_path):

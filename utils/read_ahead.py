@@ -20,7 +20,7 @@ def start(args) -> threading.Thread | None:
     """Starts to read the weights of --ckpt, on threads that end with the process.
 
     Nothing is read if the weights are random, small, not there yet, or more than half of the free memory: the pages
-    read first would then push each other out.
+    read first would then push each other out. Of several processes of a host, one reads for all.
 
     Args:
         args: the parsed command line.
@@ -28,7 +28,9 @@ def start(args) -> threading.Thread | None:
     Returns:
         The thread that leads the others, or None.
     """
-    if args.random_weights or not (folder := local_folder(args.ckpt, args.revision)):
+    if args.random_weights or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    if not (folder := local_folder(args.ckpt, args.revision)):
         return None
     files = kept_files(args.cache_dir) if args.keep_quantized else []
     components = COMPONENTS[1:] if files else COMPONENTS

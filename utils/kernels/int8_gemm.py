@@ -1,7 +1,7 @@
 """int8 GEMMs with a fused epilogue for Hopper, in Gluon.
 
-int8 has no exponent. It keeps about seven bits of a row without outliers, where e4m3 keeps four, so these GEMMs have a
-third of the error of their e4m3 counterparts in gemm.py.
+int8 has no exponent. It keeps about seven bits of a row without outliers, where e4m3, which gemm.py multiplies, keeps
+four.
 
 The kernels are written in Gluon, Triton's lower level, for one reason: Triton (3.6 to 3.9) waits for every int8
 instruction of the tensor cores before it issues the next. Here the warps of a program have three roles. One warp loads
