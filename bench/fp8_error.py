@@ -1,6 +1,6 @@
 """Measures the error of each fp8 recipe's step against float32, on weights that resemble trained weights.
 
-    python -m bench.fp8_error --random_weights 3+6 --output-json results/h200/2026-11/fp8_error/families.json
+    python -m bench.fp8_error --random_weights 3+6 --output-json families.json
     python -m bench.fp8_error --random_weights --cases plain massive=500,spread=0.5,neuron=300 --output-json full.json
     python -m bench.fp8_error --ckpt tiny-flux-dev --pictures 16 --output-json pictures.json
 
