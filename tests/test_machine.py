@@ -162,8 +162,11 @@ def test_settle_compilers_takes_the_first_one_that_finds_libstdcxx(tmp_path, mon
     if named:
         monkeypatch.setenv("CXX", str(tmp_path / "a" / "g++"))
     monkeypatch.setattr(start, "notes", [])
-    start.settle_compilers()
-    assert os.environ["CXX"] == str(tmp_path / "b" / "g++") and len(start.notes) == 1
+    # In a script that imports torchao before utils, torch has read CXX already.
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "a" / "g++"))}):
+        start.settle_compilers()
+        assert os.environ["CXX"] == str(tmp_path / "b" / "g++") and len(start.notes) == 1
+        assert torch._inductor.config.cpp.cxx == (None, os.environ["CXX"])
     assert machine.libstdcxx_obstacle() is None
     start.settle_compilers()
     assert len(start.notes) == 1

@@ -191,6 +191,9 @@ def settle_compilers() -> None:
                          "used")
     if sys.platform == "linux":
         settle_libstdcxx(names)
+    # A script that imported torchao first has let torch read CXX already.
+    if "CXX" in os.environ and (config := sys.modules.get("torch._inductor.config")):
+        config.cpp.cxx = (None, os.environ["CXX"])
 
 
 def settle_libstdcxx(names: Sequence[str]) -> None:
