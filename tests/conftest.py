@@ -82,7 +82,6 @@ def pretend_hopper(patch: pytest.MonkeyPatch, names: Iterable[str] = ("attention
     patch.setattr(pipeline_utils, "make_plan", planned)
     if "cuda_graphs" in names:
         patch.setattr(pipeline_utils, "CUDAGraphModule", lambda module, pool=None: module)
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 def exit_code_of(monkeypatch, script, *argv: str) -> int:

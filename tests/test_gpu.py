@@ -14,15 +14,17 @@ from conftest import relative
 
 from bench.quality import capture_step, float32_step
 from utils import attention, machine, random_weights, tiny_presets, weight_files
+from utils.aoti.export import other_inputs_run_uncompiled
 from utils.attention import measured_scale, quantize_per_head
 from utils.benchmark_utils import create_parser
 from utils.cache import dbcache
 from utils.checkpoint import read_configs
 from utils.common import RecipeError
-from utils.cuda_graph import CUDAGraphModule, recording_is_an_error
+from utils.cuda_graph import CUDAGraphModule, GraphPool, recording_is_an_error
 from utils.fp8_check import relative_error
 from utils.pipeline_utils import call_kwargs, load_checkpoint, load_pipeline, optimize
 from utils.postprocess import GPUImageProcessor
+from utils.prompts_file import args_with
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none here")]
@@ -138,7 +140,7 @@ class Sum(torch.nn.Module):
 @torch.no_grad()
 def test_cuda_graphs_of_every_kind_of_input_equal_the_module():
     module = Sum()
-    graphed = CUDAGraphModule(module, pool=torch.cuda.graph_pool_handle())
+    graphed = CUDAGraphModule(module)
 
     def inputs():
         for shape in ((2, 4), (3, 4), (1, 5, 4)):
@@ -148,25 +150,64 @@ def test_cuda_graphs_of_every_kind_of_input_equal_the_module():
                 yield (x.transpose(0, -1).contiguous().transpose(0, -1),), {"y": torch.randn_like(x), "scale": 2.0}
 
     kept = []
-    graphed.max_graphs = 16
     for _ in range(3):
         for args, kwargs in inputs():
             found, expected = graphed(*args, **kwargs), module(*args, **kwargs)
             assert torch.equal(found["sum"], expected["sum"]) and found["shape"] == expected["shape"]
             kept.append((found["sum"], expected["sum"]))
-    assert len(graphed.recordings) == 12
+    assert len(graphed.signatures) == 12
     for found, expected in kept:
         assert torch.equal(found, expected), "a later replay overwrote an output"
 
 
+def scratch(rows):
+    """A module that needs 8 MiB a row beside its inputs and outputs."""
+    class Scratch(torch.nn.Linear):
+        def forward(self, x):
+            wide = x.repeat_interleave(2**19, 1)
+            return super().forward(wide.view(len(x), 4, -1)[..., 0] + wide.amax())
+    return Scratch(4, 4, device="cuda"), torch.randn(rows, 4, device="cuda")
+
+
 @torch.no_grad()
-def test_cuda_graphs_beyond_the_cap_drop_the_oldest_with_a_note(capfd):
-    module = Sum()
-    graphed = CUDAGraphModule(module, max_graphs=2)
-    for size in (1, 2, 3, 1):
-        x = torch.randn(size, 4, device="cuda")
-        assert torch.equal(graphed(x)["sum"], module(x)["sum"])
-    assert len(graphed.recordings) == 2 and capfd.readouterr().err
+def test_graph_pool_smaller_sizes_and_other_modules_reuse_its_memory():
+    pool = GraphPool()
+    (first, large), (second, _), small = scratch(64), scratch(1), torch.randn(40, 4, device="cuda")
+    graphed = [CUDAGraphModule(module, pool) for module in (first, second)]
+    graphed[0](large)
+    held = pool.held_bytes()
+    assert held >= 512 * 2**20
+    for x in (small, large):
+        for module, plain in zip(graphed, (first, second), strict=True):
+            assert torch.equal(module(x), plain(x))
+    assert len(pool.recordings) == 4 and pool.held_bytes() < held + 2**24
+
+
+@torch.no_grad()
+def test_graph_pool_beyond_its_limit_frees_its_memory_and_goes_on(capfd):
+    """A limit of 6 GiB for the process. Ascending sizes leave the pool in pieces that the next size cannot use."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total, held = torch.cuda.mem_get_info()[1], torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((held + 6 * 2**30) / total)
+    try:
+        pool = GraphPool()
+        module, _ = scratch(1)
+        graphed = CUDAGraphModule(module, pool)
+        for rows in (32, 64, 96, 128, 160, 32, 224, 32):
+            x = torch.randn(rows, 4, device="cuda")
+            assert torch.equal(graphed(x), module(x))
+        assert pool.held_bytes() < 2.2 * 2**30  # all sizes, each by itself: 5.5 GiB
+        assert "CUDA graphs: " in capfd.readouterr().err
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                graphed(torch.randn(900, 4, device="cuda"))
+            assert torch.equal(graphed(x), module(x))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    pool.recordings.clear()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held + 2**28
 
 
 def test_gpu_postprocess_equals_the_cpu():
@@ -206,6 +247,45 @@ def test_recipe_is_close_to_eager_and_compiles_once(argv, tmp_path):
 
 
 @pytest.mark.parametrize("argv", [
+    ["--compile_export_mode", "compile"],
+    ["--compile_export_mode", "export_aoti"],
+    ["--compile_export_mode", "compile", "--cache_preset", "fast", "--force_cache", "--num_inference_steps", "12"],
+    pytest.param(["--compile_export_mode", "compile", "--disable_fused_kernels", "--disable_fused_vae",
+                  "--disable_inductor_tuning_flags"], marks=slow),
+], ids=" ".join)
+def test_ten_sizes_in_one_process_draw_what_a_start_of_their_own_draws(argv, tmp_path):
+    """On 1 + 2 blocks of full width. More sizes than torch recompiles, then all once more without a recording."""
+    skip_without_a_linker_for(argv)
+    torch._dynamo.reset()
+    sizes = [(256, 384), (384, 256), (256, 256), (512, 512), (768, 512), (1024, 512), (1024, 768), (1024, 1024),
+             (1280, 1024), (1536, 1024)]
+    given = ["--ckpt", "FLUX.1-dev", "--random_weights", "1+2", "--num_inference_steps", "2", "--quiet",
+             "--cache-dir", str(tmp_path), *argv]
+
+    def start(height, width):
+        args = create_parser(measure=True).parse_args([*given, "--height", str(height), "--width", str(width)])
+        return optimize(load_pipeline(args), args), args
+
+    def draw(pipeline, args, height, width):
+        own = args_with(args, {"height": height, "width": width})
+        image = pipeline(**call_kwargs(pipeline, own)).images[0]
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+
+    pipeline, args = start(*sizes[0])
+    with other_inputs_run_uncompiled():
+        found = {size: draw(pipeline, args, *size) for size in sizes}
+        with recording_is_an_error():
+            assert all(torch.equal(draw(pipeline, args, *size), picture) for size, picture in found.items())
+    del pipeline
+    gc.collect()
+    for size in (sizes[3], sizes[8]):
+        pipeline, args = start(*size)
+        assert relative(found[size], draw(pipeline, args, *size)) < 0.03
+        del pipeline
+        gc.collect()
+
+
+@pytest.mark.parametrize("argv", [
     ["--cache_preset", "fast"],
     ["--cache_preset", "fast", "--force_cache"],
     pytest.param(["--cache_preset", "fast", "--force_cache", "--disable_fused_kernels"], marks=slow),
@@ -241,7 +321,7 @@ def test_step_cache_over_graphs_equals_the_cache_without_them(argv, tmp_path):
         if not more:
             parts = pipeline.transformer
             parts = [parts.before, *(segment.blocks for segment in parts.segments), parts.after]
-            assert [len(part.recordings) for part in parts] == [1] * (5 if "--enable_cache_dit" in argv else 4)
+            assert [len(part.signatures) for part in parts] == [1] * (5 if "--enable_cache_dit" in argv else 4)
         del pipeline
     assert cached[0] == cached[1] and relative(*found) < 0.01
     if "--force_cache" in argv:
@@ -267,7 +347,7 @@ def test_taylorseer_over_one_graph_equals_taylorseer_without_it(tmp_path):
         assert torch.equal(*repeats) and dbcache.cached_steps(pipeline) == [6, 8, 9]
         found.append(repeats[0])
         if not more:
-            assert len(pipeline.transformer.module.recordings) == 1
+            assert len(pipeline.transformer.module.signatures) == 1
     assert relative(*found) < 0.01
 
 
@@ -309,7 +389,7 @@ def test_offload_draws_the_picture_of_weights_on_the_gpu(offload, argv, tmp_path
 @torch.no_grad()
 def test_cuda_graphs_in_one_pool_do_not_overwrite_each_other():
     """What a segment gave is still there after the others ran, in whatever order they run."""
-    pool = torch.cuda.graph_pool_handle()
+    pool = GraphPool()
     modules = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).cuda()
                for _ in range(3)]
     graphed = [CUDAGraphModule(module, pool) for module in modules]

@@ -1,14 +1,18 @@
 """gen_image.py --interactive: the pictures are those of the flags, and nothing a person types ends the session."""
 
 import io
+import re
 import sys
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
+from utils import many_prompts
 from utils.benchmark_utils import check_args
 from utils.common import RecipeError, StageLog
+from utils.hardware import Hardware
 from utils.images import read_parameters
 from utils.interactive import Session
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
@@ -85,6 +89,30 @@ def test_session_drops_a_picture_and_goes_on(start, type_in, monkeypatch, capsys
     type_in(pipeline, args, FROG, KEY)
     assert [path.name for path in tmp_path.iterdir()] == ["output_000_42.png"]
     assert read_parameters("output_000_42.png")["prompt"] == KEY and len(calls) == 2
+
+
+def test_session_goes_on_after_a_picture_that_runs_out_of_memory(start, type_in, monkeypatch, capsys, tmp_path):
+    pipeline, args = start()
+    decode = pipeline.vae.decode
+
+    def with_little_memory(latents, *given, **named):
+        if latents.shape[-1] > 8:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB. The rest.")
+        return decode(latents, *given, **named)
+
+    monkeypatch.setattr(pipeline.vae, "decode", with_little_memory)
+    type_in(pipeline, args, ":size 128x64", FROG, ":size 64x64", KEY)
+    assert [path.name for path in tmp_path.iterdir()] == ["output_000_42.png"]
+    assert "error: Tried to allocate 9 GiB" in capsys.readouterr().err
+
+
+def test_session_refuses_a_size_that_does_not_fit(start, type_in, monkeypatch, capsys):
+    pipeline, args = start()
+    monkeypatch.setattr(many_prompts, "gpu", lambda limit: Hardware("cuda", name="H100", free_bytes=4 * 2**30))
+    args.device = "cuda"
+    type_in(pipeline, args, ":size 4096x4096", ":size 64x32", KEY)
+    assert re.findall("error: (not enough GPU memory).* 4.0 GiB", capsys.readouterr().err) == ["not enough GPU memory"]
+    assert pixels("output_000_42.png").shape == (32, 64, 3)
 
 
 def test_session_keeps_the_pictures_of_earlier_ones(start, type_in, tmp_path):

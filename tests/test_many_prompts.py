@@ -25,6 +25,7 @@ from utils import images, many_prompts, pipeline_utils, tiny_presets
 from utils.benchmark_utils import images_per_call
 from utils.cache import dbcache
 from utils.common import RecipeError
+from utils.hardware import Hardware
 from utils.images import read_parameters, save_image
 from utils.many_prompts import is_made
 from utils.pipeline_utils import call_kwargs
@@ -272,16 +273,60 @@ def test_gen_image_output_that_is_a_lines_reference_is_refused(folder, run):
         run("--output-file", "x.png", file="p.jsonl", ckpt="tiny-kontext")
 
 
-@pytest.mark.parametrize("mode, scope, graphs, said", [
-    ("compile", "blocks", True, ["compiled", "recorded"]), ("compile", "none", False, ["compiled"]),
-    ("disabled", "blocks", True, ["recorded"]), ("disabled", "blocks", False, None),
-    ("export_aoti", "none", True, ["recorded", "VAE", "uncompiled"]),
-    ("export_aoti", "blocks", False, ["blocks", "VAE", "uncompiled"])])
-def test_new_size_line_says_what_happens(mode, scope, graphs, said):
-    plan = SimpleNamespace(compile=SimpleNamespace(mode=mode, scope=scope, with_vae=True),
-                           cuda_graphs=SimpleNamespace(on=graphs))
-    line = many_prompts.new_size_line("64x96", plan)
-    assert (line is None) if said is None else all(word in line for word in ["64x96", *said])
+@pytest.mark.parametrize("mode, scope, graphs, once, said", [
+    ("compile", "blocks", True, False, "compiled and recorded now"), ("compile", "none", False, False, "compiled now"),
+    ("compile", "blocks", True, True, f"compiled and recorded now; VAE uncompiled ({many_prompts.VAE_COST})"),
+    ("compile", "none", True, True, f"recorded now; VAE uncompiled ({many_prompts.VAE_COST})"),
+    ("disabled", "blocks", True, False, "recorded now"), ("disabled", "blocks", False, False, None),
+    ("export_aoti", "none", True, True, f"recorded now; VAE uncompiled ({many_prompts.VAE_COST})"),
+    ("export_aoti", "blocks", False, True, "blocks uncompiled, because the packages are for another size "
+     f"(--compile_export_mode compile serves all sizes); VAE uncompiled ({many_prompts.VAE_COST})")])
+def test_new_size_line_says_what_happens(mode, scope, graphs, once, said):
+    plan = SimpleNamespace(compile=SimpleNamespace(mode=mode, scope=scope), compiles_vae_once=once,
+                           fused_vae=SimpleNamespace(on=True), cuda_graphs=SimpleNamespace(on=graphs))
+    assert many_prompts.new_size_line("64x96", plan) == (said and f"size 64x96: {said}")
+
+
+@pytest.mark.parametrize("cache", [[], ["--step_cache", "taylorseer", "--num_inference_steps", "10"]], ids=" ".join)
+def test_make_images_out_of_memory_leaves_out_one_batch(folder, run, monkeypatch, capsys, cache):
+    """A step of the second batch does not fit. The exit code is that of an error which the user can put right."""
+    optimize = pipeline_utils.optimize
+
+    def with_little_memory(pipeline, *args):
+        def refuse(module, args, kwargs):
+            if len(kwargs["hidden_states"][0]) > 16 and kwargs["timestep"][0] < 1:
+                raise torch.OutOfMemoryError("Tried to allocate 9 GiB. The rest.")
+        pipeline = optimize(pipeline, *args)
+        pipeline.transformer.register_forward_pre_hook(refuse, with_kwargs=True)
+        return pipeline
+
+    monkeypatch.setattr(pipeline_utils, "optimize", with_little_memory)
+    write_lines(folder / "p.jsonl", {"prompt": FROG}, {"prompt": FROG, "height": 128}, {"prompt": "b", "seed": 3},
+                {"prompt": FROG, "height": 128, "seed": 5}, {"prompt": FROG, "width": 32, "seed": 7})
+    argv = ["--height", "64", "--width", "64", "--num_inference_steps", "2", *cache]
+    ckpt = "tiny-flux-dev" if cache else "tiny-flux"
+    with pytest.raises(RecipeError, match=r"x_001_43\.png, x_003_5\.png not made.*64x128.*9 GiB") as caught:
+        run(*argv, "--batch_size", "2", "--output-file", "x.png", file="p.jsonl", ckpt=ckpt)
+    assert caught.value.exit_code == 2 and "x_001_43.png, x_003_5.png not made" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.glob("*.png")) == ["x_000_42.png", "x_002_3.png", "x_004_7.png"]
+    assert_equals_its_flags(run, "x_004_7.png", {"prompt": FROG, "width": 32, "seed": 7}, *argv, ckpt=ckpt)
+
+
+def test_usable_prompts_line_too_large_for_the_gpu_is_named(make_args, monkeypatch):
+    """1024x1024 of schnell fits into 40 GiB, 4096x4096 does not."""
+    args = make_args("--ckpt", "FLUX.1-schnell", "--random_weights", "--prompts-file", "p.jsonl")
+    args.device = "cuda"
+    card = Hardware("cuda", (9, 0), name="H100", free_bytes=40 * 2**30, attention_source="fa3_fwd_interface")
+    monkeypatch.setattr(many_prompts, "detect", lambda args: card)
+    prompts = [Prompt(line, line, "a", settings=settings) for line, settings in (
+        (1, ()), (2, (("height", 4096), ("width", 4096))), (3, (("height", 768),)), (4, (("height", 4096),
+                                                                                        ("width", 4096))))]
+    usable, complaints = many_prompts.usable_prompts(args, prompts)
+    assert [prompt.line for prompt in usable] == [1, 3]
+    assert [re.search(r"line (\d) is left out: not enough GPU memory.* 40\.0 GiB", text)[1] for text in complaints] == [
+        "2", "4"]
+    with pytest.raises(RecipeError, match="not enough GPU memory"):
+        many_prompts.usable_prompts(args, prompts[1:2])
 
 
 def test_make_images_says_a_new_size_once(folder, run, monkeypatch, capsys):
@@ -293,7 +338,14 @@ def test_make_images_says_a_new_size_once(folder, run, monkeypatch, capsys):
 
 
 def test_warn_of_cut_texts_names_the_first_long_line(capsys):
-    pipeline = SimpleNamespace(tokenizer_2=lambda texts: SimpleNamespace(input_ids=[text.split() for text in texts]))
+    class Words:
+        def __call__(self, texts):
+            return SimpleNamespace(input_ids=[text.split() for text in texts])
+
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(ids)
+
+    pipeline = SimpleNamespace(tokenizer_2=Words())
     prompts = [Prompt(line, 0, text, settings=settings) for line, text, settings in (
         (3, "a b", ()), (5, "a b c", (("negative_prompt", "a b"),)), (7, "a", (("negative_prompt", "a b c d"),)))]
     many_prompts.warn_of_cut_texts(pipeline, SimpleNamespace(negative_prompt=None), prompts, 2)

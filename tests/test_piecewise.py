@@ -256,7 +256,6 @@ def test_optimize_with_cuda_graphs_segments_the_transformer(load, monkeypatch, f
         pretend_hopper(monkeypatch)
     make_plan, found = pipeline_utils.make_plan, []
     monkeypatch.setattr(pipeline_utils, "CUDAGraphModule", lambda module, pool: Buffered(module))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def on_a_gpu(args, *rest):
         chosen = make_plan(args, *rest)

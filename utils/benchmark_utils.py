@@ -157,7 +157,8 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
                        help="classifier-free guidance with the negative prompt; doubles the work of a step")
     image.add_argument("--max_sequence_length", type=int, metavar="TOKENS",
                        help="text tokens that T5 makes of a prompt; default by model: 256 schnell, 512 dev, 512 "
-                       "Kontext. Fewer tokens are faster, change the image and cut longer prompts")
+                       "Kontext. Fewer tokens are faster, change the image and cut longer prompts. Multiples of "
+                       "128 fill the kernels' tiles. The image's metadata has it")
     image.add_argument("--guidance_scale", type=finite_float,
                        help="distilled guidance; default by model: 3.5 dev, 2.5 Kontext; schnell has none")
     image.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")

@@ -26,6 +26,10 @@ class BrokenResult(RecipeError):
     exit_code = 3
 
 
+class OutOfMemory(RecipeError):
+    """Some of several pictures need more GPU memory than there is. The others are not affected."""
+
+
 @contextmanager
 def reading(what: str, cure: str):
     """Turns any exception of a library that reads a user's file into a one-paragraph error.

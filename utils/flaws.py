@@ -4,7 +4,7 @@ import PIL.Image
 
 from utils.common import BrokenResult, RecipeError
 
-SHOWN = 3  # names, or broken pictures, that an error lists
+SHOWN = 3  # names, broken pictures, or other errors that an error lists
 
 
 def flaw_of(image: PIL.Image.Image, is_finite: bool) -> str | None:
@@ -72,6 +72,8 @@ def raise_errors(errors: list[RecipeError], pipeline) -> None:
     """
     broken = [str(error) for error in errors if isinstance(error, BrokenResult)]
     others = [str(error) for error in errors if not isinstance(error, BrokenResult)]
+    if len(others) > SHOWN:
+        others[SHOWN:] = [f"{len(others)} errors of this kind in all"]
     if len(broken) > SHOWN:
         broken[SHOWN:] = [f"{len(broken)} pictures are broken in all"]
     if broken:

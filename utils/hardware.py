@@ -22,7 +22,7 @@ class Hardware:
 
     Attributes:
         device: "cuda" (also AMD's ROCm) or "cpu".
-        free_bytes: GPU memory that this process may still allocate.
+        free_bytes: GPU memory that this process may use, with what it holds already.
         processes: of torchrun or accelerate.
         attention_source: where the attention library was found, "" if it was not found or not looked for.
         missing: {what: why it cannot be used, and the cure}. Keys: "triton" (with what its kernels need), "attention",
@@ -52,8 +52,9 @@ class Hardware:
 
 
 def gpu(memory_limit_gib: float | None = None) -> Hardware:
-    """The current GPU. `memory_limit_gib` caps its free memory."""
+    """The current GPU. `memory_limit_gib` caps the memory that this process may use."""
     free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved()
     if memory_limit_gib:
         free = min(free, int(memory_limit_gib * 2**30))
     return Hardware("cuda", torch.cuda.get_device_capability(), torch.version.hip is not None,

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
+import torch
+
 from utils.aoti.export import other_inputs_run_uncompiled
 from utils.benchmark_utils import check_image
 from utils.checkpoint import configs_of
@@ -61,7 +63,7 @@ class Session:
         self.sizes = {self.variant(()).shape.size}
 
     def run(self) -> None:
-        """Draws until standard input ends. An error and Ctrl-C end a line, not the session."""
+        """Draws until standard input ends. An error, full memory and Ctrl-C end a line, not the session."""
         show_progress(self.pipeline, False)
         with other_inputs_run_uncompiled():
             for line in map(str.strip, lines()):
@@ -70,7 +72,7 @@ class Session:
                         self.command(*map(str.strip, line[1:].partition(" ")[::2]))
                     elif line:
                         self.draw(line)
-                except RecipeError as error:
+                except (RecipeError, torch.OutOfMemoryError) as error:
                     print(f"error: {error}", file=sys.stderr, flush=True)
                 except KeyboardInterrupt:
                     print("dropped", file=sys.stderr, flush=True)
@@ -84,7 +86,7 @@ class Session:
                 raise RecipeError(f":{name} {text}: not of the form that :help shows.") from error
             check_image(changed)
             check_sides(changed)
-            self.variant(settings_of(changed))
+            self.variant(settings_of(changed)).check_memory()
             self.args = changed
         elif name == "save" and text and self.last:
             check_output(text, ":save", is_our_image)

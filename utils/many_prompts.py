@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -25,16 +26,18 @@ from utils import tiny_presets
 from utils.aoti.export import other_inputs_run_uncompiled
 from utils.benchmark_utils import images_per_call
 from utils.checkpoint import ImageSettings, configs_of, image_settings, read_configs
-from utils.common import BrokenResult, RecipeError, reason_of, show_progress
+from utils.common import BrokenResult, OutOfMemory, RecipeError, reason_of, show_progress
 from utils.flaws import raise_errors
+from utils.hardware import Hardware, detect, gpu
 from utils.images import decode, image_parameters, keep_image, read_parameters
 from utils.launchers import forget_launchers, own_gpu, world_size
+from utils.memory import check_gpu_memory
 from utils.outputs import append_line, manifest_path
 from utils.pipeline_utils import call_kwargs, use_step_cache
-from utils.plan import Plan, step_cache_of_line
+from utils.plan import Plan, make_plan, step_cache_of_line
 from utils.prompts_file import Prompt, Request, args_with, left_out, requests_of
 from utils.reference_image import encoded_size, original_size
-from utils.text_encoding import warn_of_cut_prompts, with_embeddings
+from utils.text_encoding import unread_text, warn_of_cut_prompts, with_embeddings
 
 
 def join_processes(args) -> PartialState | None:
@@ -80,7 +83,9 @@ def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[lis
     if not any(prompt.settings for prompt in prompts):
         return prompts, []
     configs = read_configs(args.ckpt, args.revision, args.random_weights)
-    faults = {settings: _fault_of(args_with(args, settings), configs)
+    hardware = detect(args) if args.device == "cuda" else None
+    fitting = set()
+    faults = {settings: _fault_of(args_with(args, settings), configs, hardware, fitting)
               for settings in dict.fromkeys(prompt.settings for prompt in prompts)}
     complaints = [left_out(args.prompts_file, prompt.unit, prompt.line, faults[prompt.settings])
                   for prompt in prompts if faults[prompt.settings]]
@@ -91,13 +96,28 @@ def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[lis
     return usable, complaints
 
 
-def _fault_of(args: argparse.Namespace, configs: dict) -> RecipeError | None:
+def _fault_of(args: argparse.Namespace, configs: dict, hardware: Hardware | None, fitting: set[tuple]
+              ) -> RecipeError | None:
+    """Why a line cannot be drawn, or None.
+
+    Args:
+        args: from `args_with`.
+        hardware: the GPU, or None.
+        fitting: the sizes of other lines that fit into the GPU's memory. The line's size is added.
+    """
     try:
         step_cache_of_line(args, configs)
         if args.image:
             original_size(args.image)
+        if hardware and (size := (args.height, args.width)) not in fitting:
+            check_gpu_memory(args, configs, hardware, make_plan(args, configs, hardware))
+            fitting.add(size)
     except RecipeError as error:
         return error
+
+
+# Decoding by the fused VAE: 33.4 ms uncompiled, 26.9 ms compiled (results/h100/2026-11/tried.json).
+VAE_COST = "7 ms more a megapixel on an H100"
 
 
 class Shape(NamedTuple):
@@ -126,6 +146,12 @@ class Variant:
         if settings.model.needs_image:
             reference = encoded_size(original_size(args.image), settings.width * settings.height)
         self.shape = Shape(settings, reference)
+
+    def check_memory(self) -> None:
+        """Raises RecipeError if the shape does not fit into the GPU's memory."""
+        if self.args.device == "cuda":
+            plan = replace(self.pipeline.plan, settings=self.shape.settings)
+            check_gpu_memory(self.args, configs_of(self.pipeline), gpu(self.args.gpu_memory_limit), plan)
 
     @functools.cached_property
     def parameters(self) -> dict:
@@ -201,11 +227,16 @@ def batch_kwargs(pipeline, batch: list[Request], variant: Callable[[tuple], Vari
 
 def new_size_line(size: str, plan: Plan) -> str | None:
     """The line about the first picture of a size that `optimize` did not warm up; None if it is as fast as others."""
-    done = ["compiled"] * (plan.compile.mode == "compile") + ["recorded"] * plan.cuda_graphs.on
+    has_blocks = plan.compile.scope != "none"
+    compiles = plan.compile.mode == "compile" and (has_blocks or not plan.compiles_vae_once)
+    done = ["compiled"] * compiles + ["recorded"] * plan.cuda_graphs.on
     notes = [f"{' and '.join(done)} now"] if done else []
-    units = ["blocks"] * (plan.compile.scope != "none") + ["VAE"] * plan.compile.with_vae
-    if plan.compile.mode == "export_aoti" and units:
-        notes.append(f"{' and '.join(units)} uncompiled, because the packages are for another size")
+    if plan.compile.mode == "export_aoti" and has_blocks:
+        notes.append("blocks uncompiled, because the packages are for another size (--compile_export_mode compile "
+                     "serves all sizes)")
+    if plan.compiles_vae_once:
+        cost = f" ({VAE_COST})" if plan.fused_vae.on else ""
+        notes.append(f"VAE uncompiled{cost}")
     return f"size {size}: {'; '.join(notes)}" if notes else None
 
 
@@ -217,10 +248,12 @@ def warn_of_long_prompts(pipeline, kind: str, texts: list[tuple[int, str]], max_
         texts: (line, text) of each.
     """
     tokens = pipeline.tokenizer_2([text for _, text in texts]).input_ids if texts else []
-    long = [line for (line, _), ids in zip(texts, tokens, strict=True) if len(ids) > max_sequence_length]
+    long = [(line, ids) for (line, _), ids in zip(texts, tokens, strict=True) if len(ids) > max_sequence_length]
     if long:
+        line, ids = long[0]
         print(f"{len(long)} of {len(texts)} {kind} are longer than the limit of {max_sequence_length} tokens, the "
-              f"first in line {long[0]}. Their ends have no effect.", file=sys.stderr)
+              f"first in line {line}. Their ends have no effect. The first one's end begins with "
+              f"\"{unread_text(pipeline, ids, max_sequence_length)}\".", file=sys.stderr)
 
 
 def warn_of_cut_texts(pipeline, args, prompts: list[Prompt], max_sequence_length: int) -> None:
@@ -289,8 +322,8 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
 
     Lines of one shape are batched. A partial batch is padded with its last prompt, and the surplus images are dropped.
     So compiled code and CUDA graphs see only the batch size that `optimize` warmed up. A thread writes each batch while
-    the next one is computed. Broken images do not stop the run. An image or a manifest line that cannot be written
-    stops it.
+    the next one is computed. Broken images and batches that need too much GPU memory do not stop the run. An image or a
+    manifest line that cannot be written stops it.
 
     Args:
         pipeline: the pipeline that `optimize` returned.
@@ -334,7 +367,12 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
             use_step_cache(pipeline, drawn.step_cache)
             kwargs = batch_kwargs(pipeline, batch, variant, size)
             start = time.perf_counter()
-            images = pipeline(**with_embeddings(pipeline, kwargs, embeddings)).images[:len(batch)]
+            try:
+                images = pipeline(**with_embeddings(pipeline, kwargs, embeddings)).images[:len(batch)]
+            except torch.OutOfMemoryError as error:  # is not kept, because its traceback holds the batch's tensors
+                errors.append(out_of_memory(error, batch, drawn.shape.size))
+                print(f"error: {errors[-1]}", file=sys.stderr, flush=True)
+                continue
             seconds = (time.perf_counter() - start) / len(batch)
             are_finite = pipeline.image_processor.finite.tolist()[:len(batch)]
             if writing:
@@ -357,6 +395,13 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
     raise_errors(errors, pipeline)
 
 
+def out_of_memory(error: torch.OutOfMemoryError, batch: list[Request], size: str) -> OutOfMemory:
+    """The error about a batch that is left out."""
+    names = ", ".join(one.path.name for one in batch)
+    return OutOfMemory(f"{names} not made: out of GPU memory at size {size} ({reason_of(error)}). The same command "
+                       "with a smaller --batch_size or --vae_tiling makes the missing images")
+
+
 def must_stop(errors: list[RecipeError]) -> bool:
-    """Whether the run must stop because a file could not be written. Broken images alone do not stop it."""
-    return any(not isinstance(error, BrokenResult) for error in errors)
+    """Whether the run must stop because a file could not be written. Broken images and full memory do not stop it."""
+    return any(not isinstance(error, (BrokenResult, OutOfMemory)) for error in errors)

@@ -89,18 +89,28 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
     """Returns the device for the unquantized weights: "cpu" if only the quantized weights fit on the GPU.
 
     Raises:
-        RecipeError: the finished recipe does not fit into the GPU's free memory. The message has the sizes and the
-            flags that help.
+        RecipeError: see `check_gpu_memory`.
     """
     if hardware.device == "cpu":
         return "cpu"
-    needs, resident, working = _memory_needed(args, configs, plan)
+    check_gpu_memory(args, configs, hardware, plan)
     if plan.offload.on:
         build_on = "cpu"
     else:
-        count = weight_counts(configs)
+        count, (_, _, working) = weight_counts(configs), _memory_needed(args, configs, plan)
         unquantized = sum(count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae"))
         build_on = "cpu" if unquantized * plan.dtype.itemsize + working > hardware.free_bytes else "cuda"
+    return build_on
+
+
+def check_gpu_memory(args: argparse.Namespace, configs: dict, hardware: Hardware, plan: Plan) -> None:
+    """Refuses a recipe, or a size of `plan.settings`, that needs more than the GPU's memory.
+
+    Raises:
+        RecipeError: the finished recipe does not fit into `hardware.free_bytes`. The message has the sizes and the
+            flags that help.
+    """
+    needs, resident, working = _memory_needed(args, configs, plan)
     if resident + working > hardware.free_bytes:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         helps = [flag for flag, given in (("--text_encoder_quant", args.text_encoder_quant),
@@ -115,7 +125,6 @@ def choose_load_device(args: argparse.Namespace, configs: dict, hardware: Hardwa
             f"not enough GPU memory: about {(resident + working) / GIB:.1f} GiB are needed ({parts}, working set "
             f"{working / GIB:.1f}), and {hardware.free_bytes / GIB:.1f} GiB are free on {hardware.name}. Try: "
             f"{', '.join([*helps, 'a smaller --height and --width'])}.")
-    return build_on
 
 
 def check_cpu_memory(configs: dict, dtype: torch.dtype) -> None:

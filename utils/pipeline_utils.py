@@ -21,7 +21,7 @@ from utils.cache.taylorseer import TaylorSeerTransformer
 from utils.checkpoint import configs_of, image_settings, model_shapes, read_configs
 from utils.common import RecipeError, StageLog, no_progress, reading, show_progress
 from utils.compilation import compile_pipeline, use_packages
-from utils.cuda_graph import CUDAGraphModule
+from utils.cuda_graph import CUDAGraphModule, GraphPool
 from utils.hardware import detect
 from utils.lora import merge_loras, read_loras
 from utils.machine import compiling, use_kernel_cache
@@ -172,7 +172,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
         use_packages(plan, pipeline, args, inputs, log)
     if plan.context_parallel.on:
         shard_attention(plan, transformer, device)
-    pool = torch.cuda.graph_pool_handle() if plan.cuda_graphs.on else None  # of graphs that never run at once
+    pool = GraphPool(bounded=not plan.context_parallel.on) if plan.cuda_graphs.on else None
     if plan.step_cache.dbcache:
         cache_steps(plan, pipeline, pool)
     if plan.compile.mode == "compile":
@@ -298,10 +298,10 @@ def capture_graphs(plan: Plan, pipeline, pool) -> None:
     """CUDA graphs around text encoders, VAE decoder and step. With a step cache the step's segments have theirs.
 
     Args:
-        pool: the memory of the graphs, from `torch.cuda.graph_pool_handle`.
+        pool: the `GraphPool` of graphs that never run at once.
     """
     # CLIP has a pool of its own, since it runs beside T5.
-    pipeline.text_encoder = CUDAGraphModule(pipeline.text_encoder, torch.cuda.graph_pool_handle())
+    pipeline.text_encoder = CUDAGraphModule(pipeline.text_encoder, GraphPool())
     wrap = partial(CUDAGraphModule, pool=pool)
     if plan.cuda_graphs.with_t5:
         pipeline.text_encoder_2 = wrap(pipeline.text_encoder_2)

@@ -176,6 +176,12 @@ class Plan:
         """Of the weights and the activations before quantization."""
         return torch.bfloat16 if self.bf16.on else torch.float32
 
+    @property
+    def compiles_vae_once(self) -> bool:
+        """Whether the VAE runs uncompiled at sizes other than the start's; see `utils.compilation.CompiledOnce`."""
+        made_once = self.compile.mode == "export_aoti" or (self.fused_vae.on and not self.vae_tiling)
+        return self.compile.on and self.compile.with_vae and made_once
+
     def techniques(self) -> dict[str, Technique]:
         """{name for people: technique}, in the order of the recipe."""
         return {name: getattr(self, attribute) for attribute, (name, _) in TECHNIQUES.items()}

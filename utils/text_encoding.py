@@ -64,10 +64,19 @@ def warn_of_cut_prompts(pipeline, prompts: list[tuple[str, str | None]], max_seq
     for name, text in prompts:
         ids = pipeline.tokenizer_2(text).input_ids if text else []
         if len(ids) > max_sequence_length:
-            # The last token that T5 reads is the end token.
-            cut = pipeline.tokenizer_2.decode(ids[max_sequence_length - 1:], skip_special_tokens=True).split()
             print(f"{name} has {len(ids)} tokens, and T5 reads the first {max_sequence_length} of them. The rest has "
-                  f"no effect. It begins with \"{' '.join(cut[:8])[:100]}\".", file=sys.stderr)
+                  f"no effect. It begins with \"{unread_text(pipeline, ids, max_sequence_length)}\".", file=sys.stderr)
+
+
+def unread_text(pipeline, ids: list[int], max_sequence_length: int) -> str:
+    """The first words of a prompt's end that T5 does not read.
+
+    Args:
+        ids: the prompt's tokens, more than `max_sequence_length`.
+    """
+    # The last token that T5 reads is the end token.
+    cut = pipeline.tokenizer_2.decode(ids[max_sequence_length - 1:], skip_special_tokens=True).split()
+    return " ".join(cut[:8])[:100]
 
 
 def overlap_text_encoders(pipeline) -> None:
