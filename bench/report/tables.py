@@ -545,10 +545,50 @@ def tried_table(gpu: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What multiplies GELU's and attention's results in a single block: the launches of int8_alternatives.json, and the name
+# of the errors there.
+INT8_WAYS = {
+    "one pass over the rows with zero points, int8 GEMM (kept)": (
+        ("the pass over the rows", "int8, scales per row"), "pass, zero point"),
+    "the same without zero points": (("the pass over the rows", "int8, scales per row"), "pass, symmetric"),
+    "scales per row and 256 channels, applied inside the GEMM": (
+        ("int8, scales per row and 256 channels, inside the GEMM",), "groups of 256, symmetric"),
+    "e4m3 by cuBLAS, without the pass that casts": (("e4m3 by cuBLAS, no scales",), "e4m3 there"),
+    "`torch._int_mm` after the same pass": (
+        ("the pass over the rows", "torch._int_mm (cuBLASLt), no scales"), "pass, zero point"),
+}
+ATTENTIONS = {"FlashAttention-3, bf16 (kept)": "FlashAttention-3 in bf16",
+              "FlashAttention-3, fp8": "FlashAttention-3 in fp8",
+              "SageAttention 1.0.6, int8 scores": "SageAttention 1.0.6"}
+
+
+def int8_table(folder: str) -> str:
+    """Returns the markdown table of int8_alternatives.json: time and energy of ways to multiply in int8, and errors.
+
+    Args:
+        folder: <gpu>/<folder>, without results/.
+    """
+    record = json.loads((RESULTS / folder / "int8_alternatives.json").read_text())
+    launches, errors = record["launches"], {row["case"]: row["errors"] for row in record["errors"]}
+    lines = ["| behind GELU and attention | ms | mJ | error, `plain` | `gates=8` | `heavy_rows=0.4` |",
+             "|---" * 6 + "|"]
+    for title, (names, way) in INT8_WAYS.items():
+        ms, energy = (sum(launches[name][unit] for name in names) for unit in ("ms", "mJ"))
+        cells = [f"{ms:.3f}", f"{energy:.0f}"]
+        cells += [f"{errors[case][way] * 100:.2f} %" for case in ("plain", "gates=8", "heavy_rows=0.4")]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += ["", "| attention of 4,352 tokens | ms | mJ | error of its result |", "|---" * 4 + "|"]
+    for title, name in ATTENTIONS.items():
+        one = launches[f"attention, {name}"]
+        lines.append(f"| {title} | {one['ms']:.3f} | {one['mJ']:.0f} | {one['error'] * 100:.2f} % |")
+    return "\n".join(lines) + "\n"
+
+
 MAKERS = {"glance": glance_table, "gears": gears_table, "results": table, "beside": beside_table,
           "quality": quality_table, "judge": judge_table, "kernels": kernel_table, "roofline": roofline_table,
           "starts": starts_table, "load": load_table, "last_block": last_block_table, "expected": expected_table,
-          "tried": tried_table, "images_a_minute": images_a_minute_table, "fp8_error": fp8_error_table}
+          "tried": tried_table, "int8": int8_table, "images_a_minute": images_a_minute_table,
+          "fp8_error": fp8_error_table}
 
 
 def pages() -> list[Path]:
