@@ -11,14 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative
+from safetensors.torch import save_file
 
 from bench.quality import capture_step, float32_step
-from utils import attention, machine, random_weights, tiny_presets, weight_files
+from utils import attention, machine, memory, random_weights, tiny_presets, weight_files
 from utils.aoti.export import other_inputs_run_uncompiled
 from utils.attention import measured_scale, quantize_per_head
 from utils.benchmark_utils import create_parser
 from utils.cache import dbcache
-from utils.checkpoint import read_configs
+from utils.checkpoint import model_shapes, read_configs
 from utils.common import RecipeError
 from utils.cuda_graph import CUDAGraphModule, GraphPool, recording_is_an_error
 from utils.fp8_check import relative_error
@@ -399,6 +400,38 @@ def test_cuda_graphs_in_one_pool_do_not_overwrite_each_other():
             kept.append((i, x, graphed[i](x)))
             x = x + kept[-1][2]
         assert all(torch.equal(modules[i](given), y) for i, given, y in kept)
+
+
+@pytest.mark.parametrize("room", [1e9, 0], ids=["copies on the GPU", "copies in pinned memory"])
+@pytest.mark.parametrize("quality", ["fast", "high", "exact"])
+def test_swapped_lora_draws_what_a_start_with_it_draws(quality, room, tmp_path, monkeypatch):
+    """Bit by bit, through CUDA graphs that were recorded before; and back."""
+    monkeypatch.setattr(memory, "room_for_copies", lambda *_: room)
+    shapes, tensors = model_shapes(read_configs("tiny-flux"))["transformer"], {}
+    for name, shape in shapes.items():
+        if name.endswith(".weight") and len(shape) == 2:
+            module = f"transformer.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = 0.1 * torch.randn(8, shape[1])
+            tensors[f"{module}.lora_B.weight"] = 0.1 * torch.randn(shape[0], 8)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    spec = str(tmp_path / "lora.safetensors")
+
+    def start(*argv):
+        args = create_parser().parse_args(
+            ["--ckpt", "tiny-flux", "--interactive", "--quiet", "--height", "256", "--width", "256",
+             "--num_inference_steps", "2", "--compile_export_mode", "disabled", "--quality", quality, *argv])
+        pipeline = optimize(load_pipeline(args), args)
+        return pipeline, lambda: pipeline(**call_kwargs(pipeline, args), output_type="latent").images
+
+    pipeline, latents = start()
+    before = latents()
+    found = []
+    for specs in ([spec], [], [f"{spec}:0.5"], [spec]):
+        pipeline.lora_swap.use(specs, {})
+        found.append(latents())
+    expected = start("--lora", spec)[1]()
+    assert torch.equal(found[0], expected) and torch.equal(found[3], expected) and torch.equal(found[1], before)
+    assert relative(expected, before) > 0.01
 
 
 @slow

@@ -23,6 +23,7 @@ from utils.checkpoint import configs_of, model_shapes
 from utils.common import RecipeError
 from utils.lora import merge_lora, merge_loras, read_lora
 
+CPU = torch.device("cpu")
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")
 Q_WEIGHT, K_WEIGHT = (f"transformer/transformer_blocks.0.attn.to_{name}.weight" for name in "qk")
 
@@ -81,7 +82,7 @@ def shapes(models) -> dict:
 
 
 def merge(models, path, scale=1.0, partial=False) -> str:
-    return merge_lora(models, read_lora(f"{path}:{scale}", shapes(models), partial))
+    return merge_lora(models, read_lora(f"{path}:{scale}", shapes(models), partial), CPU)
 
 
 def restore(models, base):
@@ -207,7 +208,7 @@ def test_read_lora_leftovers_are_counted_and_named(models, base, save):
         read_lora(str(path), shapes(models))
     found = read_lora(str(path), shapes(models), partial=True)
     assert "2 of 8" in found.left_out
-    merge_lora(models, found)
+    merge_lora(models, found, CPU)
     agree(weights(models), base | {K_WEIGHT: base[K_WEIGHT] + delta})
 
 
@@ -271,16 +272,16 @@ def test_read_lora_of_another_model_is_refused_by_its_name(models, save, key, mo
 def test_merge_lora_not_finite_is_named_and_changes_nothing(models, base, save, bad):
     found = read_lora(f"{save(lora()[0] | bad)}:2", shapes(models))
     with pytest.raises(RecipeError, match="to_q"):
-        merge_lora(models, found)
+        merge_lora(models, found, CPU)
     agree(weights(models), base)
 
 
 def test_merge_loras_that_change_nothing_are_reported_although_quiet(models, save, capsys):
     tensors = lora()[0]
-    merge_loras(models, [read_lora(str(save(tensors)), shapes(models))], quiet=True)
+    merge_loras(models, [read_lora(str(save(tensors)), shapes(models))], CPU, quiet=True)
     assert capsys.readouterr().err == ""
     path = save({name: 0 * tensor for name, tensor in tensors.items()})
-    merge_loras(models, [read_lora(str(path), shapes(models))], quiet=True)
+    merge_loras(models, [read_lora(str(path), shapes(models))], CPU, quiet=True)
     assert f"--lora {path}" in capsys.readouterr().err
 
 
@@ -300,7 +301,7 @@ def test_read_lora_reads_only_the_header(models, save, monkeypatch):
     header = struct.unpack("<Q", path.read_bytes()[:8])[0]
     assert 0 < sum(map(len, taken)) <= 32 + header < path.stat().st_size
     assert (found.name, found.scale, found.sha256) == (str(path), 0.5, None)
-    merge_lora(models, found)
+    merge_lora(models, found, CPU)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     (path.parent / lora_files.CONFIG).write_text('{"r": 2, "lora_alpha": 1}')  # alpha changes the picture as well
     assert lora_files.contents(path) != found.sha256

@@ -143,7 +143,8 @@ def test_read_prompts_line_sets_flags_and_the_number_of_images(tmp_path, name):
 
 @pytest.mark.parametrize("field, named", [
     ({"heigth": 64}, "heigth.*height"), ({"num_images_per_prompt": 2}, "num_images_per_prompt.*num_images"),
-    ({"": 1, "a\nb": 2}, r'"", "a\\nb"'), ({"lora": "x"}, "lora"),
+    ({"": 1, "a\nb": 2}, r'"", "a\\nb"'), ({"lora": 7}, "lora is 7"),
+    ({"lora": ["x", 7]}, "lora is"), ({"lora": {"x": 1}}, "lora is"), ({"lora": ["a\0b"]}, r"U\+0000"),
     ({"height": 100}, "--height 100.*16.*96"), ({"height": 0}, "--height 0"), ({"width": -16}, "--width -16"),
     ({"width": 65552}, "--width.*65552.*png"), ({"height": "64"}, 'height is "64"'), ({"height": 64.0}, "height.*64.0"),
     ({"height": True}, "height is true"), ({"height": 10**400}, "--height"), ({"width": [64]}, r"width is \[64\]"),
@@ -193,6 +194,19 @@ def test_requests_of_lines_with_numbers_of_images_keep_the_seeds_of_the_others(t
     assert [(one.prompt, one.seed, one.path) for one in requests] == [
         (text, seed, numbered_path("x.png", index, seed)) for text, index, each in seeds for seed in each]
     assert [one.settings for one in requests[-3:]] == [(), (("height", 64),), (("height", 64),)]
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("a b.safetensors:0.8", ("a b.safetensors:0.8",)), (["x", "y:2"], ("x", "y:2")), ("", ()), ([], ()), (None, None)])
+def test_read_prompts_lora_is_one_or_a_list_or_none(tmp_path, value, expected):
+    prompts, complaints = read(tmp_path, json.dumps({"prompt": "a", "lora": value}), "p.jsonl", [])
+    assert complaints == [] and dict(prompts[0].settings).get("lora") == expected
+
+
+def test_read_prompts_lora_in_a_table(tmp_path):
+    prompts, _ = read(tmp_path, "prompt,lora\na,x.safetensors:0.5\nb,\n", "p.csv", [])
+    assert [dict(prompt.settings).get("lora") for prompt in prompts] == [("x.safetensors:0.5",), None]
+    assert "x.safetensors" in texts_of(prompts)[0]
 
 
 def test_references_and_texts_of_lines(tmp_path):

@@ -145,11 +145,11 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--prompt", help="text prompt; the default is one that the model can draw")
     image.add_argument("--prompts-file", metavar="FILE",
                        help="many prompts: one a line, JSON (lines or a list) or a table (.csv, .tsv); JSON and tables "
-                       "may hold seeds, sizes and other settings of a prompt. Images that are there already are "
-                       "skipped")
+                       "may hold seeds, sizes, LoRAs and other settings of a prompt. Images that are there already "
+                       "are skipped")
     image.add_argument("--interactive", action="store_true",
-                       help="draw a prompt from each line of standard input, and take commands such as :size 1360x768; "
-                       ":help lists them")
+                       help="draw a prompt from each line of standard input, and take commands such as :size 1360x768 "
+                       "and :lora style.safetensors:0.8; :help lists them")
     image.add_argument("--batch_size", type=int, metavar="B",
                        help="prompts of --prompts-file in one call; default: 1")
     image.add_argument("--negative_prompt", help="needs --true_cfg_scale above 1")

@@ -3,6 +3,7 @@
 import functools
 import re
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -15,25 +16,26 @@ from utils.benchmark_utils import check_image
 from utils.checkpoint import configs_of
 from utils.common import RecipeError, finite_float, show_progress
 from utils.images import is_our_image, keep_image, numbered_path, save_image
-from utils.many_prompts import Variant, batch_kwargs, new_size_line
+from utils.lora_swap import use_loras
+from utils.many_prompts import Variant, batch_kwargs, prepare
 from utils.output_checks import check_output, check_sides
-from utils.pipeline_utils import use_step_cache
 from utils.prompts_file import Request, args_with, settings_of
 from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 
 HELP = """A line is a prompt. Commands begin with a colon and hold for the pictures after them:
   :size 1360x768     width and height          :seed 7            :seed alone takes a random one
   :steps 28          denoising steps           :guidance 3.5      guidance scale
-  :image photo.png   Kontext's reference       :save cat.png      the last picture once more, under this name
-  :help              these lines               Ctrl-C drops the picture that is being drawn, Ctrl-D ends"""
+  :image photo.png   Kontext's reference       :lora a:0.8 b      LoRAs instead of --lora; :lora alone takes none
+  :save cat.png      the last picture again    :help              these lines
+Ctrl-C drops the picture that is being drawn, Ctrl-D ends."""
 # {command: the flags that it replaces}
 CHANGES = {
-    "size": lambda text: dict(zip(("width", "height"), map(int, re.fullmatch(r"(\d+) ?[x×] ?(\d+)", text).groups()),
-                                  strict=True)),
+    "size": lambda text: dict(zip(("width", "height"), map(int, re.split("[x×]", text)), strict=True)),
     "seed": lambda text: {"seed": int(text) if text else secrets.randbelow(2**31)},
     "steps": lambda text: {"num_inference_steps": int(text)},
     "guidance": lambda text: {"guidance_scale": finite_float(text)},
     "image": lambda text: {"image": text},
+    "lora": lambda text: {"lora": tuple(shlex.split(text))},
 }
 
 
@@ -44,13 +46,12 @@ def lines() -> Iterator[str]:
         return
     with suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401 - `input` uses it once it is imported
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print()
+    with suppress(EOFError):
+        while True:
+            try:
+                yield input("> ")
+            except KeyboardInterrupt:
+                print()
 
 
 class Session:
@@ -87,6 +88,7 @@ class Session:
             check_image(changed)
             check_sides(changed)
             self.variant(settings_of(changed)).check_memory()
+            use_loras(self.pipeline, changed, self.embeddings)
             self.args = changed
         elif name == "save" and text and self.last:
             check_output(text, ":save", is_our_image)
@@ -98,16 +100,13 @@ class Session:
             raise RecipeError(f":{name} {text}: no such command, or nothing to save yet. Type :help for the list.")
 
     def draw(self, prompt: str) -> None:
-        """Draws --num_images_per_prompt pictures. Prints the seconds, and the path of each."""
+        """Draws --num_images_per_prompt pictures, and prints seconds and paths."""
         args, variant = self.args, self.variant(settings := settings_of(self.args))
-        if (size := variant.shape.size) not in self.sizes and (line := new_size_line(size, self.pipeline.plan)):
-            self.log.line(line)
-        self.sizes.add(size)
         while numbered_path(args.output_file, self.number, args.seed).exists():  # of this session or an earlier one
             self.number += 1
         requests = [Request(prompt, seed, numbered_path(args.output_file, self.number, seed), settings)
                     for seed in range(args.seed, args.seed + args.num_images_per_prompt)]
-        use_step_cache(self.pipeline, variant.step_cache)
+        prepare(self.pipeline, variant, self.embeddings, self.sizes, self.log)
         kwargs = batch_kwargs(self.pipeline, requests, self.variant, len(requests))
         warn_of_cut_prompts(self.pipeline, [("the prompt", prompt)], kwargs["max_sequence_length"])
         start = time.perf_counter()

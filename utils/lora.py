@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ SUFFIXES = {kind: re.compile(rf"(?P<name>.+?)\.{suffix}") for kind, suffix in {
 METHODS = {"LoRA": {"down", "up"}, "LoHa": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
            "LoKr": {kind for kind in SUFFIXES if kind.startswith("lokr")}, "difference": {"diff"}, "norm": {"norm"}}
 Q_K_NORMS = re.compile(r".*\.attn\.norm_(added_)?[qk]")
+CURE = "Download it again, or give another file."
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -61,8 +63,13 @@ class Lora:
     path: Path
     changes: list[Change]
     left_out: str  # one sentence on the tensors that --lora_partial leaves out; "" without such tensors
-    sha256: str | None = None  # of the contents (`utils.lora_files.contents`); None before the merge
+    sha256: str | None = None  # see `digest`; None before its first call
     changed: bool | None = None  # whether the merge changed any weight; None before the merge
+
+    def digest(self) -> str:
+        """The SHA-256 of the contents (`utils.lora_files.contents`). The files are hashed at the first call alone."""
+        self.sha256 = self.sha256 or contents(self.path)
+        return self.sha256
 
     def without(self, component: str) -> "Lora":
         """This LoRA without its changes of one component, such as "transformer"."""
@@ -78,13 +85,13 @@ def read_loras(specs: list[str] | None, shapes: dict[str, dict[str, tuple]], par
     return loras
 
 
-def merge_loras(pipeline, loras: list[Lora], quiet: bool) -> None:
+def merge_loras(pipeline, loras: list[Lora], device: torch.device, quiet: bool) -> None:
     """Calls `merge_lora` for each LoRA and prints its summary to stderr.
 
     With `quiet` it prints only LoRAs that changed no weight.
     """
     for lora in loras:
-        line = merge_lora(pipeline, lora)
+        line = merge_lora(pipeline, lora, device)
         if not quiet or not lora.changed:
             print(f"--lora {lora.name}: {line}", file=sys.stderr, flush=True)
 
@@ -104,7 +111,7 @@ def read_lora(spec: str, shapes: dict[str, dict[str, tuple]], partial: bool = Fa
     given, scale = split(spec)
     path = locate(given)
     here = f"--lora {given}"
-    with reading(here, "Download it again, or give another file."):
+    with reading(here, CURE):
         header, metadata = read_header(path)
         changes, unused = _sort(here, header, shapes)
         configs = _configs(path, metadata)
@@ -127,8 +134,10 @@ def read_lora(spec: str, shapes: dict[str, dict[str, tuple]], partial: bool = Fa
     return Lora(given, scale, path, changes, left_out)
 
 
-def merge_lora(pipeline, lora: Lora) -> str:
-    """Adds a LoRA to the weights, in float32 on their device, rounded once. Sets `lora.sha256` and `lora.changed`.
+def merge_lora(pipeline, lora: Lora, device: torch.device) -> str:
+    """Adds a LoRA to the weights, in float32 on `device`, rounded once. Sets `lora.sha256` and `lora.changed`.
+
+    The weights may be on another device. They come out the same wherever they are.
 
     Returns:
         A summary in one line.
@@ -136,45 +145,31 @@ def merge_lora(pipeline, lora: Lora) -> str:
     Raises:
         RecipeError: a tensor of the LoRA or a changed weight is not finite. The weights are unchanged then.
     """
-    here, strengths, changed, count = f"--lora {lora.name}", set(), False, 0
-    with reading(here, "Download it again, or give another file."), torch.no_grad(), \
-            safe_open(lora.path, framework="pt") as file:
-        lora.sha256 = contents(lora.path)
+    strengths, modules, differs = set(), 0, []
+    with reading(f"--lora {lora.name}", CURE), torch.no_grad(), safe_open(lora.path, framework="pt") as file:
+        lora.digest()
         for write in (False, True):  # check every weight, then write: a copy of the old weights would not fit in memory
+            flags = []
             for change in lora.changes:
-                module = getattr(pipeline, change.component)
-                device = module.get_parameter(f"{change.rows[0].module}.weight").device
-                factors = {kind: file.get_tensor(key) for kind, key in change.keys.items()}
-                for kind, tensor in factors.items():
-                    factors[kind] = _squeezed(tensor.to(device).float())
-                    if not factors[kind].isfinite().all():
-                        raise RecipeError(f"{here}: {change.keys[kind]} holds NaN or infinity: the training of this "
-                                          "LoRA failed, or the file is damaged. Give another file.")
-                strength = _strength(change, factors)
-                for kind in ("weight", "bias"):
-                    if not _changes(change, kind):
-                        continue
-                    parts = [module.get_parameter(f"{rows.module}.{kind}").data[rows.start:rows.stop]
-                             for rows in change.rows]
-                    old = torch.cat(parts).float()
-                    new = (_weight if kind == "weight" else _bias)(old, change, factors, strength, lora.scale)
-                    new = new.to(parts[0].dtype)
-                    if not write and not new.isfinite().all():
-                        raise RecipeError(f"{here}: the merged weight {change.name} is not finite in {new.dtype}. Give "
-                                          "a smaller :SCALE, or another file.")
-                    if write:
-                        changed = changed or not torch.equal(new, torch.cat(parts))
-                        for part, rows in zip(parts, new.split([len(part) for part in parts]), strict=True):
-                            part.copy_(rows)
+                parameter = getattr(pipeline, change.component).get_parameter
+                factors, strength = factors_of(change, file, device)
                 if not write:
-                    count += len({rows.module for rows in change.rows})
+                    flags += not_finite(lora, change, factors)
+                    modules += len({rows.module for rows in change.rows})
                     strengths |= {strength} if change.rank else set()
-    text = f"{count} module{'s' * (count != 1)} at scale {lora.scale:g}"
+                for parts, new in merged(change, factors, strength, lora.scale, parameter):
+                    if write:
+                        differs.append((new != torch.cat(parts).to(device)).any())
+                        write_rows(parts, new)
+                    else:
+                        flags.append(overflow(lora, change, new))
+            refuse_first(flags)
+    text = f"{modules} module{'s' * (modules != 1)} at scale {lora.scale:g}"
     if strengths:
         low, high = min(strengths), max(strengths)
         text += f", alpha / rank {low:g}" + (f" to {high:g}" if high > low else "")
-    lora.changed = changed
-    return text if changed else f"{text}; no weight has changed: every difference is zero or rounds to zero"
+    lora.changed = bool(torch.stack(differs).any())
+    return text if lora.changed else f"{text}; no weight has changed: every difference is zero or rounds to zero"
 
 
 # --- keys and shapes ---
@@ -395,6 +390,69 @@ def _refuse_overlap(here: str, changes: list[Change]) -> None:
 
 # --- merging ---
 
+def factors_of(change: Change, file, device: torch.device) -> tuple[dict[str, torch.Tensor], float]:
+    """A change's tensors by kind, in the file's dtype on `device`, and its strength.
+
+    Args:
+        file: the LoRA's, from `safe_open`.
+    """
+    factors = {kind: _squeezed(file.get_tensor(key)) for kind, key in change.keys.items()}
+    strength = _strength(change, factors)  # from the CPU's alpha: a GPU's would have to be waited for
+    return {kind: tensor.to(device) for kind, tensor in factors.items()}, strength
+
+
+def merged(change: Change, factors: dict, strength: float, scale: float, parameter: Callable[[str], torch.Tensor]
+           ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+    """Computes a change's weight and bias, each if it changes, on the factors' device.
+
+    Args:
+        factors, strength: from `factors_of`.
+        scale: of --lora PATH:SCALE.
+        parameter: returns a parameter of the change's component by its name.
+
+    Yields:
+        The rows of the parameters that change, as views, and the merged values of all rows in the parameters' dtype.
+    """
+    factors = {kind: tensor.float() for kind, tensor in factors.items()}
+    device = next(iter(factors.values())).device
+    for kind, merge in (("weight", _weight), ("bias", _bias)):
+        if _changes(change, kind):
+            parts = [parameter(f"{rows.module}.{kind}").data[rows.start:rows.stop] for rows in change.rows]
+            old = torch.cat(parts).to(device).float()
+            yield parts, merge(old, change, factors, strength, scale).to(parts[0].dtype)
+
+
+def write_rows(parts: list[torch.Tensor], new: torch.Tensor) -> None:
+    """Writes the values that `merged` yields into their rows."""
+    for part, rows in zip(parts, new.split([len(part) for part in parts]), strict=True):
+        part.copy_(rows)
+
+
+def not_finite(lora: Lora, change: Change, factors: dict) -> list[tuple[str, torch.Tensor]]:
+    """For `refuse_first`: whether the tensors of a change are finite."""
+    return [(f"--lora {lora.name}: {change.keys[kind]} holds NaN or infinity: the training of this LoRA failed, or the "
+             "file is damaged. Give another file.", tensor.float().isfinite().all())
+            for kind, tensor in factors.items()]
+
+
+def overflow(lora: Lora, change: Change, new: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """For `refuse_first`: whether a merged weight is finite."""
+    return (f"--lora {lora.name}: the merged weight {change.name} is not finite in {new.dtype}. Give a smaller :SCALE, "
+            "or another file.", new.isfinite().all())
+
+
+def refuse_first(flags: list[tuple[str, torch.Tensor]]) -> None:
+    """Raises the error of the first flag that is False. All flags, of one device, are waited for once.
+
+    Raises:
+        RecipeError: a flag is False.
+    """
+    found = torch.stack([flag for _, flag in flags]).tolist() if flags else []
+    for (error, _), is_finite in zip(flags, found, strict=True):
+        if not is_finite:
+            raise RecipeError(error)
+
+
 def _changes(change: Change, kind: str) -> bool:
     return bool(change.method) if kind == "weight" else bool({"up_bias", "diff_b"} & change.keys.keys())
 
@@ -415,7 +473,7 @@ def _strength(change: Change, factors: dict[str, torch.Tensor]) -> float:
     """
     if change.rank is None:
         return 1.0
-    alpha = factors["alpha"].item() if "alpha" in factors else change.alpha
+    alpha = factors["alpha"].float().item() if "alpha" in factors else change.alpha
     if alpha is None:
         return 1.0
     return alpha / (math.sqrt(change.rank) if change.rank_stabilised else change.rank)

@@ -25,12 +25,13 @@ from accelerate import PartialState
 from utils import tiny_presets
 from utils.aoti.export import other_inputs_run_uncompiled
 from utils.benchmark_utils import images_per_call
-from utils.checkpoint import ImageSettings, configs_of, image_settings, read_configs
+from utils.checkpoint import ImageSettings, configs_of, image_settings, model_shapes, read_configs
 from utils.common import BrokenResult, OutOfMemory, RecipeError, reason_of, show_progress
 from utils.flaws import raise_errors
 from utils.hardware import Hardware, detect, gpu
 from utils.images import decode, image_parameters, keep_image, read_parameters
 from utils.launchers import forget_launchers, own_gpu, world_size
+from utils.lora_swap import check_loras, use_loras
 from utils.memory import check_gpu_memory
 from utils.outputs import append_line, manifest_path
 from utils.pipeline_utils import call_kwargs, use_step_cache
@@ -72,7 +73,8 @@ def join_processes(args) -> PartialState | None:
 def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
     """Leaves out the lines that this checkpoint cannot draw with their settings, before any weights load.
 
-    If only lines have references, `args.image` becomes the first of them, for `optimize` to warm up with.
+    If only lines have references, `args.image` becomes the first of them, for `optimize` to warm up with. The sets of
+    LoRAs that lines have in place of the command line's become `args.line_loras`, for `load_pipeline`.
 
     Returns:
         (prompts, complaints), as `read_prompts` does.
@@ -83,35 +85,42 @@ def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[lis
     if not any(prompt.settings for prompt in prompts):
         return prompts, []
     configs = read_configs(args.ckpt, args.revision, args.random_weights)
-    hardware = detect(args) if args.device == "cuda" else None
-    fitting = set()
-    faults = {settings: _fault_of(args_with(args, settings), configs, hardware, fitting)
-              for settings in dict.fromkeys(prompt.settings for prompt in prompts)}
+    own = tuple(args.lora or ())
+    loras = {prompt.settings: dict(prompt.settings).get("lora", own) for prompt in prompts}
+    lora_faults = {specs: specs != own and _fault_of(check_loras, args, specs, model_shapes(configs))
+                   for specs in dict.fromkeys(loras.values())}
+    hardware, fitting = detect(args) if args.device == "cuda" else None, set()
+    faults = {settings: _fault_of(_check_line, args_with(args, settings), configs, hardware, fitting)
+              or lora_faults[specs] for settings, specs in loras.items()}
     complaints = [left_out(args.prompts_file, prompt.unit, prompt.line, faults[prompt.settings])
                   for prompt in prompts if faults[prompt.settings]]
     usable = [prompt for prompt in prompts if not faults[prompt.settings]]
     if not usable:
         raise RecipeError(f"--prompts-file {args.prompts_file} holds no prompt that can be drawn. {complaints[0]}.")
     args.image = args.image or dict(usable[0].settings).get("image")
+    args.line_loras = [specs for specs in dict.fromkeys(loras[prompt.settings] for prompt in usable) if specs != own]
     return usable, complaints
 
 
-def _fault_of(args: argparse.Namespace, configs: dict, hardware: Hardware | None, fitting: set[tuple]
-              ) -> RecipeError | None:
-    """Why a line cannot be drawn, or None.
+def _check_line(args: argparse.Namespace, configs: dict, hardware: Hardware | None, fitting: set[tuple]) -> None:
+    """Raises RecipeError if a line cannot be drawn.
 
     Args:
         args: from `args_with`.
         hardware: the GPU, or None.
         fitting: the sizes of other lines that fit into the GPU's memory. The line's size is added.
     """
+    step_cache_of_line(args, configs)
+    if args.image:
+        original_size(args.image)
+    if hardware and (size := (args.height, args.width)) not in fitting:
+        check_gpu_memory(args, configs, hardware, make_plan(args, configs, hardware))
+        fitting.add(size)
+
+
+def _fault_of(check: Callable, *given) -> RecipeError | None:
     try:
-        step_cache_of_line(args, configs)
-        if args.image:
-            original_size(args.image)
-        if hardware and (size := (args.height, args.width)) not in fitting:
-            check_gpu_memory(args, configs, hardware, make_plan(args, configs, hardware))
-            fitting.add(size)
+        check(*given)
     except RecipeError as error:
         return error
 
@@ -142,6 +151,7 @@ class Variant:
 
     def __init__(self, pipeline, args: argparse.Namespace, configs: dict):
         self.pipeline, self.args, self.step_cache = pipeline, args, step_cache_of_line(args, configs)
+        self.loras = tuple(args.lora or ())
         settings, reference = image_settings(args, configs), None
         if settings.model.needs_image:
             reference = encoded_size(original_size(args.image), settings.width * settings.height)
@@ -157,7 +167,9 @@ class Variant:
     def parameters(self) -> dict:
         """What the metadata of the images have in common. Prompt and seed are empty."""
         use_step_cache(self.pipeline, self.step_cache)
-        return image_parameters(self.args, self.pipeline, call_kwargs(self.pipeline, self.args), prompt="", seed=0)
+        found = image_parameters(self.args, self.pipeline, call_kwargs(self.pipeline, self.args), prompt="", seed=0)
+        swap = getattr(self.pipeline, "lora_swap", None)
+        return swap.parameters_with(found, self.args.lora) if swap else found
 
     def parameters_of(self, request: Request) -> dict:
         """The metadata of an image."""
@@ -210,11 +222,17 @@ def missing_images(requests: list[Request], variant: Callable[[tuple], Variant],
 
 
 def in_batches(requests: list[Request], variant: Callable[[tuple], Variant], size: int) -> list[list[Request]]:
-    """Batches of at most `size` requests of one shape. Shapes follow each other in the order of their first lines."""
-    groups = {}
+    """Batches of at most `size` requests of one set of LoRAs and one shape.
+
+    The sets follow each other in the order of their first lines, but the command line's comes first, since it is in the
+    weights. The shapes of a set follow each other in the order of their first lines.
+    """
+    sets = {variant(()).loras: {}}
     for one in requests:
-        groups.setdefault(variant(one.settings).shape, []).append(one)
-    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+        own = variant(one.settings)
+        sets.setdefault(own.loras, {}).setdefault(own.shape, []).append(one)
+    return [group[i:i + size] for groups in sets.values() for group in groups.values()
+            for i in range(0, len(group), size)]
 
 
 def batch_kwargs(pipeline, batch: list[Request], variant: Callable[[tuple], Variant], size: int) -> dict:
@@ -223,6 +241,23 @@ def batch_kwargs(pipeline, batch: list[Request], variant: Callable[[tuple], Vari
     each = [variant(one.settings).args for one in padded]
     return call_kwargs(pipeline, each[0], [one.prompt for one in padded], [one.seed for one in padded],
                        negative_prompts=[own.negative_prompt for own in each], images=[own.image for own in each])
+
+
+def prepare(pipeline, variant: Variant, embeddings: dict, sizes: set[str], log) -> None:
+    """Gives the pipeline a variant's LoRAs and step cache. Says if its size is new.
+
+    Args:
+        embeddings: of `with_embeddings`.
+        sizes: the sizes that were drawn.
+
+    Raises:
+        RecipeError: a LoRA cannot be merged.
+    """
+    use_loras(pipeline, variant.args, embeddings)
+    if variant.shape.size not in sizes and (line := new_size_line(variant.shape.size, pipeline.plan)):
+        log.line(line)
+    sizes.add(variant.shape.size)
+    use_step_cache(pipeline, variant.step_cache)
 
 
 def new_size_line(size: str, plan: Plan) -> str | None:
@@ -320,10 +355,10 @@ def write_images(images: list, are_finite: list[bool], requests: list[Request], 
 def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, log) -> None:
     """Makes this process's share of the missing images with an optimized pipeline.
 
-    Lines of one shape are batched. A partial batch is padded with its last prompt, and the surplus images are dropped.
-    So compiled code and CUDA graphs see only the batch size that `optimize` warmed up. A thread writes each batch while
-    the next one is computed. Broken images and batches that need too much GPU memory do not stop the run. An image or a
-    manifest line that cannot be written stops it.
+    Lines of one set of LoRAs and one shape are batched. A partial batch is padded with its last prompt, and the surplus
+    images are dropped. So compiled code and CUDA graphs see only the batch size that `optimize` warmed up. A thread
+    writes each batch while the next one is computed. Broken images, LoRAs that cannot be merged, and batches that need
+    too much GPU memory do not stop the run. An image or a manifest line that cannot be written stops it.
 
     Args:
         pipeline: the pipeline that `optimize` returned.
@@ -355,16 +390,18 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
         batches = shared[0]
 
     show_progress(pipeline, False)
-    embeddings, writing, errors, sizes = {}, None, [], {warmed_up.size}
+    embeddings, writing, errors, unusable, sizes = {}, None, [], {}, {warmed_up.size}
     with (processes.split_between_processes(batches) as own, ThreadPoolExecutor(1) as writer,
           other_inputs_run_uncompiled()):
         for batch in own:
             drawn = variant(batch[0].settings)
-            if drawn.shape.size not in sizes:
-                sizes.add(drawn.shape.size)
-                if line := new_size_line(drawn.shape.size, pipeline.plan):
-                    log.line(line)
-            use_step_cache(pipeline, drawn.step_cache)
+            if drawn.loras in unusable:
+                continue
+            try:
+                prepare(pipeline, drawn, embeddings, sizes, log)
+            except RecipeError as error:  # a LoRA's header was sound, and its values are not
+                unusable[drawn.loras] = error
+                continue
             kwargs = batch_kwargs(pipeline, batch, variant, size)
             start = time.perf_counter()
             try:
@@ -392,7 +429,7 @@ def make_images(pipeline, args, prompts: list[Prompt], processes: PartialState, 
     if progress:
         log.line(f"done: {progress.line()}, listed in {manifest}")
     processes.destroy_process_group()
-    raise_errors(errors, pipeline)
+    raise_errors(errors + list(unusable.values()), pipeline)
 
 
 def out_of_memory(error: torch.OutOfMemoryError, batch: list[Request], size: str) -> OutOfMemory:

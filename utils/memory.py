@@ -12,6 +12,7 @@ from utils.machine import available_memory
 from utils.plan import Check, Plan
 
 GIB = 2**30
+SWAP = 4 * GIB  # of a swap of LoRAs (utils/lora_swap.py): one block's weights several times, in float32 as well
 
 
 def weight_counts(configs: dict) -> dict[str, int]:
@@ -54,6 +55,16 @@ def bf16_modulations_fit(args: argparse.Namespace, configs: dict, hardware: Hard
     _, resident, working = _memory_needed(args, configs, plan)
     more = weight_counts(configs)["modulation"] * (plan.dtype.itemsize - 1)
     return resident + working + more <= hardware.free_bytes
+
+
+def room_for_copies(args: argparse.Namespace, configs: dict, hardware: Hardware, plan: Plan) -> float:
+    """Returns the bytes of GPU memory that LoRAs and the weights under them may take, for swaps. May be negative."""
+    _, resident, working = _memory_needed(args, configs, plan)
+    if plan.load_device != "cpu":  # the start holds the unquantized weights
+        count = weight_counts(configs)
+        resident = max(resident, plan.dtype.itemsize * sum(
+            count[name] for name in ("transformer", "text_encoder", "text_encoder_2", "vae")))
+    return hardware.free_bytes - resident - working - SWAP
 
 
 def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple[dict[str, float], float, float]:

@@ -14,7 +14,8 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from utils import attention, context_parallel, fp8_check, lora_files, memory, random_weights, tiny_presets, weight_files
+from utils import attention, context_parallel, fp8_check, memory, random_weights, tiny_presets, weight_files
+from utils.base_weights import BaseWeights
 from utils.benchmark_utils import choose_device, flags_over_quality, images_per_call
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeerTransformer
@@ -24,6 +25,7 @@ from utils.compilation import compile_pipeline, use_packages
 from utils.cuda_graph import CUDAGraphModule, GraphPool
 from utils.hardware import detect
 from utils.lora import merge_loras, read_loras
+from utils.lora_swap import LoraSwap
 from utils.machine import compiling, use_kernel_cache
 from utils.plan import Check, Plan, StepCache, lines, make_plan
 from utils.postprocess import CheckedImageProcessor, GPUImageProcessor
@@ -65,11 +67,12 @@ def load_pipeline(args: argparse.Namespace):
     files = None if args.random_weights else _checkpoint_files(args, configs)
     contents = {"weights": weight_files.identity(files.folder) if files else
                 f"random {args.ckpt} {args.random_weights}",
-                "lora": [[lora_files.contents(lora.path), lora.scale] for lora in loras]}
+                "lora": [[lora.digest(), lora.scale] for lora in loras]}
     if args.gpu_memory_limit:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_limit * memory.GIB / total))
 
+    kept = None
     if args.random_weights:
         pipeline = random_weights.build(configs, plan.load_device, plan.dtype)
     else:
@@ -83,12 +86,35 @@ def load_pipeline(args: argparse.Namespace):
         weight_files.refuse_non_finite(args.ckpt, pipeline)
         if args.ckpt in tiny_presets.NAMES:
             pipeline = tiny_presets.as_preset(pipeline, args.ckpt)
-        if kept:
-            loras = [lora.without("transformer") for lora in loras]  # whose changes are in the kept weights
-    merge_loras(pipeline, [lora for lora in loras if lora.changes], args.quiet)
+    line_loras = getattr(args, "line_loras", ())
+    if args.interactive or line_loras:
+        base = BaseWeights(model_shapes(configs), partial(base_reader, args, configs, plan, files), plan.dtype,
+                           torch.device(args.device), memory.room_for_copies(args, configs, hardware, plan))
+        pipeline.lora_swap = LoraSwap(args, plan, configs, loras, base)
+        for specs in line_loras:
+            pipeline.lora_swap.loras_of(specs)
+        pipeline.lora_swap.keep_base(pipeline, has_transformer=not kept)
+    if kept:
+        loras = [lora.without("transformer") for lora in loras]  # whose changes are in the kept weights
+    merge_loras(pipeline, [lora for lora in loras if lora.changes], torch.device(args.device), args.quiet)
     pipeline.plan, pipeline.contents = plan, contents
     show_progress(pipeline, not args.quiet)
     return pipeline
+
+
+def base_reader(args: argparse.Namespace, configs: dict, plan: Plan, files: weight_files.Checkpoint | None) -> Callable:
+    """Returns a function (component, names) -> {name: tensor} that gives parameters as `load_pipeline` found them.
+
+    Only a checkpoint of files gives single tensors. The others are built once more, for as long as the function lives.
+    """
+    if args.random_weights:
+        pipeline = random_weights.build(configs, "cpu", plan.dtype)
+    elif args.ckpt in tiny_presets.NAMES:
+        pipeline = tiny_presets.as_preset(load_checkpoint(files, plan.dtype).to(plan.load_device), args.ckpt)
+    else:
+        return partial(weight_files.read_tensors, files)
+    parameters = {component: dict(getattr(pipeline, component).named_parameters()) for component in weight_files.STEMS}
+    return lambda component, names: {name: parameters[component][name] for name in names}
 
 
 def kept_transformer(plan: Plan, args: argparse.Namespace, configs: dict, contents: dict):
@@ -163,6 +189,8 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
     set_attention(plan, transformer)
     quantize(plan, pipeline, device, log)
     place_weights(plan, pipeline, device)
+    if swap := getattr(pipeline, "lora_swap", None):
+        swap.attach(pipeline, log)
     quantized = transformer.state_dict() if plan.kept_weights.on and not plan.kept_weights.loaded else None
     measure_quantized_steps(plan, transformer, check, log)
 

@@ -24,9 +24,10 @@ from utils.outputs import as_path
 
 # The flags that a line may replace, and the types of their values.
 SETTINGS = {"negative_prompt": str, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float,
-            "image": str}
+            "image": str, "lora": tuple}
 KEYS = {"prompt": str, "seed": int, "num_images": int} | SETTINGS
-MEANINGS = {str: "text", int: "a whole number", float: "a finite number"}
+MEANINGS = {str: "text", int: "a whole number", float: "a finite number",
+            tuple: "a text or a list of texts"}
 CURE = ('Give a UTF-8 text file with one prompt per line, or JSON: lines or a list of {"prompt": "a cat", "seed": 42}. '
         "The seed is optional.")
 FORM = 'not of the form {"prompt": "a cat", "seed": 42} (the seed is optional)'
@@ -300,6 +301,10 @@ def _value(key: str, value):
         ValueError: it has another type, is not finite, or is text that `_text` refuses.
     """
     kind = KEYS[key]
+    if kind is tuple and isinstance(value, (str, list)):
+        texts = [value] if isinstance(value, str) else value
+        if all(isinstance(text, str) for text in texts):
+            return tuple(filter(None, map(_text, texts)))
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"its {key} is {_short(value)}, not {MEANINGS[kind]}")
     if kind is not float:
@@ -335,12 +340,16 @@ def args_with(args: argparse.Namespace, settings) -> argparse.Namespace:
     Args:
         settings: `Prompt.settings`, or a dictionary.
     """
-    return argparse.Namespace(**vars(args) | dict(settings))
+    settings = dict(settings)
+    if "lora" in settings:  # as the flag gives them
+        settings["lora"] = list(settings["lora"]) or None
+    return argparse.Namespace(**vars(args) | settings)
 
 
 def settings_of(args: argparse.Namespace) -> tuple[tuple[str, object], ...]:
     """The values of the flags that a line may replace, as `Prompt.settings`."""
-    return tuple((name, value) for name in SETTINGS if (value := getattr(args, name)) is not None)
+    values = {name: getattr(args, name) for name in SETTINGS} | {"lora": tuple(args.lora or ())}
+    return tuple((name, value) for name, value in values.items() if value is not None)
 
 
 def requests_of(prompts: list[Prompt], args) -> list[Request]:
@@ -359,7 +368,7 @@ def requests_of(prompts: list[Prompt], args) -> list[Request]:
 
 def texts_of(prompts: list[Prompt]) -> list[str]:
     """All text of each prompt: what the metadata of its images holds in addition to the command line's."""
-    return ["".join([prompt.text, *(value for _, value in prompt.settings if isinstance(value, str))])
+    return ["".join([prompt.text, *("".join(value) for _, value in prompt.settings if isinstance(value, (str, tuple)))])
             for prompt in prompts]
 
 

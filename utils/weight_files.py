@@ -160,6 +160,22 @@ def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
     return {name: held[name][:2] for name in wanted}
 
 
+def read_tensors(checkpoint: Checkpoint, component: str, names: list[str]) -> dict[str, torch.Tensor]:
+    """Reads some of a model's tensors from the files, on the CPU in the files' dtypes.
+
+    Args:
+        names: in the model.
+    """
+    places, files, found = checkpoint.tensors[component], {}, {}
+    with reading(f"--ckpt {checkpoint.ckpt}: {component}", DAMAGED):
+        for name in names:
+            path, stored = places[_in_model(component, name)]
+            if path not in files:
+                files[path] = safe_open(path, "pt")
+            found[name] = files[path].get_tensor(stored)
+    return found
+
+
 @torch.no_grad()
 def compare_loaded(checkpoint: Checkpoint, pipeline, others: set[str] = frozenset()) -> None:
     """Compares the last row of every loaded tensor with the file, bit by bit in the model's dtype.

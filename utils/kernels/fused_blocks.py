@@ -42,6 +42,7 @@ from utils.kernels.modulation import (
     Modulations,
     NormOut,
     QuantizedLinear,
+    typical_conditions,
     typical_modulation,
 )
 
@@ -92,6 +93,7 @@ class _Block(torch.nn.Module):
     Attributes:
         int8: whether the weights and the inputs of GEMMs are int8 (utils/kernels/int8_blocks.py), or else e4m3.
         equalization: the strength of `channel_shares`.
+        offset: where the block's modulation begins in a row of the table, set by `fused_block`.
         defers_residual: whether the next block does this block's last residual add, see `defer_residuals`.
         prunes_unused_tokens: see `prune_unused_tokens`.
         context_parallel: None, or how several GPUs share attention: "ulysses" or "ring".
@@ -237,7 +239,7 @@ class FusedSingleBlock(_Block):
         self.factors = [torch.stack([powers, powers, *self.out.gate_factors()])]
         self.register_buffer("columns", 1 / shares[width:])
         self.register_buffer("norms", _norms([(attn.norm_q, attn.norm_k)], device))
-        self.register_buffer("offsets", torch.tensor([offset, offset], device=device))
+        self.register_buffer("offsets", torch.full((2,), offset, device=device))  # on the GPU, without a wait
         self.register_buffer("gates", self.offsets + GATE * width)
         self.register_buffer("bounds", torch.zeros(2, 2, device=device) if self.int8 else
                              gemm_bounds(self.mlp, self.columns, self.qkv, attn.heads).repeat(2, 1))
@@ -347,7 +349,9 @@ class FusedDoubleBlock(_Block):
         norms = [(attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k)]
         self.register_buffer("columns", torch.cat(columns))
         self.register_buffer("norms", _norms(norms, device))
-        self.register_buffer("offsets", torch.tensor([text_offset, image_offset], device=device))
+        # Made on the GPU: the copy of a `torch.tensor` would be waited for.
+        self.register_buffer("offsets", torch.stack([torch.full((), offset, device=device)
+                                                     for offset in (text_offset, image_offset)]))
         self.register_buffer("gates", self.offsets + GATE * width)
         self.register_buffer("mlp_gates", self.offsets + MLP_GATE * width)
         self.register_buffer("bounds", torch.zeros(2, 2, device=device) if self.int8 else
@@ -431,6 +435,29 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 @torch.no_grad()
+def fused_block(kind: type, block, offset: int, device: torch.device, conditions: Tensor | None
+                ) -> tuple[_Block, list[tuple[int, torch.nn.Linear, Tensor]]]:
+    """A block of diffusers on the fused kernels. Everything is computed on `device`.
+
+    Args:
+        kind: the class of the fused block.
+        block: diffusers' block, with fused projections.
+        offset: where the block's modulation begins in a row of the table (see `Modulations`).
+        conditions: from `typical_conditions`. For int8 only.
+
+    Returns:
+        The fused block, and each of its modulation Linears with its offset and its factors, for `Modulations`.
+    """
+    double = issubclass(kind, FusedDoubleBlock)
+    linears, parts = ((block.norm1_context.linear, block.norm1.linear), 6) if double else ((block.norm.linear,), 3)
+    offsets = [offset + i * parts * block.attn.query_dim for i in range(len(linears))]
+    typical = [typical_modulation(conditions, linear, parts) for linear in linears] if kind.int8 else [None] * 2
+    fused = kind(block, *offsets, device, (tuple(typical) if kind.int8 else None) if double else typical[0])
+    fused.offset = offset
+    return fused, list(zip(offsets, linears, fused.factors, strict=True))
+
+
+@torch.no_grad()
 def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float8_modulations: bool = False,
                 int8: bool = False) -> int:
     """Replaces diffusers' blocks by the fused blocks, one after the other on `device`, and frees the originals.
@@ -453,17 +480,14 @@ def fuse_blocks(transformer: FluxTransformer2DModel, device: torch.device, float
         DoubleBlock, SingleBlock = FusedDoubleBlock, FusedSingleBlock
     if device.type == "cuda":
         use_torch_memory(device)
-    width, double, single = transformer.inner_dim, transformer.transformer_blocks, transformer.single_transformer_blocks
-    embed, doubles, singles = transformer.time_text_embed, [], []
-    for i, block in enumerate(double):
-        linears = block.norm1_context.linear, block.norm1.linear
-        typical = [tuple(typical_modulation(embed, linear, 6, device) for linear in linears)] if int8 else []
-        double[i] = DoubleBlock(block, 12 * width * i, 12 * width * i + 6 * width, device, *typical)
-        doubles += zip(linears, double[i].factors, strict=True)
-    for i, block in enumerate(single):
-        typical = [typical_modulation(embed, block.norm.linear, 3, device)] if int8 else []
-        single[i] = SingleBlock(block, 6 * width * len(doubles) + 3 * width * i, device, *typical)
-        singles += zip((block.norm.linear,), single[i].factors, strict=True)
+    embed, at, doubles, singles = transformer.time_text_embed, 0, [], []
+    conditions = typical_conditions(embed, device) if int8 else None
+    for kind, blocks, modulated in ((DoubleBlock, transformer.transformer_blocks, doubles),
+                                    (SingleBlock, transformer.single_transformer_blocks, singles)):
+        for i, block in enumerate(blocks):
+            blocks[i], linears = fused_block(kind, block, at, device, conditions)
+            modulated += [(linear, factors) for _, linear, factors in linears]
+            at += sum(linear.out_features for _, linear, _ in linears)
     norm_out = transformer.norm_out
     transformer.time_text_embed = Modulations(embed, doubles, singles, norm_out.linear, device, float8_modulations)
     transformer.norm_out = NormOut()

@@ -3,6 +3,8 @@
 The two belong together: the gates in the table of modulations include the column scales of gated e4m3 Linears.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,24 +52,35 @@ class QuantizedLinear(torch.nn.Module):
 
 
 @torch.no_grad()
-def typical_modulation(embed: torch.nn.Module, linear: torch.nn.Linear, parts: int, device: torch.device) -> Tensor:
+def typical_conditions(embed: torch.nn.Module, device: torch.device) -> Tensor:
+    """The conditions of four noise levels without a text, which the modulation Linears take: (4, D), after SiLU.
+
+    Args:
+        embed: diffusers' time_text_embed. It may be on another device.
+        device: where the result is computed, so that its bits do not depend on where the weights were loaded.
+    """
+    embed = copy.deepcopy(embed).to(device)
+    weight = embed.timestep_embedder.linear_1.weight
+    timesteps = torch.tensor([1000., 750., 500., 250.], device=device, dtype=weight.dtype)
+    guidance = [torch.full_like(timesteps, 3500)] if hasattr(embed, "guidance_embedder") else []
+    text = timesteps.new_zeros(len(timesteps), embed.text_embedder.linear_1.in_features)
+    return F.silu(embed(timesteps, *guidance, text))
+
+
+@torch.no_grad()
+def typical_modulation(conditions: Tensor, linear: torch.nn.Linear, parts: int) -> Tensor:
     """How strongly a modulation scales and shifts each channel, over the noise levels and without a text.
 
     Args:
-        embed: diffusers' time_text_embed.
+        conditions: from `typical_conditions`. The result is computed on their device.
         linear: a modulation Linear, from D to parts * D.
         parts: 3 or 6.
-        device: where the result is computed.
 
     Returns:
         (parts / 3, D) float32: for each pair of scale and shift the root mean square of both.
     """
-    weight = embed.timestep_embedder.linear_1.weight
-    timesteps = torch.tensor([1000., 750., 500., 250.], device=weight.device, dtype=weight.dtype)
-    guidance = [torch.full_like(timesteps, 3500)] if hasattr(embed, "guidance_embedder") else []
-    text = timesteps.new_zeros(len(timesteps), embed.text_embedder.linear_1.in_features)
-    x = F.silu(embed(timesteps, *guidance, text)).to(device)
-    found = F.linear(x, *(None if one is None else one.to(device) for one in (linear.weight, linear.bias)))
+    found = F.linear(conditions, *(None if one is None else one.to(conditions.device)
+                                   for one in (linear.weight, linear.bias)))
     found = found.float().unflatten(1, (parts // 3, 3, -1))
     return (found[:, :, SHIFT].square() + (1 + found[:, :, SCALE]).square()).mean(0).sqrt()
 
@@ -113,24 +126,34 @@ class Modulations(torch.nn.Module):
         self.register_buffer("bias", torch.empty(rows, device=device))
         at = 0
         for linear, factors in linears:
-            own, parts = slice(at, at + linear.out_features), len(factors)
-            # A factor is a power of two, so it does not round the weights.
-            weight = linear.weight.detach().to(device).unflatten(0, (parts, -1))
-            weight = (weight * factors[:, :, None].to(weight.dtype)).flatten(0, 1)
-            bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
-            bias = bias.to(device, torch.float32, copy=True).view(parts, -1)
-            # 1 + scale is rounded once, as a sum. Near zero, bf16 keeps eight bits of the sum, not eight bits of 1.
-            bias[SCALE::3] += 1
-            if in_float8:
-                weight, self.scale[own] = quantize_rows(weight)
-            self.weight[own], self.bias[own] = weight, (bias * factors).flatten()
-            at = own.stop
+            self.put(at, linear, factors)
+            at += linear.out_features
             linear.weight = linear.bias = None  # freed here: otherwise memory would briefly hold all weights twice
         # The tables of the current image: schedule, guidance, pooled text, (steps, B, total). A negative prompt adds a
         # second entry.
         self.tables: list[tuple] = []
         self.current: dict[int, Tensor] = {}  # batch size -> table; fixed addresses, which CUDA graphs hold
         self.batch = 0
+
+    @torch.no_grad()
+    def put(self, at: int, linear: torch.nn.Linear, factors: Tensor) -> None:
+        """Writes a block's modulation Linear in its place, in the dtype of all.
+
+        Args:
+            at: the place, which is the block's offset in a row of the table.
+            linear: from D to parts * D. factors: (parts, D) float32.
+        """
+        own, parts, device = slice(at, at + linear.out_features), len(factors), self.weight.device
+        # A factor is a power of two, so it does not round the weights.
+        weight = linear.weight.detach().to(device).unflatten(0, (parts, -1))
+        weight = (weight * factors[:, :, None].to(weight.dtype)).flatten(0, 1)
+        bias = torch.zeros(len(weight), device=device) if linear.bias is None else linear.bias.detach()
+        bias = bias.to(device, torch.float32, copy=True).view(parts, -1)
+        # 1 + scale is rounded once, as a sum. Near zero, bf16 keeps eight bits of the sum, not eight bits of 1.
+        bias[SCALE::3] += 1
+        if self.in_float8:
+            weight, self.scale[own] = quantize_rows(weight)
+        self.weight[own], self.bias[own] = weight, (bias * factors).flatten()
 
     def forward(self, *_: Tensor) -> Tensor:
         """The table of the step that `prepare` was last called for.
