@@ -100,7 +100,6 @@ REFUSED_BY_ARGUMENTS = [
         "taylorseer:1", "taylorseer:", "taylorseer:x", "taylorseer:3:-1", "taylorseer:3:2:1", "taylorseer:²")),
     (["--force_cache"], "--force_cache.*--step_cache"),
     (["--revision", "main", "--ckpt", "tiny-flux"], "--revision main"),
-    (["--random_weights", "--lora", "x"], "--lora.*--random_weights"),
     (["--prompts-file", "nowhere.txt"], "nowhere.txt"),
     (["--cache_dit_config", "nowhere.yaml"], "nowhere.yaml"),
     (["--step_cache", "medium"], "--step_cache medium.*safe, balanced, fast, extreme, taylorseer, f12b12"),

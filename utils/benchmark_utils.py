@@ -417,8 +417,6 @@ def _check_inputs(args: argparse.Namespace) -> None:
     not_on_hub = args.random_weights or args.ckpt.startswith("tiny-") or Path(args.ckpt).expanduser().is_dir()
     _refuse(args.revision and not_on_hub,
             f"--revision {args.revision} names a revision on the Hub: drop it, or give a Hub id as --ckpt.")
-    _refuse(args.random_weights and args.lora,
-            "--lora changes pixels, and pixels of --random_weights mean nothing: drop one of the two.")
     _refuse_missing("--prompts-file", args.prompts_file)
 
 
