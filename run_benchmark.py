@@ -36,6 +36,7 @@ def main():
     import torch
 
     from bench import timing
+    from bench.energy import EnergyCounter
     from bench.environment import PeakMemory, monitor_gpu
     from bench.quality import capture_step, float32_step
     from bench.roofline import record_token_counts, step_record
@@ -82,13 +83,18 @@ def main():
             if i == 0 and __name__ == "__main__" and not args.step_error:
                 timing.synchronize(args.device)
                 log.seconds["process start to first image"] = timing.since_start()
+    counter = EnergyCounter(args.device)
     with torch._dynamo.config.patch(error_on_recompile=True), recording_is_an_error():
+        before = counter.joules()
         seconds, image = timing.time_images(pipeline, args)
+        used = counter.since(before)
         is_finite = pipeline.image_processor.finite.tolist()[0]
         memory.end_of("image")
         with record_token_counts(pipeline.transformer) as tokens, monitor_gpu(args.device) as load:
             stages, steps = timing.time_stages(pipeline, args)
         kernels = timing.step_kernels(pipeline, args) if args.kernels else None
+        energy = {"image": used and used / (args.runs * args.num_images_per_prompt),
+                  "step": timing.step_energy(pipeline, args, counter, stages["denoising_step"])}
     if not context_parallel.is_main_process():
         if args.trace_file:  # the main process traces one more image, which needs every rank
             pipeline(**call_kwargs(pipeline, args))
@@ -98,7 +104,7 @@ def main():
     parameters = image_parameters(args, pipeline, kwargs, args.prompt, args.seed)
     errors = [keep_image(image, path, parameters, is_finite)]
     record = timing.record_of(args, pipeline, kwargs, seconds, image, is_finite) | {
-        "stages_ms": stages, "steps_ms": steps, "gpu_load": load,
+        "stages_ms": stages, "steps_ms": steps, "gpu_load": load, "energy_j": energy,
         "roofline": step_record(pipeline.transformer.config, tokens, stages["denoising_step"],
                                 cached=pipeline.plan.step_cache.on),
         "step_kernels": kernels, "cold_start_s": log.seconds, "compile_cache_was_empty": cache_was_empty,

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import torch
 
+from bench.energy import EnergyCounter
 from bench.environment import SCHEMA_VERSION, environment, summarize
 from bench.profiling import StageTimes, annotate
 from bench.quality import capture_step
@@ -54,6 +55,9 @@ def step_error(pipeline, args, inputs: dict, reference) -> float:
     return relative_error(found, reference[:, :tokens])
 
 
+STEP_SECONDS = 2  # of steps one after the other, for their energy
+
+
 def time_images(pipeline, args):
     """Times --runs whole calls, from prompt to PIL image. The arguments are built outside the timed part.
 
@@ -86,6 +90,28 @@ def time_stages(pipeline, args) -> tuple[dict[str, float], list[float]]:
     calls = spans["denoising_step"]
     of_each_step = [calls[i::len(calls) // images] for i in range(len(calls) // images)]
     return {name: statistics.median(each) for name, each in spans.items()}, list(map(statistics.median, of_each_step))
+
+
+def step_energy(pipeline, args, counter: EnergyCounter, milliseconds: float) -> float | None:
+    """Returns the joules of a denoising step, as the mean of steps one after the other for `STEP_SECONDS`.
+
+    None on a CPU, on several GPUs, whose processes would have to agree on the number of steps, and with a step cache,
+    whose steps differ.
+
+    Args:
+        milliseconds: of a step.
+    """
+    if counter.joules() is None or args.context_parallel or pipeline.plan.step_cache.on:
+        return None
+    inputs, steps = capture_step(pipeline, call_kwargs(pipeline, args)), round(STEP_SECONDS * 1e3 / milliseconds)
+    with torch.no_grad():
+        for count in (steps // 4, steps):  # the clock and the power settle first
+            synchronize(args.device)
+            before = counter.joules()
+            for _ in range(count):
+                pipeline.transformer(**inputs)
+            synchronize(args.device)
+    return counter.since(before) / steps
 
 
 def step_kernels(pipeline, args) -> list[dict]:
@@ -143,6 +169,8 @@ def report(record: dict) -> None:
     print("stages (median ms): " + ", ".join(f"{name} {ms:.2f}" for name, ms in record["stages_ms"].items()))
     if record["gpu_load"]:
         print("GPU load (median): {sm_clock_mhz:.0f} MHz, {power_w:.0f} W".format(**record["gpu_load"]))
+    if record["energy_j"]["image"]:
+        print("energy: " + ", ".join(f"{used:.1f} J {what}" for what, used in record["energy_j"].items() if used))
     work = record["roofline"]
     print(f"step: {sum(work['flops'].values()) / 1e12:.3f} TFLOP over {work['image_tokens']} + {work['text_tokens']} "
           f"tokens" + (f", {work['tflops']:.3f} TFLOP/s" if work["tflops"] else ", partly cached"))

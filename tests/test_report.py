@@ -62,6 +62,13 @@ def test_ladder_table_shows_the_newest_finished_records(results):
     assert [row[5] for name, row in rows.items() if "memory_8gib" in name] == ["–"]
 
 
+def test_ladder_table_has_joules_if_a_record_has_them(results):
+    write(results / "schnell" / "6_float8.2.json", speed(0.32, 0.017) | {"energy_j": {"image": 181.6, "step": 40.0}})
+    table = tables.table("made-up/schnell")
+    assert table.splitlines()[0].endswith("| GiB | J |") and table.splitlines()[1].count("---") == 9
+    assert {cells[-1] for cells in cells_of(table)} == {"182", "–"}
+
+
 def test_ladder_chart_has_a_bar_a_row_without_those_of_small_memory(results):
     picture = xml.etree.ElementTree.fromstring(charts.ladder("made-up/schnell"))
     names = [element.tag.rpartition("}")[2] for element in picture]

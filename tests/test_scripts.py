@@ -103,7 +103,7 @@ def test_run_benchmark_leaves_json_image_and_trace(run, tmp_path, capsys):
                                         "pil_conversion"}
     steps = record["steps_ms"]
     assert len(steps) == 2 and min(steps) <= record["stages_ms"]["denoising_step"] <= max(steps)
-    assert record["gpu_load"] == {}
+    assert record["gpu_load"] == {} and record["energy_j"] == {"image": None, "step": None}
     assert 1e-4 < record["step_relative_error"] < 0.03
     work = record["roofline"]
     assert (work["image_tokens"], work["text_tokens"], work["batch"]) == (64, 64, 1)

@@ -79,13 +79,17 @@ def table(where: str) -> str:
     """
     found = _rows(where, NAMES)
     eager = newest(RESULTS / where, "1_eager")
-    lines = ["| | seconds (min–max) | × | encode | step | decode | step error | GiB |", "|---" * 8 + "|"]
-    for link, record in found:
+    joules = [(record.get("energy_j") or {}).get("image") for _, record in found]
+    has_energy = any(joules)  # records before December 2026 lack it
+    head = ["", "seconds (min–max)", "×", "encode", "step", "decode", "step error", "GiB", *["J"] * has_energy]
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
+    for (link, record), used in zip(found, joules, strict=True):
         stages, error = record["stages_ms"], record["step_relative_error"]
         lines.append("| " + " | ".join([
             link, _seconds(record), _ratio(eager and eager[1], record),
             *(f"{stages[name]:.1f}" for name in ("prompt_encoding", "denoising_step", "decoding")),
-            "–" if error is None else f"{error * 100:.2f} %", _gib(record)]) + " |")
+            "–" if error is None else f"{error * 100:.2f} %", _gib(record),
+            *[f"{used:.0f}" if used else "–"] * has_energy]) + " |")
     return "\n".join(lines) + "\n"
 
 
