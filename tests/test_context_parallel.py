@@ -287,7 +287,7 @@ def test_gpus_draw_the_picture_of_one(tmp_path, gpus, kind):
              for argv in variants}
     done = run_cases(tmp_path, cases, processes=gpus, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count(", through each other's memory") == (4 if kind == "ulysses" else 0)  # on the fused kernels
+    assert done.stderr.count(", through each other's memory") == (5 if kind == "ulysses" else 0)  # on the fused kernels
     found, errors = torch.load(tmp_path / "out.pt"), {}
     for name, case in cases.items():
         alone = draw_case(without_sharing(case["argv"]))
@@ -414,6 +414,21 @@ def test_bytes_sent_are_those_that_a_step_sends(make_args, monkeypatch, kind, gp
     expected = bytes_sent(kind, architecture("tiny-flux-dev", "1+1")["transformer"], 64, 64, gpus, 2, *sizes)
     output = expected["output"] * (1 if as_on_hopper else 2)  # float32
     assert seen.sent == 2 * (expected["attention"] + output)
+
+
+def test_ulysses_attention_through_boxes_is_that_through_nccl(monkeypatch):
+    seen, sent, q, k, v = Exchanges(2, monkeypatch), [], *torch.randn(3, 2, 6, 4, 8).unbind()
+
+    class Boxes:
+        @staticmethod
+        def start(x, kind):
+            sent.append((kind, x.shape))
+            return lambda: context_parallel.all_to_all(x)
+
+    found = [context_parallel.ulysses_attention(q, k, v, None, None, None, "sdpa", boxes) for boxes in (None, Boxes)]
+    assert torch.equal(*found) and seen.sent
+    # For each of two GPUs: half of the heads of this GPU's tokens, and back.
+    assert sent == [("qkv", (2, 2, 6, 3, 2, 8)), ("attention", (2, 2, 6, 16))]
 
 
 def test_bytes_sent_of_flux_are_those_by_hand():

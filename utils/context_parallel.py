@@ -172,7 +172,7 @@ def token_parts(x: Tensor) -> Tensor:
 # --- attention over all tokens, with the arguments of `utils.attention.attention` ---
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
-                      v_descale: Tensor | None, library: str) -> Tensor:
+                      v_descale: Tensor | None, library: str, boxes=None) -> Tensor:
     """`attention` of this rank's queries to all tokens by the Ulysses method (arXiv 2309.14509).
 
     Args:
@@ -180,19 +180,23 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None,
             takes.
         q_descale, k_descale, v_descale: (B, H) float32, the same on all ranks, or None.
         library: a name given to `register_library`, or "sdpa" for PyTorch's attention in the inputs' dtype.
+        boxes: a `utils.kernels.symmetric_memory.SymmetricAllToAll` that exchanges the tokens in NCCL's place, or None.
 
     Returns:
         (B, S / N, H, D): bf16, or q's dtype with "sdpa".
     """
+    def exchange(x: Tensor, kind: str) -> Tensor:
+        return boxes.start(x, kind)() if boxes else all_to_all(x)
+
     # The layout is made here and not in `all_to_all`: compiled code fuses it with the cast.
     heads = torch.stack([q, k, v], dim=2).unflatten(3, (dist.get_world_size(), -1)).movedim(3, 0).contiguous()
-    own_q, own_k, own_v = all_tokens(all_to_all(heads)).unbind(2)
+    own_q, own_k, own_v = all_tokens(exchange(heads, "qkv")).unbind(2)
     if library == "sdpa":
         attended = sdpa(own_q, own_k, own_v)
     else:
         descale = (x if x is None else shard(x, 1) for x in (q_descale, k_descale, v_descale))
         attended = attention(own_q, own_k, own_v, *descale, library)
-    return all_to_all(token_parts(attended.flatten(2))).permute(1, 2, 0, 3).reshape(q.shape)
+    return exchange(token_parts(attended.flatten(2)), "attention").permute(1, 2, 0, 3).reshape(q.shape)
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,

@@ -560,7 +560,7 @@ def share_attention(transformer: FluxTransformer2DModel, kind: str, gpus: int, d
     """
     boxes = None
     blocks = *transformer.transformer_blocks, *transformer.single_transformer_blocks
-    if kind == "ulysses" and device.type == "cuda" and not blocks[0].int8:
+    if kind == "ulysses" and device.type == "cuda":
         from utils.kernels.symmetric_memory import mailboxes
         boxes = mailboxes()
     for block in blocks:

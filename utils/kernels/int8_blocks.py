@@ -27,8 +27,6 @@ from utils.kernels.int8_gemm import int8_gelu_gemm, int8_gemm, int8_qkv_gemm
 from utils.kernels.layer_norm import residual_adaln
 from utils.kernels.modulation import MLP_SCALE, MLP_SHIFT
 
-ATTENTION = {None: attention, "ulysses": ulysses_attention, "ring": ring_attention}
-
 
 def _attend(block: torch.nn.Module, qkv: Tensor, queries: slice = slice(None)) -> Tensor:
     """Attention in bf16, on one GPU or on several.
@@ -42,7 +40,10 @@ def _attend(block: torch.nn.Module, qkv: Tensor, queries: slice = slice(None)) -
         (B, S, D) bf16, or fewer tokens if `queries` selects fewer.
     """
     q, k, v = qkv.unbind(2)
-    return ATTENTION[block.context_parallel](q[:, queries], k, v, None, None, None, "fa3").flatten(2)
+    if block.context_parallel == "ulysses":
+        return ulysses_attention(q, k, v, None, None, None, "fa3", block.boxes).flatten(2)
+    attend = ring_attention if block.context_parallel else attention
+    return attend(q[:, queries], k, v, None, None, None, "fa3").flatten(2)
 
 
 class Int8SingleBlock(FusedSingleBlock):
