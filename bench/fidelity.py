@@ -37,7 +37,7 @@ from bench.fp8_error import as_fused
 from bench.quality import capture_step, perceptual, picture_drift
 from experiments import CHANNELS, COMPILED, EAGER, FA3, FUSED, OFF, QUANT
 from tiny_flux import judge, pictures
-from utils import lora_files, tiny_presets, weight_files
+from utils import lora_files, single_file, tiny_presets, weight_files
 from utils.benchmark_utils import DEFAULT_CKPT, check_args, choose_device, create_parser
 from utils.checkpoint import read_configs
 from utils.common import RecipeError, run_cli
@@ -336,7 +336,8 @@ def measure_blocks(recipe: argparse.Namespace, prompt: dict, on_cpu: bool) -> di
     """
     print("\nblocks: shares of their e4m3 values", file=sys.stderr, flush=True)
     try:
-        chosen = make_plan(recipe, read_configs(recipe.ckpt, recipe.revision, recipe.random_weights), detect(recipe))
+        configs = read_configs(recipe.ckpt, recipe.revision, recipe.random_weights)
+        chosen = make_plan(recipe, single_file.find(recipe.transformer, configs)[0], detect(recipe))
         if not chosen.fused_kernels.on and not on_cpu:
             return {"not_measured": f"fused kernels are off: {describe(chosen.fused_kernels)}"}
         if chosen.fused_kernels.on and chosen.quantization.dtype == "int8":
@@ -465,7 +466,7 @@ def shared_flags(args) -> tuple[list[str], argparse.Namespace]:
 
 
 def contents_of(recipe: argparse.Namespace) -> dict:
-    """Returns hashes of the files of --ckpt and --lora. Downloads a checkpoint on the Hub first.
+    """Returns hashes of the files of --ckpt, --transformer and --lora. Downloads a checkpoint on the Hub first.
 
     Raises:
         RecipeError: a file is missing or damaged.
@@ -474,7 +475,10 @@ def contents_of(recipe: argparse.Namespace) -> dict:
         return {}
     folder = tiny_presets.CHECKPOINT if recipe.ckpt in tiny_presets.NAMES else Path(recipe.ckpt).expanduser()
     configs = read_configs(str(folder) if folder.is_dir() else recipe.ckpt, recipe.revision, None)
-    weights = weight_files.identity(weight_files.find_checkpoint(recipe.ckpt, folder, recipe.revision, configs).folder)
+    transformer = single_file.locate(recipe.transformer) if recipe.transformer else None
+    found = weight_files.find_checkpoint(recipe.ckpt, folder, recipe.revision, configs,
+                                         {"transformer"} if transformer else set())
+    weights = weight_files.identity(found.folder, transformer)
     files = [lora_files.locate(lora_files.split(lora)[0]) for lora in recipe.lora or []]
     return {"weights": weights, "lora": list(map(lora_files.contents, files))}
 

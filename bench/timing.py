@@ -203,8 +203,9 @@ def record_of(args, pipeline, kwargs: dict, seconds: list[float], image, is_fini
     return {
         "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
         "device": args.device,
-        "settings": {"seed": args.seed, "quality": args.quality} | {name: value for name, value in kwargs.items()
-                                           if isinstance(value, (int, float, str))},
+        "settings": {"seed": args.seed, "quality": args.quality}
+        | ({"transformer": args.transformer} if args.transformer else {})
+        | {name: value for name, value in kwargs.items() if isinstance(value, (int, float, str))},
         "techniques": plan.record(pipeline.plan),
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
         "fp8_check": pipeline.fp8_check,

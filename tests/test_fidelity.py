@@ -214,7 +214,7 @@ def test_report_folder_of_other_settings_is_refused_before_drawing(run, tmp_path
 
 def test_report_other_weights_of_the_same_name_are_refused(run, monkeypatch):
     run(*ROWS)
-    monkeypatch.setattr(fidelity.weight_files, "identity", lambda folder: "other")
+    monkeypatch.setattr(fidelity.weight_files, "identity", lambda folder, *_: "other")
     with pytest.raises(RecipeError, match="--output-dir"):
         run(*ROWS)
 

@@ -10,7 +10,7 @@ import torch
 from conftest import pretend_hopper
 from safetensors.torch import save_file
 
-from utils import memory, random_weights
+from utils import memory, random_weights, single_file
 from utils.aoti import store
 from utils.common import RecipeError
 from utils.pipeline_utils import call_kwargs, load_pipeline, optimize
@@ -63,6 +63,22 @@ def test_second_start_loads_what_the_first_kept_and_draws_the_same_bits(start, w
     assert second.plan.kept_weights.loaded and second.fp8_check == first.fp8_check
     assert torch.equal(found, expected)
     assert not [name for name, tensor in second.transformer.state_dict().items() if tensor.is_meta]
+
+
+def test_kept_weights_of_a_single_file_are_of_its_contents_alone(start, checkpoint, tmp_path, monkeypatch):
+    """The file has 1 + 2 blocks, and the checkpoint 1 + 1."""
+    paths = []
+    for seed in (1, 2):
+        configs = random_weights.architecture("tiny-flux", "1+2")
+        state = random_weights.build(configs, "cpu", torch.bfloat16, seed).transformer.state_dict()
+        paths.append(str(tmp_path / f"{seed}.safetensors"))
+        save_file(state, paths[-1])
+    first, expected = start("--transformer", paths[0])
+    assert not first.plan.kept_weights.loaded and not start("--transformer", paths[1])[0].plan.kept_weights.loaded
+    monkeypatch.setattr(single_file, "load", None)
+    second, found = start("--transformer", paths[0])
+    assert second.plan.kept_weights.loaded and torch.equal(found, expected)
+    assert len(second.transformer.single_transformer_blocks) == 2
 
 
 def test_kept_weights_load_where_the_checkpoint_exceeds_cpu_memory(start, monkeypatch):

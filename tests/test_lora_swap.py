@@ -199,6 +199,22 @@ def test_swaps_read_the_base_of_a_checkpoint_of_ones_own(make_args, monkeypatch,
         assert again.plan.kept_weights.loaded and differences(again, fresh)
 
 
+@pytest.mark.parametrize("ckpt", ["tiny-flux-dev", "own"])
+def test_swaps_read_the_base_of_a_single_file(make_args, ckpt):
+    """A LoRA that is named later: the transformer's base is in --transformer, the text encoder's in --ckpt."""
+    own = random_weights.build(random_weights.architecture("tiny-flux-dev"), "cpu", torch.bfloat16)
+    own.save_pretrained("own")
+    preset = load_pipeline(make_args("--ckpt", "tiny-flux-dev")).transformer.state_dict()
+    state = preset if ckpt == "tiny-flux-dev" else own.transformer.state_dict()
+    save_file({name: (tensor * 1.5).contiguous() for name, tensor in state.items()}, "single.safetensors")
+    pipeline = load_pipeline(make_args("--ckpt", ckpt, "--transformer", "single.safetensors", "--interactive"))
+    read = pipeline.lora_swap.base.source()
+    for component in ("transformer", "text_encoder"):
+        parameters = dict(getattr(pipeline, component).named_parameters())
+        found = read(component, list(parameters))
+        assert all(torch.equal(found[name], tensor) for name, tensor in parameters.items())
+
+
 @pytest.mark.parametrize("ckpt, argv", [("tiny-flux-dev", []), ("tiny-flux", ["--random_weights", "1+1"])])
 def test_swaps_of_presets_and_random_weights_restore_the_base(start, ckpt, argv):
     """A LoRA that is named later: its base is built again."""

@@ -72,6 +72,21 @@ def test_start_reads_kept_weights_in_the_place_of_the_transformers(checkpoint, m
     assert len(files_read(monkeypatch, *flags)) == 8
 
 
+def test_start_reads_a_single_file_in_the_place_of_the_transformers(checkpoint, monkeypatch, tmp_path):
+    file = tmp_path / "transformer.gguf"
+    file.write_bytes(b"x" * 1000)
+    hub = tmp_path / "home" / "hub" / "models--me--model"
+    (hub / "snapshots" / "abc" / "sub").mkdir(parents=True)
+    (hub / "snapshots" / "abc" / "sub" / "x.safetensors").write_bytes(b"x" * 1000)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    for spec, name in ((file, f"{tmp_path.name}/transformer.gguf"), ("me/model/sub/x.safetensors", "sub/x.safetensors"),
+                       ("me/model/sub/x.safetensors@abc", "sub/x.safetensors"), ("me/model/gone.safetensors", None)):
+        found = files_read(monkeypatch, "--ckpt", checkpoint, "--transformer", spec)
+        assert found[:1] == [name or "text_encoder_2/1.safetensors"] and len(found) == 6 + (name is not None)
+        assert not any(read.startswith("transformer/") for read in found)
+
+
 @pytest.mark.parametrize("argv, free, least", [
     (["--random_weights"], 10**6, 100), ([], 15_000, 100), ([], 0, 100), ([], 10**6, 8001)])
 def test_start_reads_nothing_random_small_or_too_large(checkpoint, monkeypatch, argv, free, least):

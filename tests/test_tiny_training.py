@@ -269,3 +269,13 @@ def test_build_flow_guidance_is_zero_and_not_trained_before_its_phase(folder, em
     assert not embed.guidance_embedder(embed.time_proj(torch.tensor([3500.0]))).any()
     trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
     assert "time_text_embed.guidance_embedder.linear_2.weight" not in trained
+
+
+def test_normalization_rules_are_those_of_nfkc_and_case_folding():
+    rules = dict(line.split("\t") for line in data.normalization_rules().splitlines())
+    read = {"".join(chr(int(one, 16)) for one in text.split()): "".join(chr(int(one, 16)) for one in to.split())
+            for text, to in rules.items()}
+    for text, to in {"A": "a", "É": "é", "e\u0301": "é", "E\u0301": "é", "ß": "ss", "ﬁ": "fi", "①": "1", "\t": " ",
+                     "\u00a0": " ", "\x07": "", "Ａ": "a", "½": "1⁄2"}.items():
+        assert read[text] == to
+    assert not {"a", "é", "1", " "} & read.keys()

@@ -5,7 +5,9 @@ import os
 import random
 import re
 import shutil
+from types import SimpleNamespace
 
+import diffusers.pipelines.pipeline_utils as diffusers_pipelines
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -240,6 +242,42 @@ def test_read_configs_of_another_pipeline_is_refused(copy, change):
     change_config(copy / "model_index.json", lambda held: held | change)
     with pytest.raises(RecipeError, match="copy"):
         read_configs(str(copy))
+
+
+@pytest.mark.parametrize("component, change", [
+    ("transformer", {"_class_name": "SD3Transformer2DModel"}), ("vae", {"_class_name": "AutoencoderTiny"}),
+    ("text_encoder", {"model_type": "siglip_text_model"}), ("text_encoder_2", {"model_type": "umt5"}),
+    ("text_encoder", {"hidden_size": 64}), ("text_encoder_2", {"d_model": 64})])
+def test_read_configs_of_a_component_of_another_model_is_refused_by_its_name(copy, component, change):
+    change_config(copy / component / "config.json", lambda held: held | change)
+    with pytest.raises(RecipeError, match=f"{component}.* of (a {next(iter(change.values()))}|width)"):
+        read_configs(str(copy))
+
+
+@pytest.mark.parametrize("component", FILES)
+def test_read_configs_without_a_component_says_that_the_folder_is_incomplete(copy, component):
+    shutil.rmtree(copy / component)
+    with pytest.raises(RecipeError, match=rf"is incomplete: it has no {component}/config\.json"):
+        read_configs(str(copy))
+
+
+def test_find_checkpoint_names_the_shard_that_was_not_downloaded(copy):
+    shard(copy)
+    (copy / FILES["transformer"]).unlink()
+    (copy / "transformer/diffusion_pytorch_model-00002-of-00002.safetensors").rename(copy / "2.incomplete")
+    with pytest.raises(RecipeError, match=r"model-00002-of-00002\.safetensors: No such file"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("suffix", [".fp16.safetensors", ".bin"])
+def test_find_checkpoint_on_the_hub_with_other_files_says_which(monkeypatch, tmp_path, suffix):
+    names = ["model_index.json", *(name.replace(".safetensors", suffix) for name in FILES.values())]
+    monkeypatch.setattr(diffusers_pipelines, "model_info", lambda *args, **kwargs: SimpleNamespace(
+        siblings=[SimpleNamespace(rfilename=name) for name in names], sha="abc"))
+    monkeypatch.setattr(diffusers_pipelines, "hf_hub_download",
+                        lambda *args, **kwargs: shutil.copy(tiny_presets.CHECKPOINT / "model_index.json", tmp_path))
+    with pytest.raises(RecipeError, match=r"me/model has pickled files, or files of one variant"):
+        weight_files.find_checkpoint("me/model", tmp_path / "none", None, read_configs("tiny-flux-dev"))
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])

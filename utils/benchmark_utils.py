@@ -120,6 +120,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--ckpt", default=DEFAULT_CKPT, metavar="CKPT",
                        help="Hub id, local diffusers folder, or tiny-flux | tiny-flux-dev | tiny-kontext")
     model.add_argument("--revision", help="branch, tag or commit of a Hub checkpoint")
+    model.add_argument("--transformer", metavar="FILE",
+                       help="take the transformer from one .safetensors or .gguf file, or OWNER/REPO/FILE[@REVISION] "
+                       "on the Hub, with the names of Black Forest Labs, ComfyUI or diffusers. All else is --ckpt's")
     model.add_argument("--random_weights", nargs="?", const="full", metavar="DOUBLE+SINGLE",
                        help="FLUX.1 of --ckpt's name with random weights at full size, without a download: real speed "
                        "and memory, meaningless pixels. 2+4 builds 2 double and 4 single blocks")
@@ -417,6 +420,8 @@ def _check_inputs(args: argparse.Namespace) -> None:
     not_on_hub = args.random_weights or args.ckpt.startswith("tiny-") or Path(args.ckpt).expanduser().is_dir()
     _refuse(args.revision and not_on_hub,
             f"--revision {args.revision} names a revision on the Hub: drop it, or give a Hub id as --ckpt.")
+    _refuse(args.random_weights and args.transformer,
+            f"--transformer {args.transformer} gives weights, and --random_weights replaces them: drop one of the two.")
     _refuse_missing("--prompts-file", args.prompts_file)
 
 

@@ -31,6 +31,9 @@ REQUIRED = {"vae": ("scaling_factor", "shift_factor", "norm_num_groups", "sample
             "text_encoder": ("num_attention_heads", "hidden_act", "eos_token_id"),
             "text_encoder_2": ("num_heads", "feed_forward_proj"),
             "scheduler": ("use_dynamic_shifting", "shift", "base_shift", "max_shift")}
+# What a component's own config calls its model: diffusers' class, transformers' type.
+KINDS = {"transformer": ("_class_name", "FluxTransformer2DModel"), "vae": ("_class_name", "AutoencoderKL"),
+         "text_encoder": ("model_type", "clip_text_model"), "text_encoder_2": ("model_type", "t5")}
 DIFFUSERS_CLASSES = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 CONFIG_FILES = {
     "scheduler": "scheduler/scheduler_config.json",
@@ -134,6 +137,10 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
     configs = {name: _read_json(ckpt, path, revision) for name, path in CONFIG_FILES.items()}
     _require(ckpt, configs)
     for name, config in configs.items():
+        key, expected = KINDS.get(name, ("", None))
+        if config.get(key, expected) != expected:
+            raise RecipeError(f"--ckpt {ckpt}: {CONFIG_FILES[name]} is of a {config[key]}, and FLUX.1's {name} is a "
+                              f"{expected}. Download this component of the original model again.")
         if how := config.get("quantization_config"):
             method = how.get("quant_method") if isinstance(how, dict) else how
             raise RecipeError(f"--ckpt {ckpt}: {name} is quantized by {method}. Give the checkpoint in bf16: this "
@@ -161,8 +168,8 @@ def _refuse_what_is_no_folder(ckpt: str) -> None:
     path = Path(ckpt).expanduser()
     if path.is_file():
         kind = "a GGUF file, which is quantized" if path.suffix.lower() == ".gguf" else "a single file"
-        raise RecipeError(f"--ckpt {ckpt} is {kind}. Give a diffusers folder, which holds model_index.json. diffusers' "
-                          "from_single_file and save_pretrained convert a single .safetensors file to such a folder.")
+        raise RecipeError(f"--ckpt {ckpt} is {kind}. Give a diffusers folder, which holds model_index.json, and "
+                          "a single file of its transformer with --transformer.")
     if not path.exists() and (ckpt.startswith((".", "/", "~")) or ckpt.count("/") != 1 or "\\" in ckpt):
         raise RecipeError(f"--ckpt {ckpt}: there is no such folder, and the name is not OWNER/NAME, as on the Hub. "
                           "Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: "
@@ -211,6 +218,7 @@ def _check_sizes(ckpt: str, configs: dict) -> None:
 def _check_configs(ckpt: str, configs: dict) -> None:
     """Refuses values that no FLUX.1 has. The shapes of the weights alone do not show them."""
     transformer, vae = configs["transformer"], configs["vae"]
+    clip, t5 = configs["text_encoder"].get("hidden_size"), configs["text_encoder_2"].get("d_model")
     faults = {
         f"in_channels {transformer['in_channels']} (FLUX.1 has 64; Fill, Depth and Canny have more, unsupported here)":
             transformer["in_channels"] != 64 or transformer["out_channels"] not in (None, 64),
@@ -220,6 +228,10 @@ def _check_configs(ckpt: str, configs: dict) -> None:
         "no attention heads or no blocks": not all(
             transformer[name] for name in ("num_attention_heads", "num_layers", "num_single_layers", "patch_size")),
         f"latent_channels {vae['latent_channels']} (FLUX.1's VAE has 16)": vae["latent_channels"] != 16,
+        f"a text_encoder of width {clip} for a transformer that takes {transformer['pooled_projection_dim']}":
+            clip is not None and clip != transformer["pooled_projection_dim"],
+        f"a text_encoder_2 of width {t5} for a transformer that takes {transformer['joint_attention_dim']}":
+            t5 is not None and t5 != transformer["joint_attention_dim"],
         "a scaling_factor or sample_size of 0": not (vae["scaling_factor"] and vae["sample_size"]),
     }
     if present := [fault for fault, wrong in faults.items() if wrong]:
@@ -239,9 +251,11 @@ def _read_json(ckpt: str, filename: str, revision: str | None) -> dict:
     folder = Path(ckpt).expanduser()
     if folder.is_dir():
         path = folder / filename
+        if not path.is_file() and filename != "model_index.json" and (folder / "model_index.json").is_file():
+            raise RecipeError(f"--ckpt {ckpt} is incomplete: it has no {filename}. Download the folder again.")
         if not path.is_file():
             raise RecipeError(f"--ckpt {ckpt} is not a diffusers checkpoint: it has no {filename}. Give the folder "
-                              "that holds model_index.json. Convert a single .safetensors file first.")
+                              "that holds model_index.json. --transformer takes a single file.")
     else:
         with hub_errors("--ckpt", ckpt, revision):
             path = hf_hub_download(ckpt, filename, revision=revision)
@@ -261,7 +275,7 @@ class hub_errors:
     """Context manager: turns errors of the Hub client into a RecipeError that says how to proceed.
 
     Args:
-        flag: "--ckpt" or "--lora", which decides the advice.
+        flag: "--ckpt", "--lora" or "--transformer", which decides the advice.
         repo: OWNER/NAME on the Hub.
         revision: branch, tag or commit; None for the default branch.
     """
@@ -276,23 +290,23 @@ class hub_errors:
         if error is None:
             return
         here = f"{self.flag} {self.repo}"
-        is_lora = self.flag == "--lora"
+        is_file = self.flag != "--ckpt"
         if isinstance(error, GatedRepoError):
             text = (f"{here} is gated. Accept its licence at https://huggingface.co/{self.repo} while logged in, then "
                     "run `hf auth login` here (or set HF_TOKEN)."
-                    + ("" if is_lora else " --random_weights measures speed without it."))
+                    + ("" if is_file else " --random_weights measures speed without it."))
         elif isinstance(error, RevisionNotFoundError):
             text = f"{here} has no revision '{self.revision}'. Give a branch, a tag or a full commit hash."
         elif isinstance(error, LocalEntryNotFoundError):
             text = (f"{here}: there is no such local folder, the Hub cannot be reached, and the Hub's local cache does "
                     "not have it. Check the network (or unset HF_HUB_OFFLINE), or give a local "
-                    + ("file." if is_lora else "folder, --ckpt tiny-flux or --random_weights."))
+                    + ("file." if is_file else "folder, --ckpt tiny-flux or --random_weights."))
         elif isinstance(error, EntryNotFoundError):
-            text = f"{here}: {error}" if is_lora else f"{here} is not a diffusers checkpoint: {error}"
+            text = f"{here}: {error}" if is_file else f"{here} is not a diffusers checkpoint: {error}"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            text = (f"{here}: neither a local folder nor a {'LoRA' if is_lora else 'checkpoint'} on the Hub (a private "
+            text = (f"{here}: neither a local folder nor a {'file' if is_file else 'checkpoint'} on the Hub (a private "
                     "repository needs `hf auth login`)." + (
-                        "" if is_lora else " Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; "
+                        "" if is_file else " Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; "
                                            "built in: tiny-flux."))
         elif isinstance(error, HfHubHTTPError):
             text = f"{here}: the Hub answered with an error: {str(error).splitlines()[0]}"

@@ -24,15 +24,16 @@ def numbered_path(path: str | Path, *numbers: int) -> Path:
 def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> dict:
     """The generation parameters for an image file's metadata.
 
-    "model", "lora" and "image" are names as the user gave them. The digests in "contents" and "image_sha256" identify
-    the files.
+    "model", "transformer", "lora" and "image" are names as the user gave them. The digests in "contents" and
+    "image_sha256" identify the files.
 
     Args:
         pipeline: the pipeline after `load_pipeline`, which sets `contents`, and `optimize`.
         kwargs: the arguments of the pipeline call (`call_kwargs`).
     """
     names = ("height", "width", "num_inference_steps", "guidance_scale")
-    parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision, "lora": args.lora,
+    parameters = {"prompt": prompt, "seed": seed, "model": args.ckpt, "revision": args.revision,
+                  "transformer": args.transformer, "lora": args.lora,
                   "image": args.image, "random_weights": args.random_weights is not None,
                   "contents": getattr(pipeline, "contents", {}),
                   "vae_tiling": args.vae_tiling, "quality": args.quality, "techniques": pipeline.plan.parameters(),

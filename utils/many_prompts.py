@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from utils import tiny_presets
+from utils import single_file, tiny_presets
 from utils.aoti.export import other_inputs_run_uncompiled
 from utils.benchmark_utils import images_per_call
 from utils.checkpoint import ImageSettings, configs_of, image_settings, model_shapes, read_configs
@@ -84,7 +84,7 @@ def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[lis
     """
     if not any(prompt.settings for prompt in prompts):
         return prompts, []
-    configs = read_configs(args.ckpt, args.revision, args.random_weights)
+    configs, _ = single_file.find(args.transformer, read_configs(args.ckpt, args.revision, args.random_weights))
     own = tuple(args.lora or ())
     loras = {prompt.settings: dict(prompt.settings).get("lora", own) for prompt in prompts}
     lora_faults = {specs: specs != own and _fault_of(check_loras, args, specs, model_shapes(configs))
@@ -198,7 +198,7 @@ def _of_the_picture(parameters: dict) -> dict:
                   if name not in ("fp8 check", "kept weights")}
     names = {"quality"}
     if parameters.get("contents"):
-        names |= {"revision", "lora", "image"}
+        names |= {"revision", "lora", "image", "transformer"}
         if not parameters["random_weights"] and parameters["model"] not in tiny_presets.NAMES:
             names.add("model")  # one checkpoint may have several names
     return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in names}

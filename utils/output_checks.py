@@ -103,7 +103,7 @@ def inputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
     The files of --ckpt are left out, because `refuse_foreign` never lets an output replace them.
     """
-    files = [("--image", args.image), ("--prompts-file", args.prompts_file),
+    files = [("--image", args.image), ("--prompts-file", args.prompts_file), ("--transformer", args.transformer),
              ("--step_cache", None if args.step_cache in STEP_CACHES else args.step_cache)]
     for lora in args.lora or []:
         files += [("--lora", lora), ("--lora", lora.rpartition(":")[0])]
@@ -211,7 +211,7 @@ def try_picture(path: Path, args: argparse.Namespace, prompts: list[str]) -> Non
     Raises:
         RecipeError: names --output-file, the reason and the way out.
     """
-    parameters = {name: getattr(args, name) for name in ("negative_prompt", "ckpt", "lora", "image")}
+    parameters = {name: getattr(args, name) for name in ("negative_prompt", "ckpt", "transformer", "lora", "image")}
     parameters |= {"prompt": max(prompts, key=lambda text: len(json.dumps(text))), "more": "x" * METADATA_CHARACTERS}
     needed = images_per_call(args) * (args.height or 1024) * (args.width or 1024) * PIXEL_BYTES
     temporary = temporary_beside(path)

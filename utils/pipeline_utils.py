@@ -14,7 +14,16 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from utils import attention, context_parallel, fp8_check, memory, random_weights, tiny_presets, weight_files
+from utils import (
+    attention,
+    context_parallel,
+    fp8_check,
+    memory,
+    random_weights,
+    single_file,
+    tiny_presets,
+    weight_files,
+)
 from utils.base_weights import BaseWeights
 from utils.benchmark_utils import choose_device, flags_over_quality, images_per_call
 from utils.cache import dbcache
@@ -54,6 +63,7 @@ def load_pipeline(args: argparse.Namespace):
     if args.device is None:  # a script of one's own
         choose_device(args)
     configs, hardware = read_configs(args.ckpt, args.revision, args.random_weights), detect(args)
+    configs, single = single_file.find(args.transformer, configs)
     plan = make_plan(args, configs, hardware)
     memory.fit(plan, args, configs, hardware)
     if plan.compile.on or args.device == "cuda":  # Triton's kernels are compiled without it
@@ -64,8 +74,10 @@ def load_pipeline(args: argparse.Namespace):
         context_parallel.check_tokens(plan.settings.max_sequence_length, width * height // 256,
                                       reference_tokens(reference, width * height) if reference else 0)
     loras = read_loras(args.lora, model_shapes(configs), args.lora_partial) if args.lora else []
+    if single:
+        single_file.print_notes(single)
     files = None if args.random_weights else _checkpoint_files(args, configs)
-    contents = {"weights": weight_files.identity(files.folder) if files else
+    contents = {"weights": weight_files.identity(files.folder, single and single.path) if files else
                 f"random {args.ckpt} {args.random_weights}",
                 "lora": [[lora.digest(), lora.scale] for lora in loras]}
     if args.gpu_memory_limit:
@@ -79,16 +91,17 @@ def load_pipeline(args: argparse.Namespace):
         kept = kept_transformer(plan, args, configs, contents)
         if plan.kept_weights.on and not kept and plan.load_device == "cpu":
             memory.check_cpu_memory(configs, plan.dtype)
-        pipeline = load_checkpoint(files, plan.dtype, kept)
+        transformer = kept or (single and single_file.load(single, plan.load_device, plan.dtype))
+        pipeline = load_checkpoint(files, plan.dtype, transformer)
         for name in weight_files.STEMS:
             if not (kept and name == "transformer"):
                 getattr(pipeline, name).to(plan.load_device)
         weight_files.refuse_non_finite(args.ckpt, pipeline)
         if args.ckpt in tiny_presets.NAMES:
-            pipeline = tiny_presets.as_preset(pipeline, args.ckpt)
+            pipeline = tiny_presets.as_preset(pipeline, args.ckpt, keep_transformer=single is not None)
     line_loras = getattr(args, "line_loras", ())
     if args.interactive or line_loras:
-        base = BaseWeights(model_shapes(configs), partial(base_reader, args, configs, plan, files), plan.dtype,
+        base = BaseWeights(model_shapes(configs), partial(base_reader, args, configs, plan, files, single), plan.dtype,
                            torch.device(args.device), memory.room_for_copies(args, configs, hardware, plan))
         pipeline.lora_swap = LoraSwap(args, plan, configs, loras, base)
         for specs in line_loras:
@@ -102,19 +115,29 @@ def load_pipeline(args: argparse.Namespace):
     return pipeline
 
 
-def base_reader(args: argparse.Namespace, configs: dict, plan: Plan, files: weight_files.Checkpoint | None) -> Callable:
+def base_reader(args: argparse.Namespace, configs: dict, plan: Plan, files: weight_files.Checkpoint | None,
+                single: single_file.SingleFile | None) -> Callable:
     """Returns a function (component, names) -> {name: tensor} that gives parameters as `load_pipeline` found them.
 
     Only a checkpoint of files gives single tensors. The others are built once more, for as long as the function lives.
     """
+    built = {}
     if args.random_weights:
         pipeline = random_weights.build(configs, "cpu", plan.dtype)
+        built = {name: getattr(pipeline, name) for name in weight_files.STEMS}
     elif args.ckpt in tiny_presets.NAMES:
         pipeline = tiny_presets.as_preset(load_checkpoint(files, plan.dtype).to(plan.load_device), args.ckpt)
-    else:
-        return partial(weight_files.read_tensors, files)
-    parameters = {component: dict(getattr(pipeline, component).named_parameters()) for component in weight_files.STEMS}
-    return lambda component, names: {name: parameters[component][name] for name in names}
+        built = {name: getattr(pipeline, name) for name in weight_files.STEMS}
+    if single:
+        built["transformer"] = single_file.load(single, "cpu", plan.dtype)
+    parameters = {component: dict(module.named_parameters()) for component, module in built.items()}
+
+    def read(component: str, names: list[str]) -> dict[str, torch.Tensor]:
+        if component in parameters:
+            return {name: parameters[component][name] for name in names}
+        return weight_files.read_tensors(files, component, names)
+
+    return read
 
 
 def kept_transformer(plan: Plan, args: argparse.Namespace, configs: dict, contents: dict):
@@ -143,7 +166,8 @@ def _checkpoint_files(args, configs: dict) -> weight_files.Checkpoint:
     preset = args.ckpt in tiny_presets.NAMES
     folder = tiny_presets.CHECKPOINT if preset else Path(args.ckpt).expanduser()
     return weight_files.find_checkpoint(args.ckpt, folder, args.revision,
-                                        read_configs(str(folder)) if preset else configs)
+                                        read_configs(str(folder)) if preset else configs,
+                                        {"transformer"} if args.transformer else set())
 
 
 def load_checkpoint(files: weight_files.Checkpoint, dtype: torch.dtype, transformer=None):
@@ -223,11 +247,14 @@ def plan_of_own(pipeline, args: argparse.Namespace) -> Plan:
     """The plan for a pipeline that `load_pipeline` did not make. The pipeline is cast to the plan's dtype.
 
     Raises:
-        RecipeError: as `make_plan`, and for --lora and --keep_quantized, which are `load_pipeline`'s.
+        RecipeError: as `make_plan`, and for --lora, --transformer and --keep_quantized, which are `load_pipeline`'s.
     """
     if args.lora:
         raise RecipeError(f"--lora {args.lora[0]}: only load_pipeline merges LoRAs. Load the pipeline with it, or call "
                           "pipeline.fuse_lora() and drop the flag.")
+    if args.transformer:
+        raise RecipeError(f"--transformer {args.transformer}: only load_pipeline reads it. Load the pipeline with it, "
+                          "or drop the flag.")
     if args.keep_quantized:
         raise RecipeError("--keep_quantized: the weights of a checkpoint's files alone are kept. Load the pipeline "
                           "with load_pipeline, or drop the flag.")

@@ -17,7 +17,7 @@ COMPONENTS = ("transformer", "text_encoder_2", "text_encoder", "vae")
 
 
 def start(args) -> threading.Thread | None:
-    """Starts to read the weights of --ckpt, on threads that end with the process.
+    """Starts to read the weights of --ckpt and --transformer, on threads that end with the process.
 
     Nothing is read if the weights are random, small, not there yet, or more than half of the free memory: the pages
     read first would then push each other out. Of several processes of a host, one reads for all.
@@ -33,8 +33,10 @@ def start(args) -> threading.Thread | None:
     if not (folder := local_folder(args.ckpt, args.revision)):
         return None
     files = kept_files(args.cache_dir) if args.keep_quantized else []
-    components = COMPONENTS[1:] if files else COMPONENTS
-    files = [file for name in components for file in sorted(Path(folder, name).glob("*.safetensors"))] + files
+    components = COMPONENTS[1:] if files or args.transformer else COMPONENTS
+    single = local_file(args.transformer) if args.transformer and not files else None
+    files = [*([single] if single else []),
+             *(file for name in components for file in sorted(Path(folder, name).glob("*.safetensors"))), *files]
     with suppress(OSError):
         if LEAST <= sum(file.stat().st_size for file in files) <= free_memory() // 2:
             thread = threading.Thread(target=read, args=(files,), daemon=True, name="read ahead")
@@ -55,6 +57,19 @@ def local_folder(ckpt: str, revision: str | None) -> Path | None:
         snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "")
         if ckpt.count("/") == 1 and snapshot.parent.name == "snapshots" and snapshot.is_dir():
             return snapshot
+    return None
+
+
+def local_file(spec: str) -> Path | None:
+    """The file of --transformer: a path, or a file of a snapshot in the Hub's cache. None if there is none."""
+    with suppress(OSError, RuntimeError, ValueError):
+        on_hub, _, revision = spec.partition("@")
+        owner, _, inside = on_hub.partition("/")
+        repo, _, name = inside.partition("/")
+        snapshot = local_folder(f"{owner}/{repo}", revision or None) if name else None
+        for path in (Path(spec).expanduser(), *([snapshot / name] if snapshot else [])):
+            if path.is_file():
+                return path
     return None
 
 

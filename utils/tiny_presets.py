@@ -25,16 +25,18 @@ def configs_for(name: str, configs: dict) -> dict:
     return configs | {"pipeline_class": "FluxKontextPipeline"} if name == "tiny-kontext" else configs
 
 
-def as_preset(pipeline: FluxPipeline, name: str) -> FluxPipeline | FluxKontextPipeline:
+def as_preset(pipeline: FluxPipeline, name: str, keep_transformer: bool = False) -> FluxPipeline | FluxKontextPipeline:
     """Returns a preset's pipeline with the weights of `pipeline`.
 
     Args:
         pipeline: of tiny-flux's checkpoint, which is tiny-flux-dev.
         name: of `NAMES`.
+        keep_transformer: whether the transformer is not the checkpoint's, so that its guidance is not folded.
     """
     parts = {key: part for key, part in pipeline.components.items() if part is not None}
     if name == "tiny-flux":
-        parts["transformer"] = fold_guidance(pipeline.transformer, FOLDED_GUIDANCE)
+        if not keep_transformer:
+            parts["transformer"] = fold_guidance(pipeline.transformer, FOLDED_GUIDANCE)
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **FIXED_SHIFT)
     return FluxKontextPipeline(**parts) if name == "tiny-kontext" else FluxPipeline(**parts)
 

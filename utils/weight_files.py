@@ -40,12 +40,14 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, dict[str, tuple[Path, str]]]  # {component: {name in the model: (file, name in the file)}}
 
 
-def find_checkpoint(ckpt: str, folder: Path, revision: str | None, configs: dict) -> Checkpoint:
+def find_checkpoint(ckpt: str, folder: Path, revision: str | None, configs: dict,
+                    others: set[str] = frozenset()) -> Checkpoint:
     """Compares the headers of a checkpoint's files with its models. Downloads the checkpoint first if it is on the Hub.
 
     Args:
         folder: the local folder; if it does not exist, `ckpt` is a name on the Hub.
         configs: from `utils.checkpoint.read_configs`.
+        others: components whose weights come from elsewhere. They are neither downloaded nor looked for.
 
     Raises:
         RecipeError: a file is absent, damaged or quantized, or a tensor is missing, unknown or of another shape.
@@ -54,18 +56,27 @@ def find_checkpoint(ckpt: str, folder: Path, revision: str | None, configs: dict
     if not folder.is_dir():
         with reading(here, "Check the network and the free disk space, then run again: the download resumes."), \
                 hub_errors("--ckpt", ckpt, revision):
-            folder = Path(DiffusionPipeline.download(ckpt, revision=revision, use_safetensors=True))
+            try:
+                folder = Path(DiffusionPipeline.download(ckpt, revision=revision, use_safetensors=True,
+                                                         **dict.fromkeys(others)))
+            except OSError as error:
+                if "necessary `safetensors` weights" not in str(error):
+                    raise
+                raise RecipeError(f"{here} has pickled files, or files of one variant such as model.fp16.safetensors. "
+                                  "Pickled files are not read; for a variant run `hf download` and give the folder as "
+                                  "--ckpt.") from error
     _check_tokenizers(here, folder)
     with reading(f"{here}: its configs", "Compare them with the configs of the original model."):
         shapes = model_shapes(configs)
-    variants = {name: _variant(here, folder / name, stem) for name, stem in STEMS.items()}
+    stems = {name: stem for name, stem in STEMS.items() if name not in others}
+    variants = {name: _variant(here, folder / name, stem) for name, stem in stems.items()}
     if len(set(variants.values())) > 1:
         raise RecipeError(f"{here}: the files of {', '.join(name for name, one in variants.items() if one)} have a "
                           "variant in their names, and the other files have none. Remove "
                           f".{next(filter(None, variants.values()))} from the names.")
     tensors = {name: _compare(f"{here}: {name}", name, _headers(here, folder / name, stem, variants[name]),
-                              shapes[name]) for name, stem in STEMS.items()}
-    return Checkpoint(ckpt, folder, variants["transformer"], tensors)
+                              shapes[name]) for name, stem in stems.items()}
+    return Checkpoint(ckpt, folder, variants["vae"], tensors)
 
 
 def _check_tokenizers(here: str, folder: Path) -> None:
@@ -155,7 +166,7 @@ def _compare(here: str, component: str, found: dict[str, tuple[Path, Tensor]],
         is_foreign = any(re.match(r"(model\.diffusion_model\.|double_blocks\.)", name) for name in found)
         raise RecipeError(f"{here}: the weights do not match the config. Of {len(wanted)} tensors: "
                           f"{'; '.join(said)}. "
-                          + ("The names are not diffusers' names: convert the file first." if is_foreign else
+                          + ("The names are not diffusers' names: give the file with --transformer." if is_foreign else
                              "Download this component again, or restore the config that it was saved with."))
     return {name: held[name][:2] for name in wanted}
 
@@ -239,27 +250,40 @@ def refuse_non_finite(ckpt: str, pipeline) -> None:
                           "checkpoint again, or ask who made it.")
 
 
-def identity(folder: Path) -> str:
+def identity(folder: Path, transformer: Path | None = None) -> str:
     """Returns a SHA-256 of the files that decide a checkpoint's pictures: weights, configs and vocabularies.
 
     Small files are hashed whole. Files in the Hub's cache are hashed by their names there, which are SHA-256 sums.
     Large local files are hashed by header, modification time and 1 KiB of each 64 MiB. That sample changes if training
     changes every tensor; hashing all 34 GB would take a minute.
+
+    Args:
+        transformer: the single file, of any name, that takes the place of the folder's transformer.
     """
     total = hashlib.sha256()
     for path in [folder / "model_index.json", *sorted(folder.glob("*/*"))]:
-        if path.suffix not in (".safetensors", ".json", ".txt", ".model") or not path.is_file():
+        if path.suffix not in (".safetensors", ".json", ".txt", ".model") or not path.is_file() or (
+                transformer and path.parent.name == "transformer" and path.name != "config.json"):
             continue
-        size, blob = path.stat().st_size, path.resolve().name
         total.update(f"{path.relative_to(folder).as_posix()} ".encode())
-        if re.fullmatch("[0-9a-f]{64}", blob):
-            total.update(blob.encode())
-        elif size <= HASHED_BYTES or path.suffix != ".safetensors":
-            total.update(path.read_bytes())
-        else:
-            total.update(f"{size} {path.stat().st_mtime_ns} {sorted(read_header(path)[0].items())}".encode())
-            with open(path, "rb") as file:
-                for offset in range(0, size, HASHED_BYTES):
-                    file.seek(offset)
-                    total.update(file.read(2**10))
+        _hash_file(total, path)
+    if transformer:
+        total.update(b"--transformer ")
+        _hash_file(total, transformer)
     return total.hexdigest()
+
+
+def _hash_file(total, path: Path) -> None:
+    """Adds a file's contents to a hash, or what stands for them (see `identity`)."""
+    size, blob = path.stat().st_size, path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", blob):
+        total.update(blob.encode())
+    elif size <= HASHED_BYTES:
+        total.update(path.read_bytes())
+    else:
+        header = sorted(read_header(path)[0].items()) if path.suffix == ".safetensors" else ""
+        total.update(f"{size} {path.stat().st_mtime_ns} {header}".encode())
+        with open(path, "rb") as file:
+            for offset in range(0, size, HASHED_BYTES):
+                file.seek(offset)
+                total.update(file.read(2**10))
