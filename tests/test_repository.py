@@ -1,5 +1,6 @@
 """What a fresh clone must hold."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,9 +15,24 @@ def test_licence_is_apaches():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
+def pins_of(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
+    return dict(line.split("==") for line in lines)
+
+
+def test_requirements_for_hopper_are_what_was_measured():
+    pins = pins_of("requirements-hopper.txt")
+    for folder in {path.parent.name for path in (ROOT / "results" / "h200").glob("2026-11-29_*/*/")}:
+        for path in (ROOT / "results" / "h200" / folder).rglob("*.json"):
+            measured = json.loads(path.read_text())["environment"]["packages"]
+            assert {name: pins[name] for name in measured if name != "triton"} == {
+                name: version.partition("+")[0] for name, version in measured.items() if name != "triton"}
+    assert dict(pins.items() - pins_of("requirements.txt").items()).keys() == {
+        "torch", "fa3-fwd", "transformers", "huggingface_hub"}
+
+
 def test_requirements_are_exact_and_not_vulnerable():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    pins = dict(line.split("==") for line in lines)
+    pins = pins_of("requirements.txt")
     assert {"torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "torchao", "cache-dit", "pillow",
             "torchmetrics"} <= set(pins)
     assert tuple(map(int, pins["transformers"].split("."))) >= (5, 3), "CVE-2026-4372"
