@@ -63,7 +63,7 @@ def main():
     if not context_parallel.is_main_process():
         return
     if pipeline.plan.step_cache.on:
-        log.line(dbcache.cached_steps_line(pipeline, kwargs["num_inference_steps"]))
+        log.line(dbcache.cached_steps_line(pipeline, pipeline.plan.settings.steps))
     keep_images(pipeline, images, paths, [image_parameters(args, pipeline, kwargs, args.prompt, args.seed + i)
                                           for i in range(len(images))], log)
 

@@ -12,8 +12,8 @@ def annotate(pipeline, region):
 
     Args:
         region: makes a context manager from a name, such as `torch.profiler.record_function`. The names are
-            prompt_encoding, denoising_step, decoding, postprocessing, pil_conversion, and image_encoding for Kontext's
-            reference image.
+            prompt_encoding, denoising_step, decoding, postprocessing, pil_conversion, and image_encoding for
+            pictures that the VAE encodes.
     """
     def inside(function, name):
         def wrapped(*args, **kwargs):

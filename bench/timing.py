@@ -201,11 +201,13 @@ def record_of(args, pipeline, kwargs: dict, seconds: list[float], image, is_fini
     """
     timing, cached = summarize(seconds), pipeline.plan.step_cache.on
     return {
-        "schema_version": SCHEMA_VERSION, "model": args.ckpt, "random_weights": args.random_weights,
+        "schema_version": SCHEMA_VERSION, "model": args.ckpt, "task": pipeline.plan.settings.task.name,
+        "random_weights": args.random_weights,
         "device": args.device,
         "settings": {"seed": args.seed, "quality": args.quality}
         | ({"transformer": args.transformer} if args.transformer else {})
-        | {name: value for name, value in kwargs.items() if isinstance(value, (int, float, str))},
+        | {name: value for name, value in kwargs.items() if isinstance(value, (int, float, str))}
+        | ({"steps": pipeline.plan.settings.steps} if "strength" in kwargs else {}),
         "techniques": plan.record(pipeline.plan),
         "seconds": timing, "images_per_second": args.num_images_per_prompt / timing["median"],
         "fp8_check": pipeline.fp8_check,

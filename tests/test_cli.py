@@ -104,6 +104,8 @@ REFUSED_BY_ARGUMENTS = [
     (["--cache_dit_config", "nowhere.yaml"], "nowhere.yaml"),
     (["--step_cache", "medium"], "--step_cache medium.*safe, balanced, fast, extreme, taylorseer, f12b12"),
     (["--image", "nowhere.png"], "nowhere.png"),
+    (["--mask_image", "tests/test_cli.py"], "--mask_image.*--image"),
+    (["--strength", "0"], "--strength 0.0.*0.01"), (["--strength", "1.1"], "--strength 1.1"),
 ]
 
 
@@ -115,7 +117,7 @@ def test_check_args_contradicting_or_impossible_flags_are_refused(make_args, arg
 
 REFUSED_BY_THE_MODEL = [
     (["--ckpt", "tiny-kontext"], "--image PATH_OR_URL"),
-    (["--ckpt", "tiny-flux", "--image", "IMAGE"], "--image.*tiny-kontext"),
+    (["--ckpt", "tiny-flux", "--control_image", "IMAGE"], "--control_image.*FLUX.1-Depth-dev"),
     (["--ckpt", "tiny-flux", "--enable_cache_dit"], "8 steps.* 4:"),
     (["--ckpt", "tiny-flux", "--cache_preset", "extreme"], " 4 steps"),
     (["--ckpt", "tiny-flux", "--step_cache", "taylorseer"], "--step_cache taylorseer.* 6 .* 4\\b"),

@@ -41,6 +41,7 @@ FUSED = ["attention", "quantization", "fused_kernels"]
 SCHNELL = ["--ckpt", "tiny-flux", "--random_weights"]
 DEV = ["--ckpt", "tiny-flux-dev", "--random_weights"]
 KONTEXT = ["--ckpt", "tiny-kontext", "--random_weights", "--image", "PICTURE"]
+MASKED = ["--image", "PICTURE", "--mask_image", "MASK"]
 # Of the trained model residuals are small; of random weights they are half of what they are compared with.
 CACHE = "Fn_compute_blocks: 2\nBn_compute_blocks: 2\nmax_warmup_steps: 2\nmax_continuous_cached_steps: 2\n" \
         "residual_diff_threshold: 0.7\n"
@@ -54,6 +55,11 @@ CASES = {
         argv=[*DEV, *FLOAT32, "--num_images_per_prompt", "2", "--negative_prompt", "red", "--true_cfg_scale", "2",
               "--context_parallel", "ulysses"]), 1e-5),
     "kontext, ulysses": (dict(argv=[*KONTEXT, *FLOAT32, "--context_parallel", "ulysses"]), 1e-5),
+    "inpainting, ulysses": (dict(argv=[*DEV, *FLOAT32, *MASKED, "--context_parallel", "ulysses"]), 1e-5),
+    "kontext, inpainting, ring": (dict(argv=[*KONTEXT, *FLOAT32, *MASKED[2:], "--context_parallel", "ring"]), 1e-5),
+    "fused, fill, ulysses": (dict(argv=["--ckpt", "tiny-fill", "--random_weights", *EAGER, *MASKED,
+                                        "--context_parallel", "ulysses"], as_on_hopper=FUSED), 0.015),
+    "redux, ulysses": (dict(argv=[*DEV, *FLOAT32, "--redux", "PICTURE", "--context_parallel", "ulysses"]), 1e-5),
     "trained, auto is ring": (dict(argv=["--ckpt", "tiny-flux", *FLOAT32, "--context_parallel", "auto"]), 1e-5),
     "fp8 attention, ulysses": (dict(argv=[*SCHNELL, *EAGER, "--context_parallel", "auto"],
                                     as_on_hopper=["attention"]), 0.015),
@@ -109,6 +115,8 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     found = {"PICTURE": str(folder / "x.png"), "CACHE": str(folder / "cache.yaml")}
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(found["PICTURE"])
+    found["MASK"] = str(folder / "mask.png")
+    PIL.Image.linear_gradient("L").resize((90, 60)).save(found["MASK"])
     Path(found["CACHE"]).write_text(CACHE)
     return found
 

@@ -45,6 +45,13 @@ def bare(monkeypatch):
         monkeypatch.setattr(codecache, name, getattr(codecache, name))
 
 
+@pytest.fixture(autouse=True)
+def _compiler_of_inductor():
+    """What `settle_compilers` sets in torch ends with the test."""
+    with torch._inductor.config.patch({"cpp.cxx": torch._inductor.config.cpp.cxx}):
+        yield
+
+
 @pytest.fixture
 def program(tmp_path, monkeypatch):
     """Makes an executable file in a folder that alone is in PATH."""

@@ -247,7 +247,9 @@ def test_make_images_of_lines_with_other_steps_have_their_own_mask(folder, run, 
 
 
 @pytest.mark.parametrize("ckpt, field, named", [
-    ("tiny-flux", {"guidance_scale": 2.0}, "--guidance_scale"), ("tiny-flux-dev", {"image": "photo.png"}, "--image"),
+    ("tiny-flux", {"guidance_scale": 2.0}, "--guidance_scale"),
+    ("tiny-flux-dev", {"control_image": "photo.png"}, "--control_image"),
+    ("tiny-flux-dev", {"strength": 0.5}, "--strength"),
     ("tiny-kontext", {"height": 64}, "--image"), ("tiny-kontext", {"image": "long.png"}, "4:1"),
     ("tiny-kontext", {"image": "ftp://a/b.png"}, "ftp")])
 def test_gen_image_line_that_the_checkpoint_cannot_draw_is_named_before_weights_load(folder, run, monkeypatch, capsys,

@@ -85,6 +85,24 @@ def taylorseer_options(step_cache: str) -> dict[str, int] | None:
     return dict(zip(least, map(int, numbers), strict=False))
 
 
+def redux_parts(given: str) -> tuple[str, float]:
+    """The path or URL and the weight in --redux PATH_OR_URL[:WEIGHT].
+
+    Raises:
+        RecipeError: the weight is not above 0 and at most 2.
+    """
+    path, _, number = given.rpartition(":")
+    try:
+        weight = finite_float(number)
+    except argparse.ArgumentTypeError:
+        return given, 1.0
+    if not path or os.path.exists(given):
+        return given, 1.0
+    _refuse(not 0 < weight <= 2,
+            f"--redux {given}: the weight must be above 0 and at most 2; 1 is Redux as it was trained.")
+    return path, weight
+
+
 def create_parser(measure: bool = False) -> argparse.ArgumentParser:
     """The flags of gen_image.py. `--a_b` and `--a-b` are the same flag.
 
@@ -163,14 +181,30 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
                        "Kontext. Fewer tokens are faster, change the image and cut longer prompts. Multiples of "
                        "128 fill the kernels' tiles. The image's metadata has it")
     image.add_argument("--guidance_scale", type=finite_float,
-                       help="distilled guidance; default by model: 3.5 dev, 2.5 Kontext; schnell has none")
-    image.add_argument("--image", metavar="PATH_OR_URL", help="reference image (Kontext)")
+                       help="distilled guidance; default by model: 3.5 dev, 4.5 Krea, 2.5 Kontext, 30 Fill and Canny, "
+                       "10 Depth; schnell has none")
+    image.add_argument("--image", metavar="PATH_OR_URL",
+                       help="picture to redraw (schnell, dev), to edit (Kontext) or to fill (Fill). A redrawn picture "
+                       "gives the output its shape, unless --height and --width are given")
+    image.add_argument("--mask_image", metavar="PATH_OR_URL",
+                       help="mask of --image: white is repainted, black stays (schnell, dev, Kontext, Fill)")
+    image.add_argument("--control_image", metavar="PATH_OR_URL",
+                       help="depth map (FLUX.1-Depth-dev) or edges (FLUX.1-Canny-dev) that the picture follows")
+    image.add_argument("--redux", metavar="PATH_OR_URL[:WEIGHT]",
+                       help="picture beside the prompt, by FLUX.1-Redux-dev (dev, schnell). The weight multiplies its "
+                       "tokens: below 1 the prompt counts for more")
+    image.add_argument("--redux_ckpt", default="black-forest-labs/FLUX.1-Redux-dev", metavar="CKPT",
+                       help="Hub id or local folder of Redux")
+    image.add_argument("--strength", type=finite_float,
+                       help="how far --image is left behind: the share of the steps that is computed, from 0.01 to 1; "
+                       "default: 0.6, and 1 with Kontext or Fill")
     image.add_argument("--height", type=int,
                        help="pixels, a multiple of 16; default: the size that the model was trained for")
     image.add_argument("--width", type=int,
                        help="pixels, a multiple of 16; default: the size that the model was trained for")
     image.add_argument("--num_inference_steps", type=int,
-                       help="denoising steps; default by model: 4 schnell, 28 dev, 28 Kontext")
+                       help="denoising steps; default by model: 4 schnell, 28 dev and Kontext, 50 Fill and Canny, 30 "
+                       "Depth. --strength skips the first of them")
     image.add_argument("--num_images_per_prompt", type=int, default=1, help="image i has the seed --seed + i")
     image.add_argument("--seed", type=int, default=42,
                        help="seed of the first image, drawn on the CPU: the same noise on every machine")
@@ -337,7 +371,15 @@ def check_image(args: argparse.Namespace) -> None:
     _refuse(args.batch_size is not None and not args.prompts_file,
             f"--batch_size {args.batch_size} is the number of prompts in one call: add --prompts-file. For several "
             "images of one prompt use --num_images_per_prompt.")
-    _refuse_missing("--image", None if args.image and scheme_of(args.image) else args.image)
+    _refuse(args.mask_image and not args.image,
+            f"--mask_image {args.mask_image} says which part of a picture is repainted: add --image.")
+    _refuse(args.strength is not None and not 0.01 <= args.strength <= 1,
+            f"--strength {args.strength}: it must be from 0.01 (almost --image) to 1 (every step is computed).")
+    for name in ("image", "mask_image", "control_image"):
+        path = getattr(args, name)
+        _refuse_missing(f"--{name}", None if path and scheme_of(path) else path)
+    if args.redux and not scheme_of(args.redux):
+        _refuse_missing("--redux", redux_parts(args.redux)[0])
 
 
 def _refuse_below(args: argparse.Namespace, name: str, least: int) -> None:
@@ -460,6 +502,16 @@ def flags_over_quality(args: argparse.Namespace) -> list[str]:
     """The given flags that choose 8-bit formats, or may choose them, and so win over --quality."""
     return [f"--{name} {value}" for name in ("quant_dtype", "quant_granularity", "attention_backend")
             if (value := getattr(args, name)) not in (None, "auto")]
+
+
+def computed_steps(steps: int, strength: float | None) -> int:
+    """The number of denoising steps that are computed, with the rounding of diffusers' `get_timesteps`."""
+    return steps if strength is None else steps - int(max(steps - min(steps * strength, steps), 0))
+
+
+def steps_that_compute_two(strength: float | None) -> int:
+    """The smallest --num_inference_steps of which two are computed."""
+    return int(1 / (strength or 1)) + 1
 
 
 def images_per_call(args: argparse.Namespace) -> int:

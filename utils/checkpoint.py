@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from utils import random_weights, tiny_presets
+from utils import random_weights, tasks, tiny_presets
+from utils.benchmark_utils import computed_steps
 from utils.common import RecipeError, reading
 
 CLASSES = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
@@ -47,41 +48,69 @@ CONFIG_FILES = {
 
 @dataclass(frozen=True)
 class Model:
-    """The default settings of one FLUX.1 model, and whether it needs a reference image."""
+    """The default settings of one FLUX.1 model, from its model card, and the tasks that it serves."""
     name: str
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
-    needs_image: bool
+    tasks: tuple[tasks.Task, ...]
 
 
-MODELS = {
-    "schnell": Model("schnell", num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256, needs_image=False),
-    "dev": Model("dev", num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512, needs_image=False),
-    "kontext": Model("kontext", num_inference_steps=28, guidance_scale=2.5, max_sequence_length=512, needs_image=True),
-}
+OF_TEXT = (tasks.FROM_TEXT, tasks.FROM_IMAGE, tasks.INPAINTING)
+OF_KONTEXT = (tasks.EDITING, tasks.EDITING_A_PART)
+MODELS = {model.name: model for model in (
+    Model("schnell", num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256, tasks=OF_TEXT),
+    Model("dev", num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512, tasks=OF_TEXT),
+    Model("krea", num_inference_steps=28, guidance_scale=4.5, max_sequence_length=512, tasks=OF_TEXT),
+    Model("kontext", num_inference_steps=28, guidance_scale=2.5, max_sequence_length=512, tasks=OF_KONTEXT),
+    Model("fill", num_inference_steps=50, guidance_scale=30.0, max_sequence_length=512, tasks=(tasks.FILLING,)),
+    Model("depth", num_inference_steps=30, guidance_scale=10.0, max_sequence_length=512, tasks=(tasks.CONTROL,)),
+    Model("canny", num_inference_steps=50, guidance_scale=30.0, max_sequence_length=512, tasks=(tasks.CONTROL,)),
+)}
 
 
-def identify(configs: dict) -> Model:
-    """Returns the `Model` of a checkpoint or pipeline, by its pipeline class and guidance embedding, not by name.
+def identify(configs: dict, ckpt: str = "") -> Model:
+    """Returns the `Model` of a checkpoint or pipeline, by its pipeline class and guidance embedding.
+
+    Only the name tells Canny from Depth and Krea from dev: their configs are the same.
 
     Args:
         configs: from `read_configs` or `configs_of`.
+        ckpt: the checkpoint's name or folder.
     """
-    if configs["pipeline_class"] == "FluxKontextPipeline":
+    task, name = tasks.BY_CLASS[configs["pipeline_class"]], ckpt.lower()
+    if task is tasks.CONTROL:
+        return MODELS["canny" if "canny" in name else "depth"]
+    if task is tasks.FILLING:
+        return MODELS["fill"]
+    if task in OF_KONTEXT:
         return MODELS["kontext"]
-    return MODELS["dev" if configs["transformer"]["guidance_embeds"] else "schnell"]
+    if not configs["transformer"]["guidance_embeds"]:
+        return MODELS["schnell"]
+    return MODELS["krea" if "krea" in name else "dev"]
 
 
 @dataclass(frozen=True)
 class ImageSettings:
     """The settings of an image: the flags, and the model's defaults for absent flags. Height and width in pixels."""
     model: Model
+    task: tasks.Task
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
+    strength: float | None  # None where every step is computed
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that are computed: --strength skips the first ones."""
+        return computed_steps(self.num_inference_steps, self.strength)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the VAE's encoder runs."""
+        return bool(self.task.pictures)
 
 
 def image_settings(args, configs: dict) -> ImageSettings:
@@ -89,13 +118,18 @@ def image_settings(args, configs: dict) -> ImageSettings:
 
     Args:
         configs: from `read_configs`.
+
+    Raises:
+        RecipeError: the picture that gives the size cannot be loaded.
     """
-    model = identify(configs)
-    size = configs["vae"]["sample_size"]
+    model = identify(configs, args.ckpt)
+    task = tasks.choose(model.tasks, args)
+    width, height = tasks.output_size(task, args, configs["vae"]["sample_size"])
     return ImageSettings(
-        model, args.height or size, args.width or size, args.num_inference_steps or model.num_inference_steps,
+        model, task, height, width, args.num_inference_steps or model.num_inference_steps,
         model.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        args.max_sequence_length or most_text_tokens(configs))
+        args.max_sequence_length or most_text_tokens(configs),
+        task.strength if args.strength is None else args.strength)
 
 
 def most_text_tokens(configs: dict) -> int:
@@ -124,9 +158,10 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
         return tiny_presets.configs_for(ckpt, read_configs(str(tiny_presets.CHECKPOINT)))
     _refuse_what_is_no_folder(ckpt)
     index = _read_json(ckpt, "model_index.json", revision)
-    if str(index.get("_class_name")) not in random_weights.PIPELINES:
+    if str(index.get("_class_name")) not in tasks.BY_CLASS:
         raise RecipeError(f"--ckpt {ckpt} is a {index.get('_class_name')}; this recipe runs FluxPipeline (schnell, dev "
-                          "and their fine-tunes) and FluxKontextPipeline.")
+                          "and their fine-tunes), FluxKontextPipeline, FluxFillPipeline and FluxControlPipeline (Depth "
+                          "and Canny).")
     for name, expected in CLASSES.items():
         library, found = (index.get(name) if isinstance(index.get(name), list) and len(index[name]) == 2
                           else (None, None))
@@ -148,7 +183,7 @@ def read_configs(ckpt: str, revision: str | None = None, random_layers: str | No
         if name in DIFFUSERS_CLASSES:
             configs[name] = _with_defaults(f"--ckpt {ckpt}: {CONFIG_FILES[name]}", DIFFUSERS_CLASSES[name], config)
     _check_sizes(ckpt, configs)
-    _check_configs(ckpt, configs)
+    _check_configs(ckpt, configs, tasks.BY_CLASS[index["_class_name"]])
     # A tokenizer without a limit gets the length that the model was trained on.
     length = configs["tokenizer_2"].setdefault("model_max_length", 512)
     if isinstance(length, bool) or not isinstance(length, (int, float)) or length < 2:
@@ -172,8 +207,8 @@ def _refuse_what_is_no_folder(ckpt: str) -> None:
                           "a single file of its transformer with --transformer.")
     if not path.exists() and (ckpt.startswith((".", "/", "~")) or ckpt.count("/") != 1 or "\\" in ckpt):
         raise RecipeError(f"--ckpt {ckpt}: there is no such folder, and the name is not OWNER/NAME, as on the Hub. "
-                          "Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev; built in: "
-                          "tiny-flux.")
+                          "Known checkpoints: black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev, -Fill-dev; built "
+                          "in: tiny-flux.")
 
 
 def _with_defaults(where: str, model: type, config: dict) -> dict:
@@ -215,13 +250,14 @@ def _check_sizes(ckpt: str, configs: dict) -> None:
                                   "FLUX.1. Compare the file with the config of the original model.")
 
 
-def _check_configs(ckpt: str, configs: dict) -> None:
+def _check_configs(ckpt: str, configs: dict, task: tasks.Task) -> None:
     """Refuses values that no FLUX.1 has. The shapes of the weights alone do not show them."""
-    transformer, vae = configs["transformer"], configs["vae"]
+    transformer, vae, channels = configs["transformer"], configs["vae"], tasks.INPUT_CHANNELS.get(task, 64)
     clip, t5 = configs["text_encoder"].get("hidden_size"), configs["text_encoder_2"].get("d_model")
     faults = {
-        f"in_channels {transformer['in_channels']} (FLUX.1 has 64; Fill, Depth and Canny have more, unsupported here)":
-            transformer["in_channels"] != 64 or transformer["out_channels"] not in (None, 64),
+        f"in_channels {transformer['in_channels']} and out_channels {transformer['out_channels']} (a "
+        f"{task.pipeline.__name__} has {channels} and 64; FLUX.1 has 64, Depth and Canny have 128, Fill has 384)":
+            transformer["in_channels"] != channels or (transformer["out_channels"] or channels) != 64,
         "axes_dims_rope that do not add up to attention_head_dim":
             sum(transformer["axes_dims_rope"]) != transformer["attention_head_dim"]
             or any(dim <= 0 or dim % 2 for dim in transformer["axes_dims_rope"]),

@@ -35,7 +35,7 @@ def use_packages(plan: Plan, pipeline, args, inputs: Callable[..., dict], log: S
         set_static_attention_mask(pipeline.text_encoder_2)
     fused = plan.fused_kernels.on
     kinds = export.packaged(pipeline, plan.compile.scope != "none", plan.compile.with_vae,
-                            plan.settings.model.needs_image, plan.compile.with_t5)
+                            plan.settings.is_encoded, plan.compile.with_t5)
 
     with log.stage("packages"), _modulations(pipeline) if fused else nullcontext():
         with no_progress(pipeline):
@@ -92,7 +92,7 @@ def compile_pipeline(plan: Plan, pipeline, cache_dir: str) -> None:
     elif plan.compile.scope == "whole":
         flags = torch._inductor.list_mode_options("max-autotune-no-cudagraphs") | flags
         pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=dynamic, options=flags)
-    for name in ("decoder", "encoder") if plan.settings.model.needs_image else ("decoder",):
+    for name in ("decoder", "encoder") if plan.settings.is_encoded else ("decoder",):
         part = getattr(pipeline.vae, name)
         part.compile(fullgraph=True, dynamic=dynamic)
         if plan.compiles_vae_once:

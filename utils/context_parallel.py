@@ -77,7 +77,8 @@ def check_tokens(text_tokens: int, image_tokens: int, reference_tokens: int = 0)
     gpus = world_size()
     if text_tokens % gpus:
         raise RecipeError(f"--context_parallel: the prompt has {text_tokens} text tokens, and {gpus} GPUs do not "
-                          "divide them. Use another --nproc_per_node, such as 2, 4 or 8.")
+                          "divide them. Use another --nproc_per_node, such as 2, 4 or 8, or a --max_sequence_length "
+                          f"that makes them {text_tokens // gpus * gpus} (--redux adds 729).")
     if (image_tokens + reference_tokens) % gpus:
         reference = f" and the reference has {reference_tokens}" if reference_tokens else ""
         raise RecipeError(f"--context_parallel: the image has {image_tokens} tokens{reference} (one per 16x16 pixels), "

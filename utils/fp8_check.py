@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from utils.benchmark_utils import steps_that_compute_two
 from utils.common import RecipeError
 
 # The largest relative error of a step that passes. On full-width weights with the distribution of trained weights
@@ -46,7 +47,8 @@ class Fp8Check:
 
         handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
         try:
-            pipeline(**kwargs | dict(num_inference_steps=2, output_type="latent"))
+            steps = steps_that_compute_two(kwargs.get("strength"))
+            pipeline(**kwargs | dict(num_inference_steps=steps, output_type="latent"))
         finally:
             handle.remove()
         self.tokens = (kwargs["height"] // 16) * (kwargs["width"] // 16)

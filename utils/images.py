@@ -7,6 +7,7 @@ from pathlib import Path
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
+from utils.benchmark_utils import computed_steps
 from utils.common import BrokenResult, RecipeError
 from utils.flaws import flaw_of, raise_errors
 from utils.outputs import as_path, atomic_write, free_name, write_or_rescue
@@ -24,8 +25,9 @@ def numbered_path(path: str | Path, *numbers: int) -> Path:
 def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> dict:
     """The generation parameters for an image file's metadata.
 
-    "model", "transformer", "lora" and "image" are names as the user gave them. The digests in "contents" and
-    "image_sha256" identify the files.
+    "model", "transformer", "lora", "image", "mask_image" and "control_image" are names as the user gave them. The
+    digests in "contents" and "image_sha256" (of the picture as the pipeline gets it) identify the files. "steps" is the
+    number of computed steps if "strength" skips others.
 
     Args:
         pipeline: the pipeline after `load_pipeline`, which sets `contents`, and `optimize`.
@@ -42,9 +44,16 @@ def image_parameters(args, pipeline, kwargs: dict, prompt: str, seed: int) -> di
         parameters["max_sequence_length"] = kwargs["max_sequence_length"]
     if "negative_prompt" in kwargs:
         parameters |= {"negative_prompt": args.negative_prompt, "true_cfg_scale": args.true_cfg_scale}
-    if "image" in kwargs:
-        image = kwargs["image"]
-        parameters["image_sha256"] = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+    if args.redux:
+        parameters |= {"redux": args.redux} | pipeline.redux
+    if "strength" in kwargs:
+        parameters |= {"strength": kwargs["strength"],
+                       "steps": computed_steps(kwargs["num_inference_steps"], kwargs["strength"])}
+    for name in ("image", "mask_image", "control_image"):
+        if name in kwargs:
+            image = kwargs[name][0] if isinstance(kwargs[name], list) else kwargs[name]
+            pixels = f"{image.mode} {image.size}".encode() + image.tobytes()
+            parameters |= {name: getattr(args, name), f"{name}_sha256": hashlib.sha256(pixels).hexdigest()}
     return parameters
 
 

@@ -12,20 +12,21 @@ from contextlib import suppress
 import torch
 
 from utils.aoti.export import other_inputs_run_uncompiled
-from utils.benchmark_utils import check_image
 from utils.checkpoint import configs_of
 from utils.common import RecipeError, finite_float, show_progress
 from utils.images import is_our_image, keep_image, numbered_path, save_image
 from utils.lora_swap import use_loras
-from utils.many_prompts import Variant, batch_kwargs, prepare
-from utils.output_checks import check_output, check_sides
+from utils.many_prompts import Variant, batch_kwargs, check_settings, prepare
+from utils.output_checks import check_output
 from utils.prompts_file import Request, args_with, settings_of
 from utils.text_encoding import warn_of_cut_prompts, with_embeddings
 
 HELP = """A line is a prompt. Commands begin with a colon and hold for the pictures after them:
   :size 1360x768     width and height          :seed 7            :seed alone takes a random one
   :steps 28          denoising steps           :guidance 3.5      guidance scale
-  :image photo.png   Kontext's reference       :lora a:0.8 b      LoRAs instead of --lora; :lora alone takes none
+  :image photo.png   the picture to redraw     :mask mask.png     white where it is redrawn
+  :strength 0.6      how far it is left        :control depth.png for FLUX.1-Depth-dev and -Canny-dev
+  :lora a:0.8 b      LoRAs instead of --lora; :lora alone takes none
   :save cat.png      the last picture again    :help              these lines
 Ctrl-C drops the picture that is being drawn, Ctrl-D ends."""
 # {command: the flags that it replaces}
@@ -34,7 +35,8 @@ CHANGES = {
     "seed": lambda text: {"seed": int(text) if text else secrets.randbelow(2**31)},
     "steps": lambda text: {"num_inference_steps": int(text)},
     "guidance": lambda text: {"guidance_scale": finite_float(text)},
-    "image": lambda text: {"image": text},
+    "image": lambda text: {"image": text}, "mask": lambda text: {"mask_image": text},
+    "control": lambda text: {"control_image": text}, "strength": lambda text: {"strength": finite_float(text)},
     "lora": lambda text: {"lora": tuple(shlex.split(text))},
 }
 
@@ -85,9 +87,7 @@ class Session:
                 changed = args_with(self.args, CHANGES[name](text))
             except Exception as error:
                 raise RecipeError(f":{name} {text}: not of the form that :help shows.") from error
-            check_image(changed)
-            check_sides(changed)
-            self.variant(settings_of(changed)).check_memory()
+            check_settings(changed, self.variant)
             use_loras(self.pipeline, changed, self.embeddings)
             self.args = changed
         elif name == "save" and text and self.last:

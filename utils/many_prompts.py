@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from utils import single_file, tiny_presets
+from utils import single_file, tasks, tiny_presets
 from utils.aoti.export import other_inputs_run_uncompiled
-from utils.benchmark_utils import images_per_call
+from utils.benchmark_utils import check_image, images_per_call
 from utils.checkpoint import ImageSettings, configs_of, image_settings, model_shapes, read_configs
 from utils.common import BrokenResult, OutOfMemory, RecipeError, reason_of, show_progress
 from utils.flaws import raise_errors
@@ -33,10 +33,11 @@ from utils.images import decode, image_parameters, keep_image, read_parameters
 from utils.launchers import forget_launchers, own_gpu, world_size
 from utils.lora_swap import check_loras, use_loras
 from utils.memory import check_gpu_memory
+from utils.output_checks import check_sides
 from utils.outputs import append_line, manifest_path
-from utils.pipeline_utils import call_kwargs, use_step_cache
+from utils.pipeline_utils import call_kwargs, check_pictures, use_step_cache
 from utils.plan import Plan, make_plan, step_cache_of_line
-from utils.prompts_file import Prompt, Request, args_with, left_out, requests_of
+from utils.prompts_file import Prompt, Request, args_with, left_out, requests_of, settings_of
 from utils.reference_image import encoded_size, original_size
 from utils.text_encoding import unread_text, warn_of_cut_prompts, with_embeddings
 
@@ -73,8 +74,9 @@ def join_processes(args) -> PartialState | None:
 def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
     """Leaves out the lines that this checkpoint cannot draw with their settings, before any weights load.
 
-    If only lines have references, `args.image` becomes the first of them, for `optimize` to warm up with. The sets of
-    LoRAs that lines have in place of the command line's become `args.line_loras`, for `load_pipeline`.
+    The first usable line decides the task. If only lines have pictures, those of this line become the flags', for
+    `optimize` to warm up with. The sets of LoRAs that lines have in place of the command line's become
+    `args.line_loras`, for `load_pipeline`.
 
     Returns:
         (prompts, complaints), as `read_prompts` does.
@@ -89,33 +91,40 @@ def usable_prompts(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[lis
     loras = {prompt.settings: dict(prompt.settings).get("lora", own) for prompt in prompts}
     lora_faults = {specs: specs != own and _fault_of(check_loras, args, specs, model_shapes(configs))
                    for specs in dict.fromkeys(loras.values())}
-    hardware, fitting = detect(args) if args.device == "cuda" else None, set()
-    faults = {settings: _fault_of(_check_line, args_with(args, settings), configs, hardware, fitting)
-              or lora_faults[specs] for settings, specs in loras.items()}
+    hardware, fitting, running = detect(args) if args.device == "cuda" else None, set(), []
+    faults = {settings: lora_faults[specs]
+              or _fault_of(_check_line, args_with(args, settings), configs, hardware, fitting, running)
+              for settings, specs in loras.items()}
     complaints = [left_out(args.prompts_file, prompt.unit, prompt.line, faults[prompt.settings])
                   for prompt in prompts if faults[prompt.settings]]
     usable = [prompt for prompt in prompts if not faults[prompt.settings]]
     if not usable:
         raise RecipeError(f"--prompts-file {args.prompts_file} holds no prompt that can be drawn. {complaints[0]}.")
-    args.image = args.image or dict(usable[0].settings).get("image")
+    for name in tasks.PICTURES:
+        setattr(args, name, getattr(args, name) or dict(usable[0].settings).get(name))
     args.line_loras = [specs for specs in dict.fromkeys(loras[prompt.settings] for prompt in usable) if specs != own]
     return usable, complaints
 
 
-def _check_line(args: argparse.Namespace, configs: dict, hardware: Hardware | None, fitting: set[tuple]) -> None:
+def _check_line(args: argparse.Namespace, configs: dict, hardware: Hardware | None, fitting: set[tuple],
+                running: list[tasks.Task]) -> None:
     """Raises RecipeError if a line cannot be drawn.
 
     Args:
         args: from `args_with`.
         hardware: the GPU, or None.
         fitting: the sizes of other lines that fit into the GPU's memory. The line's size is added.
+        running: the run's task; empty if this line decides it.
     """
     step_cache_of_line(args, configs)
-    if args.image:
-        original_size(args.image)
-    if hardware and (size := (args.height, args.width)) not in fitting:
+    settings = image_settings(args, configs)
+    if running:
+        tasks.check_same(settings.task, running[0])
+    check_pictures(settings, args)
+    if hardware and (size := (settings.height, settings.width)) not in fitting:
         check_gpu_memory(args, configs, hardware, make_plan(args, configs, hardware))
         fitting.add(size)
+    running[:] = [settings.task]
 
 
 def _fault_of(check: Callable, *given) -> RecipeError | None:
@@ -153,7 +162,8 @@ class Variant:
         self.pipeline, self.args, self.step_cache = pipeline, args, step_cache_of_line(args, configs)
         self.loras = tuple(args.lora or ())
         settings, reference = image_settings(args, configs), None
-        if settings.model.needs_image:
+        tasks.check_same(settings.task, pipeline.plan.settings.task)
+        if settings.task is tasks.EDITING:
             reference = encoded_size(original_size(args.image), settings.width * settings.height)
         self.shape = Shape(settings, reference)
 
@@ -174,6 +184,23 @@ class Variant:
     def parameters_of(self, request: Request) -> dict:
         """The metadata of an image."""
         return self.parameters | {"prompt": request.prompt, "seed": request.seed}
+
+
+def check_settings(args: argparse.Namespace, variant: Callable[[tuple], Variant]) -> None:
+    """Checks the settings of a loaded pipeline's next picture, as those of a line are checked before it loads.
+
+    Args:
+        args: the command line with the settings in place of its flags.
+        variant: gives the `Variant` of settings.
+
+    Raises:
+        RecipeError: the picture cannot be drawn.
+    """
+    check_image(args)
+    check_sides(args)
+    own = variant(settings_of(args))
+    own.check_memory()
+    check_pictures(own.shape.settings, args)
 
 
 def is_made(path: Path, parameters: dict) -> bool:
@@ -198,7 +225,7 @@ def _of_the_picture(parameters: dict) -> dict:
                   if name not in ("fp8 check", "kept weights")}
     names = {"quality"}
     if parameters.get("contents"):
-        names |= {"revision", "lora", "image", "transformer"}
+        names |= {"revision", "lora", "transformer", "redux", *tasks.PICTURES}
         if not parameters["random_weights"] and parameters["model"] not in tiny_presets.NAMES:
             names.add("model")  # one checkpoint may have several names
     return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in names}
@@ -240,7 +267,8 @@ def batch_kwargs(pipeline, batch: list[Request], variant: Callable[[tuple], Vari
     padded = batch + [batch[-1]] * (size - len(batch))
     each = [variant(one.settings).args for one in padded]
     return call_kwargs(pipeline, each[0], [one.prompt for one in padded], [one.seed for one in padded],
-                       negative_prompts=[own.negative_prompt for own in each], images=[own.image for own in each])
+                       negative_prompts=[own.negative_prompt for own in each],
+                       pictures={name: [getattr(own, name) for own in each] for name in tasks.PICTURES})
 
 
 def prepare(pipeline, variant: Variant, embeddings: dict, sizes: set[str], log) -> None:

@@ -72,7 +72,8 @@ def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple
 
     The working set is the memory that an H100 reserved beyond the weights for a 1024x1024 image with CUDA graphs:
     26.6 - 20.4 GiB (results/h100/2026-11/schnell/6_float8.json). The VAE decoder's activations are its largest part.
-    With VAE tiling the working set is a guess.
+    With VAE tiling the working set is a guess. A VAE that encodes adds what Kontext reserved more than dev: 25.8 - 24.1
+    GiB (results/h100/2026-11/kontext/8_fused.13.json, dev/8_fused.14.json). It encodes one picture at a time.
 
     Returns:
         The weights of each part, the weights on the GPU at once, and the working set, in bytes.
@@ -88,8 +89,11 @@ def _memory_needed(args: argparse.Namespace, configs: dict, plan: Plan) -> tuple
         "text encoders": count["text_encoder_2"] * in_t5 + count["text_encoder"] * plain,
         "VAE": count["vae"] * plain,
     }
-    megapixels = plan.settings.height * plan.settings.width / 2**20 * images_per_call(args)
-    working = (1.5 if plan.vae_tiling else 5.2) * GIB * max(megapixels, 0.1) * plain / 2 + GIB
+    megapixels = plan.settings.height * plan.settings.width / 2**20
+    activations = max(megapixels * images_per_call(args), 0.1) * (1.5 if plan.vae_tiling else 5.2)
+    if plan.settings.is_encoded:
+        activations += max(megapixels, 0.1) * (0.5 if plan.vae_tiling else 1.7)
+    working = activations * GIB * plain / 2 + GIB
     # Two of T5's layers are on the GPU at a time. The largest layer is the embedding, with 0.25 GiB.
     in_turn = needs["transformer"] + needs["VAE"] + count["text_encoder"] * plain + GIB // 2
     at_once = {"none": sum(needs.values()), "text": in_turn, "model": max(needs.values()), "group": 0}

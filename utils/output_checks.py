@@ -11,7 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from utils.benchmark_utils import IMAGE_SUFFIXES, STEP_CACHES, images_per_call
+from utils.benchmark_utils import IMAGE_SUFFIXES, STEP_CACHES, images_per_call, redux_parts
 from utils.common import RecipeError, reason_of
 from utils.images import is_our_image, read_parameters, write_picture
 from utils.outputs import as_path, is_manifest, is_record, is_trace, manifest_path, refuse_foreign, temporary_beside
@@ -103,7 +103,8 @@ def inputs_of(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
     The files of --ckpt are left out, because `refuse_foreign` never lets an output replace them.
     """
-    files = [("--image", args.image), ("--prompts-file", args.prompts_file), ("--transformer", args.transformer),
+    files = [*((f"--{name}", getattr(args, name)) for name in ("image", "mask_image", "control_image", "transformer")),
+             ("--redux", redux_parts(args.redux)[0] if args.redux else None), ("--prompts-file", args.prompts_file),
              ("--step_cache", None if args.step_cache in STEP_CACHES else args.step_cache)]
     for lora in args.lora or []:
         files += [("--lora", lora), ("--lora", lora.rpartition(":")[0])]
@@ -211,7 +212,8 @@ def try_picture(path: Path, args: argparse.Namespace, prompts: list[str]) -> Non
     Raises:
         RecipeError: names --output-file, the reason and the way out.
     """
-    parameters = {name: getattr(args, name) for name in ("negative_prompt", "ckpt", "transformer", "lora", "image")}
+    parameters = {name: getattr(args, name) for name in ("negative_prompt", "ckpt", "transformer", "lora", "image",
+                                                         "mask_image", "control_image")}
     parameters |= {"prompt": max(prompts, key=lambda text: len(json.dumps(text))), "more": "x" * METADATA_CHARACTERS}
     needed = images_per_call(args) * (args.height or 1024) * (args.width or 1024) * PIXEL_BYTES
     temporary = temporary_beside(path)

@@ -21,14 +21,15 @@ from utils import (
     memory,
     random_weights,
     single_file,
+    tasks,
     tiny_presets,
     weight_files,
 )
 from utils.base_weights import BaseWeights
-from utils.benchmark_utils import choose_device, flags_over_quality, images_per_call
+from utils.benchmark_utils import choose_device, flags_over_quality, images_per_call, steps_that_compute_two
 from utils.cache import dbcache
 from utils.cache.taylorseer import TaylorSeerTransformer
-from utils.checkpoint import configs_of, image_settings, model_shapes, read_configs
+from utils.checkpoint import ImageSettings, configs_of, image_settings, model_shapes, read_configs
 from utils.common import RecipeError, StageLog, no_progress, reading, show_progress
 from utils.compilation import compile_pipeline, use_packages
 from utils.cuda_graph import CUDAGraphModule, GraphPool
@@ -39,12 +40,24 @@ from utils.machine import compiling, use_kernel_cache
 from utils.plan import Check, Plan, StepCache, lines, make_plan
 from utils.postprocess import CheckedImageProcessor, GPUImageProcessor
 from utils.quantization import quantize_text_encoder, quantize_transformer
-from utils.reference_image import MEGAPIXEL, load_reference, reference_size, reference_tokens
+from utils.redux import add_redux, read_redux
+from utils.reference_image import (
+    MEGAPIXEL,
+    check_crop,
+    check_mask,
+    fitted,
+    fitted_mask,
+    load_mask,
+    load_reference,
+    original_size,
+    reference_size,
+    reference_tokens,
+)
 from utils.text_encoding import overlap_text_encoders, stream_text_encoder, with_embeddings
 
 
 def load_pipeline(args: argparse.Namespace):
-    """The FluxPipeline or FluxKontextPipeline of `args`, LoRAs merged, nothing else changed yet.
+    """The pipeline of the task of `args` (utils/tasks.py), LoRAs merged, nothing else changed yet.
 
     The plan is made from configs of a few kB, and LoRAs are read, before the checkpoint is downloaded or loaded.
     Weights land on the GPU; or on the CPU with --offload, or if they fit on the GPU only once they are quantized.
@@ -68,11 +81,12 @@ def load_pipeline(args: argparse.Namespace):
     memory.fit(plan, args, configs, hardware)
     if plan.compile.on or args.device == "cuda":  # Triton's kernels are compiled without it
         use_kernel_cache(args.cache_dir)
-    reference = load_reference(args.image) if args.image else None
+    check_pictures(plan.settings, args)
+    redux = read_redux(args, configs)
     if plan.context_parallel.on:
         width, height = plan.settings.width, plan.settings.height
-        context_parallel.check_tokens(plan.settings.max_sequence_length, width * height // 256,
-                                      reference_tokens(reference, width * height) if reference else 0)
+        text_tokens = plan.settings.max_sequence_length + (redux.tokens if redux else 0)
+        context_parallel.check_tokens(text_tokens, width * height // 256, _tokens_beside(plan.settings, args))
     loras = read_loras(args.lora, model_shapes(configs), args.lora_partial) if args.lora else []
     if single:
         single_file.print_notes(single)
@@ -99,6 +113,7 @@ def load_pipeline(args: argparse.Namespace):
         weight_files.refuse_non_finite(args.ckpt, pipeline)
         if args.ckpt in tiny_presets.NAMES:
             pipeline = tiny_presets.as_preset(pipeline, args.ckpt, keep_transformer=single is not None)
+    pipeline = tasks.as_task(pipeline, plan.settings.task)
     line_loras = getattr(args, "line_loras", ())
     if args.interactive or line_loras:
         base = BaseWeights(model_shapes(configs), partial(base_reader, args, configs, plan, files, single), plan.dtype,
@@ -111,6 +126,8 @@ def load_pipeline(args: argparse.Namespace):
         loras = [lora.without("transformer") for lora in loras]  # whose changes are in the kept weights
     merge_loras(pipeline, [lora for lora in loras if lora.changes], torch.device(args.device), args.quiet)
     pipeline.plan, pipeline.contents = plan, contents
+    if redux:
+        add_redux(pipeline, redux, args, plan.dtype)
     show_progress(pipeline, not args.quiet)
     return pipeline
 
@@ -161,6 +178,31 @@ def kept_transformer(plan: Plan, args: argparse.Namespace, configs: dict, conten
     return transformer
 
 
+def check_pictures(settings: ImageSettings, args: argparse.Namespace) -> None:
+    """Loads the pictures of a command line or of a line of --prompts-file, before any weights load.
+
+    Raises:
+        RecipeError: a picture cannot be used, or the mask does not fit the image or is black.
+    """
+    task, size = settings.task, (settings.width, settings.height)
+    for name in task.pictures:
+        if name == "mask_image":
+            # Fill reads each of the mask's pixels, and the others one for each of the VAE's 8x8.
+            check_mask(args.mask_image, args.image, size, 1 if task is tasks.FILLING else 8)
+        elif task.redraws:
+            check_crop(getattr(args, name), f"--{name}", size)
+        else:
+            load_reference(getattr(args, name), f"--{name}")
+
+
+def _tokens_beside(settings: ImageSettings, args: argparse.Namespace) -> int:
+    """The number of Kontext's tokens beside the image's."""
+    area = settings.width * settings.height
+    if settings.task is tasks.EDITING:
+        return reference_tokens(load_reference(args.image), area)
+    return area // 256 if settings.task is tasks.EDITING_A_PART else 0
+
+
 def _checkpoint_files(args, configs: dict) -> weight_files.Checkpoint:
     """The files of --ckpt, compared with its models. Downloads a Hub checkpoint."""
     preset = args.ckpt in tiny_presets.NAMES
@@ -197,6 +239,7 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
         RecipeError: packages are missing or do not fit, or, with --strict, the fp8 check fails.
     """
     plan = pipeline.plan = getattr(pipeline, "plan", None) or plan_of_own(pipeline, args)
+    pipeline = tasks.as_task(pipeline, plan.settings.task)
     log, inputs = log or StageLog(args.quiet), partial(call_kwargs, pipeline, args)
     transformer, vae, device = pipeline.transformer, pipeline.vae, torch.device(args.device)
     check = begin_fp8_check(plan, pipeline, args, log)
@@ -210,6 +253,8 @@ def optimize(pipeline, args: argparse.Namespace, log: StageLog | None = None):
         put_fused_vae(plan, vae)
     if plan.vae_tiling:
         enable_tiling(vae)
+    if plan.settings.is_encoded:
+        encode_one_by_one(vae)
     set_attention(plan, transformer)
     quantize(plan, pipeline, device, log)
     place_weights(plan, pipeline, device)
@@ -247,7 +292,8 @@ def plan_of_own(pipeline, args: argparse.Namespace) -> Plan:
     """The plan for a pipeline that `load_pipeline` did not make. The pipeline is cast to the plan's dtype.
 
     Raises:
-        RecipeError: as `make_plan`, and for --lora, --transformer and --keep_quantized, which are `load_pipeline`'s.
+        RecipeError: as `make_plan`, and for --lora, --transformer, --redux and --keep_quantized, which are
+            `load_pipeline`'s.
     """
     if args.lora:
         raise RecipeError(f"--lora {args.lora[0]}: only load_pipeline merges LoRAs. Load the pipeline with it, or call "
@@ -258,6 +304,9 @@ def plan_of_own(pipeline, args: argparse.Namespace) -> Plan:
     if args.keep_quantized:
         raise RecipeError("--keep_quantized: the weights of a checkpoint's files alone are kept. Load the pipeline "
                           "with load_pipeline, or drop the flag.")
+    if args.redux:
+        raise RecipeError(f"--redux {args.redux}: only load_pipeline loads Redux. Load the pipeline with it, or drop "
+                          "the flag.")
     plan = make_plan(args, configs_of(pipeline), detect(args))
     plan.load_device = pipeline.transformer.device.type
     if plan.load_device != args.device and plan.fp8_check.on:
@@ -388,14 +437,21 @@ def set_image_processor(plan: Plan, pipeline, device: torch.device) -> None:
     processor = GPUImageProcessor if plan.gpu_postprocess.on else CheckedImageProcessor
     pipeline.image_processor = processor.from_config(pipeline.image_processor.config)
     pipeline.image_processor.device = device
+    if hasattr(pipeline, "mask_processor"):  # the image is multiplied by the mask, on one device
+        pipeline.mask_processor = processor.from_config(pipeline.mask_processor.config)
+        pipeline.mask_processor.device = device
 
 
 def warm_up(plan: Plan, pipeline, inputs: Callable, check: fp8_check.Fp8Check | None, log: StageLog) -> None:
     """Compiles and records with the shapes of the real call. The fp8 check measures the finished recipe meanwhile."""
     if not (plan.compile.on or plan.cuda_graphs.on):
         return
-    # A cache skips a step only after its own warm-up steps. Everything else shows in one step.
-    steps = plan.settings.num_inference_steps if plan.step_cache.dbcache else 1
+    # A cache skips a step only after its own warm-up steps. Everything else shows in one step. With --strength the fp8
+    # check's first step has a timestep that one step alone would not have.
+    strength = plan.settings.strength
+    steps = 1 if strength is None else steps_that_compute_two(strength)
+    if plan.step_cache.dbcache:
+        steps = plan.settings.num_inference_steps
     with log.stage("compile" if plan.compile.mode == "compile" else "record"), no_progress(pipeline):
         # A step cache would compare its first step with the second, which has inputs of its own.
         checked = check and not plan.step_cache.on
@@ -460,7 +516,7 @@ def use_step_cache(pipeline, step_cache: StepCache) -> None:
 
 def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int | list[int] | None = None,
                 num_inference_steps: int | None = None, negative_prompts: list[str] | None = None,
-                images: list[str] | None = None) -> dict:
+                pictures: dict[str, list[str]] | None = None) -> dict:
     """The arguments of one pipeline call: the only place where they are made, for warm-up, timing, trace and images.
 
     Holds generators, which a call uses up: make new ones for each call, outside what is timed.
@@ -470,7 +526,7 @@ def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int
             --prompts-file, --prompt repeated to the size of the file's batches, as `optimize` warms up.
         seed: of the first image, or a list of one an image. By default --seed.
         negative_prompts: one an image. By default --negative_prompt for all.
-        images: path or URL of the reference of each image. By default --image for all.
+        pictures: {flag of `tasks.PICTURES`: path or URL of each image's picture}. By default the flag's for all.
     """
     settings = image_settings(args, configs_of(pipeline))
     if prompt is None:
@@ -491,8 +547,38 @@ def call_kwargs(pipeline, args, prompt: str | list[str] | None = None, seed: int
         one = args.negative_prompt
         kwargs |= dict(negative_prompt=negative_prompts or ([one] * count if batched else one),
                        true_cfg_scale=args.true_cfg_scale)
-    if settings.model.needs_image:
-        kwargs |= _reference_kwargs(images or [args.image], settings.width, settings.height)
+    if settings.task.pictures:
+        kwargs |= _picture_kwargs(settings, {name: (pictures or {}).get(name) or [getattr(args, name)] * count
+                                             for name in settings.task.pictures})
+    if settings.strength is not None:
+        kwargs["strength"] = settings.strength
+    return kwargs
+
+
+def _picture_kwargs(settings: ImageSettings, paths: dict[str, list[str]]) -> dict:
+    """The pictures of a task: 8 bits, RGB or gray, at the output's size.
+
+    Args:
+        paths: {flag: path or URL of each image's picture}. A picture that all images share is encoded once, unless
+            encoding draws random numbers.
+    """
+    task, width, height = settings.task, settings.width, settings.height
+    if task is tasks.EDITING:
+        return _reference_kwargs(paths["image"], width, height)
+    kwargs, count = {}, len(paths[task.redraws])
+    for name in task.pictures:
+        of_each = list(zip(paths[name], paths[task.redraws], strict=True))
+        if len(set(of_each)) == 1 and not task.draws_latents:
+            of_each = of_each[:1]
+        made = [fitted_mask(load_mask(path), original_size(image, f"--{task.redraws}"), (width, height))
+                if name == "mask_image" else fitted(load_reference(path, f"--{name}"), (width, height))
+                for path, image in of_each]
+        kwargs[name] = made if len(made) > 1 else made[0]
+    if task is tasks.INPAINTING:
+        # FLUX.1 without Fill's channels does not see the masked picture, which diffusers would encode all the same.
+        kwargs["masked_image_latents"] = torch.zeros(count, 16, height // 8, width // 8)
+    if task is tasks.EDITING_A_PART:  # or diffusers replaces the size
+        kwargs |= dict(max_area=width * height, _auto_resize=False)
     return kwargs
 
 
@@ -517,6 +603,15 @@ def enable_tiling(vae: torch.nn.Module) -> None:
     vae.enable_tiling()
     vae.tile_sample_min_size = vae.config.sample_size // 2
     vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encode_one_by_one(vae: torch.nn.Module) -> None:
+    """Encodes the pictures of a batch one at a time, so that compiled code and packages of the encoder see one shape.
+
+    diffusers does so for images, and encodes masked and control pictures as a batch.
+    """
+    encode = vae._encode
+    vae._encode = lambda x: encode(x) if len(x) == 1 else torch.cat([encode(one) for one in x.split(1)])
 
 
 def fuse_projections(*models: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from utils import attention, context_parallel, tiny_presets
+from utils import attention, context_parallel, tasks, tiny_presets
 from utils.benchmark_utils import (
     images_per_call,
     offloads_transformer,
@@ -314,17 +314,13 @@ def _is_given(args, flag: str) -> bool:
 
 def _settings(args, configs: dict) -> ImageSettings:
     settings = image_settings(args, configs)
-    if settings.model.needs_image and not args.image:
-        raise RecipeError(f"{args.ckpt} edits an image: give one with --image PATH_OR_URL.")
+    tasks.check(settings.task, settings.model.tasks, args)
     if args.guidance_scale is not None and not configs["transformer"]["guidance_embeds"]:
         raise RecipeError(f"--guidance_scale {args.guidance_scale}: {args.ckpt} has no guidance embedding (schnell is "
                           "distilled without one): drop it, or use --negative_prompt with --true_cfg_scale.")
     if settings.max_sequence_length > most_text_tokens(configs):
         raise RecipeError(f"--max_sequence_length {args.max_sequence_length}: {args.ckpt} was trained with "
                           f"{most_text_tokens(configs)} text tokens. Give that many or fewer.")
-    if args.image and not settings.model.needs_image:
-        raise RecipeError(f"--image is for Kontext; {args.ckpt} draws from text alone. Drop it, or use "
-                          "--ckpt black-forest-labs/FLUX.1-Kontext-dev (or tiny-kontext).")
     return settings
 
 
@@ -482,7 +478,7 @@ def _kept_weights(args, fused: bool) -> KeptWeights:
 
 
 def _step_cache(args, configs: dict, settings: ImageSettings, without_cache_dit: str | None = None) -> StepCache:
-    name, steps = args.step_cache, settings.num_inference_steps
+    name, steps = args.step_cache, settings.steps
     if name is None:
         return StepCache(on=False, why="--step_cache not given")
     if (given := taylorseer_options(name)) is not None:

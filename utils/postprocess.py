@@ -34,13 +34,17 @@ class GPUImageProcessor(CheckedImageProcessor):
     """
 
     def preprocess(self, image, height: int | None = None, width: int | None = None, **options) -> torch.Tensor:
-        """Converts an RGB PIL image of size (width, height) to (1, 3, height, width) float32 in [-1, 1], on `device`.
+        """Converts RGB PIL images of size (width, height) to (B, 3, height, width) float32 in [-1, 1], on `device`.
 
-        Kontext's pipeline has resized the image to that size before. diffusers processes all other inputs.
+        The images have that size already. diffusers processes all other inputs, such as masks.
         """
-        if not isinstance(image, PIL.Image.Image) or image.mode != "RGB" or image.size != (width, height) or options:
-            return super().preprocess(image, height, width, **options)
-        pixels = torch.from_numpy(np.array(image)[None]).to(self.device)
+        images = image if isinstance(image, list) else [image]
+        as_they_are = all(isinstance(one, PIL.Image.Image) and one.mode == "RGB" and one.size == (width, height)
+                          for one in images)
+        if not as_they_are or not self.config.do_normalize or options.get("crops_coords") or (
+                options.get("resize_mode", "default") != "default"):
+            return super().preprocess(image, height, width, **options).to(self.device)
+        pixels = torch.from_numpy(np.stack([np.array(one) for one in images])).to(self.device)
         # The divisor is a tensor, because torch on CUDA replaces a division by a Python number with a multiplication by
         # the rounded 1 / 255.
         whole = torch.full((), 255.0, device=self.device)

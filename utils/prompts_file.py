@@ -24,7 +24,7 @@ from utils.outputs import as_path
 
 # The flags that a line may replace, and the types of their values.
 SETTINGS = {"negative_prompt": str, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float,
-            "image": str, "lora": tuple}
+            "image": str, "mask_image": str, "control_image": str, "strength": float, "lora": tuple}
 KEYS = {"prompt": str, "seed": int, "num_images": int} | SETTINGS
 MEANINGS = {str: "text", int: "a whole number", float: "a finite number",
             tuple: "a text or a list of texts"}
@@ -373,9 +373,10 @@ def texts_of(prompts: list[Prompt]) -> list[str]:
 
 
 def references_of(prompts: list[Prompt]) -> list[tuple[str, Path]]:
-    """(name, path) of each reference image that a line sets."""
-    return [(f"the image in {prompt.unit} {prompt.line}", as_path(path)) for prompt in prompts
-            if (path := dict(prompt.settings).get("image")) and not scheme_of(path)]
+    """(name, path) of each picture that a line sets."""
+    return [(f"the {name} in {prompt.unit} {prompt.line}", as_path(path)) for prompt in prompts
+            for name in ("image", "mask_image", "control_image")
+            if (path := dict(prompt.settings).get(name)) and not scheme_of(path)]
 
 
 def image_paths(args, prompts: list[Prompt] | None) -> list[Path]:

@@ -2,23 +2,32 @@
 
 Speed and memory do not depend on the values of the weights, so these models replace the gated 34 GB checkpoints in
 measurements of speed and memory. Their pictures are noise. The configs below are copied from the `config.json` files of
-black-forest-labs/FLUX.1-schnell, -dev and -Kontext-dev. The tiny configs are the same classes in a size for a laptop.
+black-forest-labs/FLUX.1-schnell, -dev, -Kontext-dev, -Fill-dev, -Depth-dev and -Canny-dev. The tiny configs are the
+same classes in a size for a laptop.
 """
 
 import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
-    FluxPipeline,
+    FluxPriorReduxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from utils.common import RecipeError
-
-PIPELINES = {"FluxPipeline": FluxPipeline, "FluxKontextPipeline": FluxKontextPipeline}
+from utils.tasks import BY_CLASS, CONTROL, EDITING, FILLING, FROM_TEXT, INPUT_CHANNELS, Task
 
 FLUX_TRANSFORMER = dict(
     patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
@@ -39,28 +48,43 @@ TINY_VAE = FLUX_VAE | dict(block_out_channels=(16, 32, 64, 128), layers_per_bloc
 TINY_T5 = FLUX_T5 | dict(d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4, vocab_size=512)
 TINY_CLIP = FLUX_CLIP | dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
                              vocab_size=512, projection_dim=128)
+# {width of T5's embeddings: SigLIP's config}
+SIGLIP = {FLUX_T5["d_model"]: dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                                   num_attention_heads=16, image_size=384, patch_size=14),
+          TINY_T5["d_model"]: dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                                   image_size=56, patch_size=14)}
 
 FIXED_SHIFT = dict(shift=1.0, use_dynamic_shifting=False)
 DYNAMIC_SHIFT = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
                      max_image_seq_len=4096)
 
 
-def _architecture(pipeline_class: str, guidance: bool, small: bool) -> dict:
+def _architecture(task: Task, guidance: bool, small: bool) -> dict:
     transformer, vae, t5, clip = ((TINY_TRANSFORMER, TINY_VAE, TINY_T5, TINY_CLIP) if small else
                                   (FLUX_TRANSFORMER, FLUX_VAE, FLUX_T5, FLUX_CLIP))
-    return {"pipeline_class": pipeline_class, "transformer": transformer | dict(guidance_embeds=guidance), "vae": vae,
-            "text_encoder": clip, "text_encoder_2": t5, "tokenizer_2": {"model_max_length": 64 if small else 512},
+    transformer = transformer | dict(guidance_embeds=guidance)
+    if task in INPUT_CHANNELS:
+        transformer |= dict(in_channels=INPUT_CHANNELS[task], out_channels=64)
+    return {"pipeline_class": task.pipeline.__name__, "transformer": transformer, "vae": vae, "text_encoder": clip,
+            "text_encoder_2": t5, "tokenizer_2": {"model_max_length": 64 if small else 512},
             "scheduler": DYNAMIC_SHIFT if guidance else FIXED_SHIFT}
 
 
 # {last part of a checkpoint's name: its component configs}
 ARCHITECTURES = {
-    "FLUX.1-schnell": _architecture("FluxPipeline", guidance=False, small=False),
-    "FLUX.1-dev": _architecture("FluxPipeline", guidance=True, small=False),
-    "FLUX.1-Kontext-dev": _architecture("FluxKontextPipeline", guidance=True, small=False),
-    "tiny-flux": _architecture("FluxPipeline", guidance=False, small=True),
-    "tiny-flux-dev": _architecture("FluxPipeline", guidance=True, small=True),
-    "tiny-kontext": _architecture("FluxKontextPipeline", guidance=True, small=True),
+    "FLUX.1-schnell": _architecture(FROM_TEXT, guidance=False, small=False),
+    "FLUX.1-dev": _architecture(FROM_TEXT, guidance=True, small=False),
+    "FLUX.1-Krea-dev": _architecture(FROM_TEXT, guidance=True, small=False),
+    "FLUX.1-Kontext-dev": _architecture(EDITING, guidance=True, small=False),
+    "FLUX.1-Fill-dev": _architecture(FILLING, guidance=True, small=False),
+    "FLUX.1-Depth-dev": _architecture(CONTROL, guidance=True, small=False),
+    "FLUX.1-Canny-dev": _architecture(CONTROL, guidance=True, small=False),
+    "tiny-flux": _architecture(FROM_TEXT, guidance=False, small=True),
+    "tiny-flux-dev": _architecture(FROM_TEXT, guidance=True, small=True),
+    "tiny-kontext": _architecture(EDITING, guidance=True, small=True),
+    "tiny-fill": _architecture(FILLING, guidance=True, small=True),
+    "tiny-depth": _architecture(CONTROL, guidance=True, small=True),
+    "tiny-canny": _architecture(CONTROL, guidance=True, small=True),
 }
 
 
@@ -88,7 +112,7 @@ def architecture(ckpt: str, layers: str = "full") -> dict:
 
 
 def build(configs: dict, device: str | torch.device, dtype: torch.dtype, seed: int = 0):
-    """Builds a FluxPipeline or FluxKontextPipeline with weights drawn from `seed`, on `device`.
+    """Builds a pipeline of the configs' class with weights drawn from `seed`, on `device`.
 
     One seed always gives the same weights on the same kind of device. CPU and GPU generators differ.
 
@@ -110,10 +134,28 @@ def build(configs: dict, device: str | torch.device, dtype: torch.dtype, seed: i
     t5.tie_weights()
     for module in (transformer, vae, t5, clip.to(dtype=dtype, device=device)):
         _randomize(module.eval().requires_grad_(False), source)
-    return PIPELINES[configs["pipeline_class"]](
+    return BY_CLASS[configs["pipeline_class"]].pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **configs["scheduler"]),
         transformer=transformer, vae=vae, text_encoder=clip, text_encoder_2=t5, tokenizer=byte_tokenizer(77),
         tokenizer_2=byte_tokenizer(configs["tokenizer_2"]["model_max_length"]))
+
+
+def redux_tokens(width: int) -> int:
+    """The number of tokens that `build_redux` makes of a picture: 729 at the real size."""
+    return (SIGLIP[width]["image_size"] // SIGLIP[width]["patch_size"]) ** 2
+
+
+def build_redux(width: int, dtype: torch.dtype, seed: int = 1) -> FluxPriorReduxPipeline:
+    """FLUX.1-Redux-dev's architecture on the CPU, for text embeddings of `width`, with weights drawn from `seed`."""
+    config = SIGLIP[width]
+    encoder = SiglipVisionModel(SiglipVisionConfig(**config))
+    embedder = ReduxImageEncoder(redux_dim=config["hidden_size"], txt_in_features=width)
+    source = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
+    for module in (encoder, embedder):
+        _randomize(module.to(dtype).eval().requires_grad_(False), source)
+    side = config["image_size"]
+    return FluxPriorReduxPipeline(image_encoder=encoder, image_embedder=embedder,
+                                  feature_extractor=SiglipImageProcessor(size={"height": side, "width": side}))
 
 
 @torch.no_grad()

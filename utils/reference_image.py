@@ -1,4 +1,4 @@
-"""Reads the reference picture of --image from a file or the web and converts it to 8-bit sRGB."""
+"""Reads the pictures of --image, --mask_image and --control_image from files or the web: 8-bit sRGB, or a mask."""
 
 import functools
 import io
@@ -26,6 +26,8 @@ CONNECT_SECONDS, DOWNLOAD_SECONDS, DOWNLOAD_BYTES = 10, 60, 100_000_000
 # training sizes. The longest of these sizes is 7:3, which squeezes a 4:1 picture by a factor of 1.7. At small areas,
 # rounding both sides to multiples of 16 distorts longer pictures.
 LONGEST = 4
+SAME_SHAPE = 0.05  # the relative difference of two aspect ratios up to which a picture is resized and not cropped
+TRANSPARENT = "its transparent areas are drawn on white"
 # PIL reads more formats, and runs Ghostscript for one of them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "QOI", "PSD")
 CURE = "Give a picture, saved again as an 8-bit PNG, JPEG or WebP file."
@@ -33,14 +35,41 @@ DNG_VERSION, NEW_SUBFILE_TYPE = 50706, 254  # TIFF tags
 
 
 @functools.lru_cache(maxsize=8)
-def load_reference(path_or_url: str) -> PIL.Image.Image:
-    """Loads --image as an 8-bit RGB image. The result is cached. Notes about changes to the picture go to stderr.
+def load_reference(path_or_url: str, flag: str = "--image") -> PIL.Image.Image:
+    """Loads a picture as an 8-bit RGB image. The result is cached. Notes about changes to the picture go to stderr.
 
     Raises:
         RecipeError: the picture cannot be fetched, is no image, or cannot be converted correctly.
     """
+    image, notes, what = _load(path_or_url, flag)
+    _say(what, notes)
+    return image
+
+
+@functools.lru_cache(maxsize=8)
+def load_mask(path_or_url: str) -> PIL.Image.Image:
+    """Loads --mask_image as an 8-bit gray image (mode L), white where a picture is repainted. The result is cached.
+
+    Raises:
+        RecipeError: as `load_reference`; or the mask is transparent: some programs mean the transparent areas, others
+            the strokes on a transparent ground.
+    """
+    image, notes, what = _load(path_or_url, "--mask_image")
+    if TRANSPARENT in notes:
+        raise RecipeError(f"{what}: it has transparent areas, and programs differ in what they mean. Save it without "
+                          "transparency: white where the picture is repainted, black where it stays.")
+    _say(what, notes)
+    return image.convert("L")
+
+
+def _load(path_or_url: str, flag: str) -> tuple[PIL.Image.Image, list[str], str]:
+    """The picture, the notes of `decode`, and the beginning of messages about it.
+
+    Raises:
+        RecipeError: see `load_reference`.
+    """
     scheme, served = scheme_of(path_or_url), ""
-    what = f"--image {path_or_url if len(path_or_url) < 500 else path_or_url[:100] + '...'}"
+    what = f"{flag} {path_or_url if len(path_or_url) < 500 else path_or_url[:100] + '...'}"
     if scheme == "file":
         raise RecipeError(f"{what}: give the path alone, {path_or_url[len('file://'):]}.")
     if scheme not in ("", "http", "https"):
@@ -58,14 +87,17 @@ def load_reference(path_or_url: str) -> PIL.Image.Image:
             raise ValueError(f"it is {kind}" + f" (served as {served})" * bool(served)) from None
         except PIL.Image.DecompressionBombError as error:
             raise RecipeError(f"{what}: it has more than {2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6} "
-                              "megapixels. Make it smaller: Kontext uses about one megapixel.") from error
+                              "megapixels. Make it smaller: FLUX.1 uses about one megapixel.") from error
     if max(image.size) > LONGEST * min(image.size):
-        raise RecipeError(f"{what}: it has {image.width}x{image.height} pixels, and the model would see a reference "
+        raise RecipeError(f"{what}: it has {image.width}x{image.height} pixels, and the model would see a picture "
                           f"longer than {LONGEST}:1 distorted. Crop the picture.")
+    return image, notes, what
+
+
+def _say(what: str, notes: list[str]) -> None:
     if context_parallel.is_main_process():
         for note in notes:
             _say_once(f"{what}: {note}.")
-    return image
 
 
 @functools.cache
@@ -75,13 +107,13 @@ def _say_once(line: str) -> None:
 
 
 @functools.cache
-def original_size(path_or_url: str) -> tuple[int, int]:
-    """The (width, height) of a reference image. Unlike the images, the sizes of all of them are cached.
+def original_size(path_or_url: str, flag: str = "--image") -> tuple[int, int]:
+    """The (width, height) of a picture. Unlike the images, the sizes of all of them are cached.
 
     Raises:
         RecipeError: as `load_reference`.
     """
-    return load_reference(path_or_url).size
+    return load_reference(path_or_url, flag).size
 
 
 def download(url: str, what: str) -> tuple[bytes, str]:
@@ -180,7 +212,7 @@ def decode(data: bytes) -> tuple[PIL.Image.Image, list[str]]:
         white = PIL.Image.new("RGB", image.size, "white")
         white.paste(image, mask=alpha)
         image = white
-        notes.append("its transparent areas are drawn on white")
+        notes.append(TRANSPARENT)
     return image, notes
 
 
@@ -253,12 +285,12 @@ def _scaled(size: tuple[int, int], area: int) -> tuple[int, int]:
     return tuple(max(16, round(side * scale / 16) * 16) for side in size)
 
 
-def encoded_size(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """The (width, height) that the VAE sees of a reference of `size` for an output of `area` pixels.
+def encoded_size(size: tuple[int, int], area: int, of_kontext: bool = True) -> tuple[int, int]:
+    """The (width, height) that the VAE sees of a picture of `size` for an output of `area` pixels.
 
     At one megapixel Kontext uses the nearest aspect ratio among its own sizes, as in `call_kwargs`.
     """
-    if area != MEGAPIXEL:
+    if area != MEGAPIXEL or not of_kontext:
         return _scaled(size, area)
     aspect = size[0] / size[1]
     _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
@@ -269,3 +301,68 @@ def reference_tokens(image: PIL.Image.Image, area: int) -> int:
     """The number of tokens, of 16x16 pixels each, of a reference `image` for an output of `area` pixels."""
     width, height = encoded_size(image.size, area)
     return (width // 16) * (height // 16)
+
+
+def sized_like(size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+    """The (width, height) with the aspect ratio of `size`, of which one side is given. Both are multiples of 16."""
+    along, across = (size[0], size[1]) if width else (size[1], size[0])
+    other = max(16, round((width or height) * across / along / 16) * 16)
+    return (width, other) if width else (other, height)
+
+
+def has_shape(image_size: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether two (width, height) have about the same aspect ratio."""
+    ratio = (image_size[0] * size[1]) / (image_size[1] * size[0])
+    return max(ratio, 1 / ratio) <= 1 + SAME_SHAPE
+
+
+def fitted(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """The picture at (width, height) `size`: resized as diffusers does, its edges cropped first if the shapes differ.
+
+    diffusers would squeeze it.
+    """
+    if image.size == size:
+        return image
+    resize = image.resize if has_shape(image.size, size) else functools.partial(ImageOps.fit, image)
+    return resize(size, PIL.Image.Resampling.LANCZOS)
+
+
+def fitted_mask(mask: PIL.Image.Image, image_size: tuple[int, int], size: tuple[int, int]) -> PIL.Image.Image:
+    """The mask of an image of `image_size`, at (width, height) `size` like `fitted` of the image; 255 or 0, mode L.
+
+    diffusers' pipelines cut masks at the same half.
+    """
+    if mask.size != image_size and not has_shape(image_size, size):  # the same edges are cropped
+        mask = mask.resize(image_size, PIL.Image.Resampling.LANCZOS)
+    return fitted(mask, size).point(lambda value: 255 if value >= 128 else 0)
+
+
+def check_mask(path: str, image_path: str, size: tuple[int, int], stride: int) -> None:
+    """Refuses a mask of another shape than its image, or without anything to repaint. Tells of one all white.
+
+    Args:
+        size: (width, height) of the output.
+        stride: the pipeline reads every `stride`-th pixel of a row and of a column.
+
+    Raises:
+        RecipeError: names the sizes, or what white means.
+    """
+    mask, what = load_mask(path), f"--mask_image {path}"
+    image_size = original_size(image_path)
+    if not has_shape(mask.size, image_size):
+        raise RecipeError(f"{what}: it has {mask.width}x{mask.height} pixels, and --image has "
+                          f"{image_size[0]}x{image_size[1]}, another shape. Give a mask of the image's size.")
+    used = np.asarray(fitted_mask(mask, image_size, size))[::stride, ::stride]
+    if not used.any():
+        raise RecipeError(f"{what}: it is black, or white in fewer than {stride}x{stride} pixels of the output, so "
+                          "nothing would be repainted. White marks the part to repaint.")
+    if used.all():
+        _say(what, ["it is white everywhere, so the whole picture is repainted"])
+
+
+def check_crop(path: str, flag: str, size: tuple[int, int]) -> None:
+    """Tells of a picture whose edges `fitted` crops. Raises RecipeError as `load_reference`."""
+    image = load_reference(path, flag)
+    if not has_shape(image.size, size):
+        _say(f"{flag} {path}", [f"its {image.width}x{image.height} pixels are cropped to the shape of {size[0]}x"
+                                f"{size[1]}; without --height and --width the output has its shape"])

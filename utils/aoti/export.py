@@ -56,15 +56,15 @@ class Unit:
     settings: dict = field(default_factory=dict)
 
 
-def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder: bool
+def packaged(pipeline, blocks: bool, vae: bool, encoder: bool, text_encoder: bool
              ) -> dict[str, list[torch.nn.Module]]:
-    """The modules to package, by kind: double and single blocks, the VAE's decoder, its encoder for Kontext, T5's
-    blocks. The transformer's layers around its blocks are a few small kernels, so they stay in eager mode.
+    """The modules to package, by kind: double and single blocks, the VAE's decoder and encoder, T5's blocks. The
+    transformer's layers around its blocks are a few small kernels, so they stay in eager mode.
 
     Args:
         blocks: False for fused blocks (`utils.kernels.fused_blocks`), whose packages would hold the same kernels.
         vae: False for a VAE that decodes tiles, because tiles have several sizes.
-        needs_image: True for Kontext, which encodes a reference image.
+        encoder: True if pictures are encoded.
         text_encoder: include T5's blocks.
     """
     kinds = {}
@@ -73,7 +73,7 @@ def packaged(pipeline, blocks: bool, vae: bool, needs_image: bool, text_encoder:
         kinds["single"] = list(pipeline.transformer.single_transformer_blocks)
     if vae:
         kinds["decoder"] = [pipeline.vae.decoder]
-        if needs_image:
+        if encoder:
             kinds["encoder"] = [pipeline.vae.encoder]
     if text_encoder:
         kinds["t5"] = list(pipeline.text_encoder_2.encoder.block)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.common import RecipeError
 from utils.cuda_graph import ModuleProxy
+from utils.tasks import current_step
 
 WARM_UP = 6  # the first steps lay out the picture, so they are computed, as in the presets of the step cache
 
@@ -80,7 +81,7 @@ class TaylorSeerTransformer(ModuleProxy):
         Returns:
             (sample,), of shape (B, S, C), in the dtype of the transformer's output.
         """
-        last, self.step = self.step, self.scheduler.step_index or 0
+        last, self.step = self.step, current_step(self.scheduler)
         step, call = self.step, kwargs["encoder_hidden_states"].data_ptr()
         if step == 0:
             if last:

@@ -45,6 +45,7 @@ from utils.kernels.modulation import (
     typical_conditions,
     typical_modulation,
 )
+from utils.tasks import current_timestep
 
 READ = "tokens_read"  # key in joint_attention_kwargs: how many image tokens the pipeline reads
 
@@ -535,7 +536,7 @@ def prune_unused_tokens(pipeline) -> None:
         return results
 
     def before(module, args, kwargs):
-        if getattr(pipeline, "_current_timestep", None) is None:  # diffusers sets it inside the denoising loop
+        if current_timestep(pipeline) is None:
             return None
         # The count is an argument, because the key of a CUDA graph consists of the arguments. With a reference, the
         # number of tokens alone does not say how many belong to the generated image.

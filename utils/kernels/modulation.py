@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from utils.kernels.formats import E4M3, EPS, STREAM, quantize_rows
+from utils.tasks import current_timestep
 
 # The parts of a modulation, in the order of diffusers' AdaLayerNormZero. AdaLayerNormZeroSingle has the first three.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
@@ -279,6 +280,6 @@ def attach_modulation_hook(pipeline) -> RemovableHandle:
 
     def before(module, args, kwargs):
         modulations.prepare(kwargs["timestep"], kwargs.get("guidance"), kwargs["pooled_projections"],
-                            pipeline.scheduler.timesteps, getattr(pipeline, "_current_timestep", None))
+                            pipeline.scheduler.timesteps, current_timestep(pipeline))
 
     return pipeline.transformer.register_forward_pre_hook(before, with_kwargs=True)
