@@ -1,9 +1,11 @@
+import os
 import sys
 from collections.abc import Iterable
 
 import pytest
 import torch
 import torchao.quantization.quant_api
+from diffusers.models.autoencoders.vae import Decoder
 
 from utils import attention, hardware, pipeline_utils, plan, random_weights, start
 from utils.benchmark_utils import create_parser
@@ -29,7 +31,11 @@ def make_args():
 
 @pytest.fixture(scope="session")
 def _kernels(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("inductor"))
+    """One folder for all workers, so that each kernel is compiled once a run."""
+    of_worker = tmp_path_factory.getbasetemp()
+    folder = (of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else of_worker) / "inductor"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
 
 
 @pytest.fixture
@@ -41,6 +47,12 @@ def compiler(_kernels, monkeypatch):
     torch._dynamo.reset()
     with torch._inductor.config.patch({}):
         yield
+
+
+@pytest.fixture
+def without_vae(monkeypatch):
+    """The VAE is not compiled, which takes longer than the blocks."""
+    monkeypatch.setattr(Decoder, "compile", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -363,7 +363,7 @@ def test_cached_steps_line_without_a_cached_step_names_the_smallest_difference(b
 
 
 @pytest.mark.slow
-def test_enable_with_compiled_blocks_recompiles_nothing(build, make_args, tmp_path, compiler):
+def test_enable_with_compiled_blocks_recompiles_nothing(build, make_args, tmp_path, compiler, without_vae):
     """Both branches of the cache are compiled by the warm-up."""
     args = args_with_cache(make_args, tmp_path, "--disable_quant", "--disable_inductor_tuning_flags")
     eager = final_latents(optimize(build("tiny-flux-dev", torch.bfloat16), args), args)

@@ -226,12 +226,10 @@ def test_step_cache_of_too_few_computed_steps_is_refused(arguments):
         load_pipeline(args)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dev, inpainting", "Kontext, inpainting", "Fill", "Depth"])
-def test_compiled_batch_draws_as_diffusers(build, arguments, pictures, compiler, case):
-    """The encoder sees one shape, so that a batch needs no second graph of it."""
-    args = arguments(case, "--num_images_per_prompt", "2", "--compile_export_mode", "compile",
-                     "--disable_inductor_tuning_flags")
+def test_batch_draws_as_diffusers_and_encodes_one_picture_at_a_time(build, arguments, pictures, case):
+    """Compiled code and packages of the encoder see one shape, so that a batch needs no second graph of it."""
+    args = arguments(case, "--num_images_per_prompt", "2")
     pipeline, shapes = load_pipeline(args), set()
     pipeline.vae.encoder.register_forward_pre_hook(lambda module, given: shapes.add(tuple(given[0].shape)))
     pipeline = optimize(pipeline, args)

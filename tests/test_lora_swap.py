@@ -140,9 +140,9 @@ def test_swapped_pictures_are_those_of_a_fresh_start(start, form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["export_aoti", "compile"])
-def test_swaps_reach_compiled_code(start, compiler, mode):
+def test_swaps_reach_compiled_code(start, compiler, without_vae, mode):
     spec = write_lora("b.safetensors", EVERYTHING)
-    flags = ["--compile_export_mode", mode, "--cache-dir", "cache"]
+    flags = ["--compile_export_mode", mode, "--cache-dir", "cache", "--vae_tiling"]
     pipeline, args = start("bf16", *flags)
 
     def latents(pipeline):
