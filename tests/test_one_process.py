@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,10 +32,15 @@ def test_order_has_each_place_twice_and_loras_in_turn():
     assert one_process.order_of(args, ["x", "y"]) == [{"lora": one} for one in ((), ("x",), ("y",), (), ("x",))]
 
 
-@pytest.mark.slow
-def test_visits_draw_what_a_process_of_its_own_draws(tmp_path, monkeypatch):
+def test_visits_draw_what_a_start_with_their_settings_draws(tmp_path, monkeypatch):
+    """With the same program in the place of a process of its own."""
+    def run_here(command, **_):
+        monkeypatch.setattr("sys.argv", command[2:])
+        one_process.main()
+        return SimpleNamespace(returncode=0)
+
     path = tmp_path / "record.json"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the tests have: other threads round otherwise
+    monkeypatch.setattr(one_process, "subprocess", SimpleNamespace(run=run_here, DEVNULL=None, PIPE=None))
     monkeypatch.setattr("sys.argv", [
         "one_process", "--output-json", str(path), "--sizes", "96x64", "--random_loras", "2", "--swaps", "2", "--alone",
         "--", "--ckpt", "tiny-flux", "--random_weights", "1+2", "--height", "64", "--width", "64", "--device", "cpu",
