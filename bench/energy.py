@@ -1,6 +1,6 @@
 """Reads the energy that the GPUs have used, from NVML's counter (NVIDIA GPUs since Volta).
 
-The driver updates the counter every 20 to 100 ms, so that two seconds between two readings are measured to 5 %.
+The driver updates the counter from time to time, so two readings should be seconds apart.
 """
 
 import ctypes

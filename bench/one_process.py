@@ -111,7 +111,8 @@ def order_of(args: argparse.Namespace, loras: list[str]) -> list[dict]:
     """The settings of each visit, in their order."""
     places = [dict(zip(("width", "height"), map(int, size.split("x")), strict=True)) for size in args.sizes]
     places = [place | {"image": image} for place in places or [{}] for image in args.images] or places
-    visits = [place for _ in range(2) for place in random.Random(args.order).sample(places, len(places))]
+    source = random.Random(args.order)
+    visits = [place for _ in range(2) for place in source.sample(places, len(places))]
     turns = [(), *((lora,) for lora in loras)]
     return visits + [{"lora": turns[i % len(turns)]} for i in range(args.swaps + 1) if loras]
 
@@ -146,6 +147,8 @@ def main():
     own.interactive = bool(args.random_loras)  # such a process can swap LoRAs that it did not know at its start
     check_args(own)
 
+    import torch
+
     from bench.environment import environment
     from utils.checkpoint import read_configs
     from utils.common import show_progress
@@ -169,7 +172,8 @@ def main():
             record["visits"].append(visit(pipeline, own, settings, sizes, log))
             write_json(args.output_json, record, is_record)
         del pipeline
-        gc.collect()  # the GPU memory of graphs is for the next processes
+        gc.collect()  # the GPU memory is for the next processes
+        torch.cuda.empty_cache()
         if args.alone:
             distinct = [json.loads(one) for one in dict.fromkeys(map(json.dumps, order))]
             record["alone"] = []

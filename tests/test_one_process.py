@@ -28,6 +28,8 @@ def test_order_has_each_place_twice_and_loras_in_turn():
     found = one_process.order_of(args, [])
     assert all(found.count(place) == 2 for place in found) and len(found) == 8
     assert {"width": 32, "height": 16, "image": "b"} in found
+    assert any(one_process.order_of(argparse.Namespace(**vars(args) | {"order": seed}), [])[:4] != one_process.order_of(
+        argparse.Namespace(**vars(args) | {"order": seed}), [])[4:] for seed in range(5))  # each pass is shuffled
     args.sizes = args.images = []
     assert one_process.order_of(args, ["x", "y"]) == [{"lora": one} for one in ((), ("x",), ("y",), (), ("x",))]
 
